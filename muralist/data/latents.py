@@ -1,0 +1,109 @@
+"""World videos encoded once and kept: normalised latents with their captions, in memory and on disk.
+
+A clip of 29 frames costs about a second to render and encode and is then used many times. Shards are safetensors with the
+captions in the header; a cache that was interrupted goes on where it stopped, and a shard is a pure function of its number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from einops import rearrange
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from muralist.data.world import Crop, Scene, caption, render_clip, sample_scene
+from muralist.types import Grid
+
+SHARD = 100  # videos
+
+
+@dataclass(frozen=True, slots=True)
+class LatentPool:
+    """Latents [n, C, F, h, w] in half precision and one caption each."""
+
+    z: torch.Tensor
+    captions: list[str]
+
+    def take(self, index: np.ndarray) -> tuple[torch.Tensor, list[str]]:
+        return self.z[torch.from_numpy(index)].float(), [self.captions[i] for i in index]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolConfig:
+    """Which videos: their grid, how many consecutive frames of it (all by default), and a crop (height, width) in pixels for large grids."""
+
+    name: str
+    count: int
+    grid: Grid
+    frames: int | None = None
+    crop: tuple[int, int] | None = None
+    camera_share: float = 0.3
+    seed: int = 1
+
+
+def build_pool(vae: AutoencoderKLWan, config: PoolConfig, folder: Path, device: torch.device, report: Callable[[str], None] = print) -> LatentPool:
+    """Load the pool's shards from `folder`, encoding those that are missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    latents, captions = [], []
+    for shard in range((config.count + SHARD - 1) // SHARD):
+        path = folder / f"{config.name}-{shard:04d}.safetensors"
+        if not path.is_file():
+            _encode_shard(vae, config, shard, path, device)
+            report(f"{config.name}: {min((shard + 1) * SHARD, config.count)} of {config.count} videos encoded")
+        with safe_open(path, "pt") as file:
+            latents.append(file.get_tensor("z"))
+            captions += json.loads(file.metadata()["captions"])
+    return LatentPool(torch.cat(latents)[: config.count], captions[: config.count])
+
+
+def _encode_shard(vae: AutoencoderKLWan, config: PoolConfig, shard: int, path: Path, device: torch.device) -> None:
+    rng = np.random.Generator(np.random.Philox(key=[config.seed, shard]))
+    latents, captions = [], []
+    for _ in range(SHARD):
+        scene = sample_scene(rng, camera_share=config.camera_share, duration=config.grid.duration)
+        length = config.frames or config.grid.num_frames
+        first = int(rng.integers(config.grid.num_frames - length + 1))
+        frames = range(first, first + length)
+        video = render_clip(scene, config.grid, crop=random_crop(rng, scene, config), frames=frames)
+        latents.append(encode(vae, video.to(device))[0].half().cpu())
+        captions.append(caption(scene))
+    temporary = path.with_suffix(".tmp")
+    save_file({"z": torch.stack(latents)}, temporary, metadata={"captions": json.dumps(captions)})
+    temporary.rename(path)
+
+
+def random_crop(rng: np.random.Generator, scene: Scene, config: PoolConfig) -> Crop | None:
+    """A crop at a place of the token grid (multiples of 32 pixels), anywhere in the frame."""
+    if config.crop is None:
+        return None
+    height, width = config.crop
+    top, left = (32 * int(rng.integers((full - side) // 32 + 1)) for full, side in ((config.grid.height, height), (config.grid.width, width)))
+    return Crop(top, left, height, width)
+
+
+@torch.inference_mode()
+def encode(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
+    """Pixel video [T, H, W, 3] in [0, 1] -> normalised latents [1, C, F, h, w], the posterior's mean."""
+    x = rearrange(video, "t h w c -> 1 c t h w").to(vae.dtype) * 2 - 1
+    mean, std = latent_statistics(vae, x.device)
+    return (vae.encode(x).latent_dist.mean.float() - mean) / std
+
+
+@torch.inference_mode()
+def decode(vae: AutoencoderKLWan, z: torch.Tensor) -> torch.Tensor:
+    """The inverse for small videos, by diffusers' own decoder: [1, C, F, h, w] -> [T, H, W, 3] in [0, 1]."""
+    mean, std = latent_statistics(vae, z.device)
+    video = vae.decode((z * std + mean).to(vae.dtype)).sample
+    return rearrange((video.float() / 2 + 0.5).clamp(0, 1), "1 c t h w -> t h w c")
+
+
+def latent_statistics(vae: AutoencoderKLWan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the latents, each [1, C, 1, 1, 1], from the VAE's configuration."""
+    return tuple(torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))

@@ -1,0 +1,173 @@
+"""The training loop: one visible loop over steps, for any objective.
+
+An objective owns the modules and says what a step's loss is; the loop owns time, learning rate, averages, checkpoints and
+the curve. The budget is minutes or steps; the learning rate is constant and falls over the last part of the budget, so
+that a run that is resumed with a larger budget goes on as if it had been planned so.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from muralist.errors import UserError
+from muralist.train import state
+
+
+class Objective(Protocol):
+    """What is trained: `module` holds every trained parameter; `loss` must draw its randomness from (seed, step) alone."""
+
+    module: nn.Module
+
+    def loss(self, step: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """How long and how fast. Exactly one of `minutes` and `steps` is the budget; `decay` is the share of it in which the rate falls."""
+
+    minutes: float | None = None
+    steps: int | None = None
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    decay: float = 0.25
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.999
+    muon: bool = False
+    save_every_minutes: float = 5.0
+
+    def __post_init__(self):
+        if (self.minutes is None) == (self.steps is None):
+            raise UserError("give exactly one of minutes and steps", where="train", fix="use --minutes 30, say")
+
+    def progress(self, step: int, seconds: float) -> float:
+        return min(step / self.steps if self.steps is not None else seconds / 60 / self.minutes, 1.0)
+
+    def rate(self, step: int, progress: float) -> float:
+        falling = max((progress - (1 - self.decay)) / self.decay, 0.0)
+        return self.learning_rate * min((step + 1) / self.warmup, 1.0) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * falling)))
+
+
+def fit(objective: Objective, schedule: Schedule, folder: Path, *, resume: bool, report: Callable[[str], None] = print) -> nn.Module:
+    """Train until the budget is spent; returns the module with its averaged (EMA) weights.
+
+    Raises FloatingPointError on a loss that is not finite, before the weights are touched.
+    """
+    parameters = dict(objective.module.named_parameters())
+    parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+    optimizers = _optimizers(objective.module, schedule)
+    average = {name: p.detach().clone() for name, p in parameters.items()}
+    step, seconds = _restore(folder, parameters, average, optimizers) if resume else (0, 0.0)
+    saved_at = seconds
+    curve = _Curve(folder, fresh=step == 0)
+    report(f"{sum(p.numel() for p in parameters.values()) / 1e6:.2f} M parameters, from step {step} ({seconds / 60:.1f} min)")
+    while (progress := schedule.progress(step, seconds)) < 1:
+        started = time.monotonic()
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = schedule.rate(step, progress)
+        loss, metrics = objective.loss(step, progress)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss.item()} at step {step}; the newest checkpoint in {folder} is intact")
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters.values(), schedule.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        _update_average(average, parameters, min(schedule.ema, (1 + step) / (10 + step)))
+        step, seconds = step + 1, seconds + time.monotonic() - started
+        if line := curve.add(step, seconds, {"loss": loss.item(), "grad_norm": norm.item(), **metrics}):
+            report(line)
+        if seconds - saved_at > schedule.save_every_minutes * 60 or schedule.progress(step, seconds) >= 1:
+            _save(folder, step, seconds, parameters, average, optimizers, schedule)
+            saved_at = seconds
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(average[name])
+    return objective.module
+
+
+def _optimizers(module: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
+    """AdamW; with `muon` the matrices inside the transformer blocks go to Muon (at AdamW's step size), which needs fewer samples."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if schedule.muon and p.ndim == 2 and ".blocks." in name]
+    others = [p for name, p in named if not any(p is m for m in matrices)]
+    optimizers = [torch.optim.AdamW(others, lr=schedule.learning_rate, betas=schedule.betas, weight_decay=schedule.weight_decay)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, lr=schedule.learning_rate, weight_decay=schedule.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def _update_average(average, parameters, decay: float) -> None:
+    names = list(average)
+    torch._foreach_lerp_([average[n] for n in names], [parameters[n].detach() for n in names], 1 - decay)
+
+
+def _save(folder, step, seconds, parameters, average, optimizers, schedule) -> None:
+    tensors = {f"weights.{n}": p for n, p in parameters.items()} | {f"average.{n}": p for n, p in average.items()}
+    state.save(folder / "checkpoints", step, tensors | state.optimizer_tensors(optimizers), {"step": step, "seconds": seconds, "schedule": asdict(schedule)})
+
+
+def _restore(folder, parameters, average, optimizers) -> tuple[int, float]:
+    newest = state.load_newest(folder / "checkpoints")
+    if newest is None:
+        return 0, 0.0
+    tensors, numbers = newest
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(tensors[f"weights.{name}"])
+            average[name].copy_(tensors[f"average.{name}"])
+    state.restore_optimizers(optimizers, tensors)
+    return numbers["step"], numbers["seconds"]
+
+
+class _Curve:
+    """Means over `every` steps, appended to `curve.csv`."""
+
+    def __init__(self, folder: Path, *, fresh: bool, every: int = 50):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.every, self.sums, self.count = folder / "curve.csv", every, {}, 0
+        if fresh:
+            self.path.unlink(missing_ok=True)
+
+    def add(self, step: int, seconds: float, values: dict[str, float]) -> str | None:
+        """Count a step in; every `every` steps write a row and return it as a line."""
+        for name, value in values.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + value, count + 1)
+        self.count += 1
+        if self.count < self.every:
+            return None
+        row = {"step": step, "minutes": round(seconds / 60, 3)} | {name: round(total / count, 6) for name, (total, count) in self.sums.items()}
+        with open(self.path, "a", newline="") as handle:
+            writer = csv.DictWriter(handle, fieldnames=list(row))
+            if handle.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+        self.sums, self.count = {}, 0
+        return "  ".join(f"{name} {value:g}" for name, value in row.items())
+
+
+def draw_curve(folder: Path) -> None:
+    """`curve.png` beside `curve.csv`: the loss over minutes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with open(folder / "curve.csv") as handle:
+        rows = list(csv.DictReader(handle))
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot([float(r["minutes"]) for r in rows], [float(r["loss"]) for r in rows])
+    axes.set(xlabel="minutes", ylabel="loss", yscale="log")
+    figure.savefig(folder / "curve.png", dpi=110, bbox_inches="tight")
+    pyplot.close(figure)

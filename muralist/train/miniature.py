@@ -1,0 +1,183 @@
+"""The three trainings that make the embedded base: its VAE, its transformer with text encoder, and the UHR adapter.
+
+Each is one command, `muralist train NAME --minutes M`, that can be stopped and resumed at any time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from muralist.base import CLASSES
+from muralist.data import latents, world
+from muralist.nn.transformer import MuralTransformer
+from muralist.train.loop import Schedule, draw_curve, fit
+from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
+from muralist.train.objectives.reconstruction import Reconstruction, ReconstructionConfig
+from muralist.types import Grid
+
+GRID = Grid(num_frames=29, height=256, width=448, fps=16)
+TEXT_LENGTH = 16  # the longest caption has 11 words
+FLOW_SHIFT = 3.0
+VAE_CONFIG = dict(
+    base_dim=32, decoder_base_dim=32, z_dim=48, dim_mult=[1, 1, 2, 2], num_res_blocks=1, attn_scales=[], temperal_downsample=[False, True, True],
+    is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_temporal=4, scale_factor_spatial=16,
+    latents_mean=[0.0] * 48, latents_std=[1.0] * 48,
+)  # fmt: skip
+TRANSFORMER_CONFIG = dict(
+    patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=64, in_channels=48, out_channels=48, text_dim=128, freq_dim=128,
+    ffn_dim=1024, num_layers=6, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=1024,
+)  # fmt: skip
+TEXT_CONFIG = dict(vocab_size=64, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0)
+
+
+def new_vae(seed: int = 0) -> AutoencoderKLWan:
+    """A fresh VAE of the Wan2.2 flavour (16x16x4, patch 2), set up so that it learns on small crops.
+
+    Residual branches start small. The two mid-block attentions stay at zero: what they would learn on the 64 positions of a
+    crop does not carry over to the 32,640 of a 4K frame, and without them the decoder sees a bounded neighbourhood.
+    """
+    torch.manual_seed(seed)
+    vae = AutoencoderKLWan(**VAE_CONFIG)
+    for module in vae.modules():
+        if type(module).__name__ == "WanResidualBlock":
+            module.conv2.weight.data.mul_(0.1)
+        if type(module).__name__ == "WanAttentionBlock":
+            nn.init.zeros_(module.proj.weight)
+            nn.init.zeros_(module.proj.bias)
+            module.requires_grad_(False)
+    return channels_last(vae)
+
+
+def channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """Convolution weights in the layout that the CPU's kernels want."""
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+    return vae
+
+
+def train_vae(folder: Path, *, minutes: float, device: torch.device, resume: bool, report: Callable[[str], None] = print) -> Path:
+    """`miniature-vae`: reconstruction of world crops at all scales; writes `folder/vae` in diffusers layout."""
+    objective = Reconstruction(new_vae().to(device), ReconstructionConfig(), device)
+    vae = fit(objective, Schedule(minutes=minutes, learning_rate=1.5e-3), folder, resume=resume, report=report)
+    draw_curve(folder)
+    mean, std = _latent_statistics(vae, device)
+    vae.register_to_config(latents_mean=mean, latents_std=std)
+    vae.save_pretrained(folder / "vae")
+    return folder / "vae"
+
+
+def _latent_statistics(vae: AutoencoderKLWan, device: torch.device, clips: int = 16) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each latent channel over clips of the base's own size."""
+    rng = np.random.default_rng(0)
+    z = torch.cat([latents.encode(vae, world.render_clip(world.sample_scene(rng), GRID).to(device)) for _ in range(clips)])
+    return z.mean(dim=(0, 2, 3, 4)).tolist(), z.std(dim=(0, 2, 3, 4)).tolist()
+
+
+def new_tokenizer() -> PreTrainedTokenizerFast:
+    """Whole words of the world's captions, lower case; anything else is `<unk>`."""
+    scenes = [*world.all_scenes(held_out=False), *(world.Scene(colour="red", shape="ball", motion="rises", ground="sand", camera=c) for c in world.CAMERAS)]
+    words = sorted({word for scene in scenes for word in world.caption(scene).replace(",", " ,").split()} | {"a", "an", "."})
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+class TextToVideo(nn.Module):
+    """What `miniature-base` trains together: the transformer and the text encoder it listens to."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.transformer = MuralTransformer(**TRANSFORMER_CONFIG)
+        self.text_encoder = UMT5EncoderModel(UMT5Config(**TEXT_CONFIG))
+        self.tokenizer = new_tokenizer()
+
+    def embed(self, captions: Sequence[str]) -> torch.Tensor:
+        """[B, L, D_text], zeros after the last token of each caption."""
+        tokens = self.tokenizer(list(captions), padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt").to(self.text_encoder.device)
+        states = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        return states * tokens.attention_mask[..., None]
+
+
+@dataclass(frozen=True, slots=True)
+class Curriculum:
+    """Appearance and words on single frames, then motion on three latent frames at their true places, then whole clips.
+
+    A single frame has 112 tokens and a whole clip 896: nine tenths of what is to be learned is learned at the lower price.
+    """
+
+    frames: latents.LatentPool
+    clips: latents.LatentPool
+    single_until: float = 0.5
+    sparse_until: float = 0.8
+
+    def __call__(self, rng: np.random.Generator, progress: float) -> Batch:
+        if progress < self.single_until:
+            return Batch(*self.frames.take(rng.integers(len(self.frames.captions), size=64)))
+        sparse = progress < self.sparse_until
+        x, captions = self.clips.take(rng.integers(len(self.clips.captions), size=24 if sparse else 10))
+        if not sparse:
+            return Batch(x, captions)
+        stride = int(rng.integers(2, 4))
+        first = int(rng.integers(x.shape[2] - 2 * stride))
+        return Batch(x[:, :, first : first + 2 * stride + 1 : stride], captions, first, stride)
+
+
+def train_base(
+    folder: Path,
+    *,
+    minutes: float,
+    device: torch.device,
+    resume: bool,
+    vae: Path,
+    frames: int = 10_000,
+    clips: int = 800,
+    report: Callable[[str], None] = print,
+) -> Path:
+    """`miniature-base`: transformer and text encoder on latents of `vae`; writes a whole diffusers folder, `folder/model`."""
+    autoencoder = channels_last(AutoencoderKLWan.from_pretrained(vae)).to(device).eval()
+    pools = folder / "latents"
+    single = latents.build_pool(autoencoder, latents.PoolConfig(name="frames", count=frames, grid=GRID, frames=1, seed=1), pools, device, report)
+    whole = latents.build_pool(autoencoder, latents.PoolConfig(name="clips", count=clips, grid=GRID, seed=2), pools, device, report)
+    model = TextToVideo().to(device)
+    objective = FlowMatching(model, model.transformer, model.embed, Curriculum(single, whole), FlowConfig(), device)
+    fit(objective, Schedule(minutes=minutes, learning_rate=1.5e-3, muon=True), folder, resume=resume, report=report)
+    draw_curve(folder)
+    return save_model(model, autoencoder, folder / "model")
+
+
+def save_model(model: TextToVideo, vae: AutoencoderKLWan, folder: Path) -> Path:
+    """A diffusers folder (bfloat16 weights) with the base's own numbers in `muralist.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.transformer.to(torch.bfloat16).save_pretrained(folder / "transformer")
+    model.text_encoder.to(torch.bfloat16).save_pretrained(folder / "text_encoder")
+    vae.to(torch.bfloat16).save_pretrained(folder / "vae")
+    model.tokenizer.save_pretrained(folder / "tokenizer")
+    scheduler = UniPCMultistepScheduler(prediction_type="sample", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=FLOW_SHIFT)
+    scheduler.save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "WanPipeline", "_diffusers_version": "0.42.0", "boundary_ratio": None, "expand_timesteps": False, "transformer_2": [None, None],
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"], "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"], "transformer": ["diffusers", CLASSES["transformer"]], "vae": ["diffusers", CLASSES["vae"]],
+    }  # fmt: skip
+    numbers = {
+        "grid": {"num_frames": GRID.num_frames, "height": GRID.height, "width": GRID.width, "fps": GRID.fps},
+        "num_inference_steps": 30, "guidance_scale": 3.0, "flow_shift": FLOW_SHIFT, "negative_prompt": "", "max_sequence_length": TEXT_LENGTH,
+    }  # fmt: skip
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "muralist.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    return folder

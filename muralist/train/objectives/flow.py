@@ -1,0 +1,91 @@
+"""Flow matching on cached latents: the objective of every denoiser here.
+
+x_sigma = (1 - sigma) x_0 + sigma eps; the error is that of the velocity, whatever the network predicts. A network whose width is
+close to the size of its tokens cannot carry the noise through to its output, so the embedded base predicts the clean sample and
+the velocity follows as (x_sigma - x_0) / sigma ("Back to basics", arXiv 2511.13720: x-prediction with v-loss).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from muralist.nn.rope import RopeScale
+from muralist.nn.transformer import Graft
+
+SIGMA_FLOOR = 0.1  # below it the weight of the clean sample's error, 1 / sigma^2, is held
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Latents `x` [B, C, F, h, w] and their captions; `first` and `stride` are the latent frames' places in the full clip."""
+
+    x: torch.Tensor
+    captions: Sequence[str]
+    first: int = 0
+    stride: int = 1
+
+
+class Source(Protocol):
+    """Gives the batch of a step; randomness from `rng` alone."""
+
+    def __call__(self, rng: np.random.Generator, progress: float) -> Batch: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowConfig:
+    """sigma = shift u / (1 + (shift - 1) u), u uniform in (min, max); captions are dropped at rate `drop` for guidance."""
+
+    prediction: str = "sample"
+    shift: float = 2.0
+    min_sigma: float = 0.0
+    max_sigma: float = 1.0
+    drop: float = 0.1
+    seed: int = 0
+
+
+class FlowMatching:
+    """`module` holds what is trained; `embed` turns captions into [B, L, D_text]; `transformer` is called as diffusers' is."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        transformer: nn.Module,
+        embed: Callable[[Sequence[str]], torch.Tensor],
+        source: Source,
+        config: FlowConfig,
+        device: torch.device,
+    ):
+        self.module, self.transformer, self.embed, self.source, self.config, self.device = module, transformer, embed, source, config, device
+
+    def loss(self, step: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
+        c = self.config
+        rng = np.random.Generator(np.random.Philox(key=[c.seed, step]))
+        batch = self.source(rng, progress)
+        generator = torch.Generator().manual_seed(c.seed * 1_000_003 + step)
+        x = batch.x.to(self.device, torch.float32)
+        captions = ["" if drop else text for text, drop in zip(batch.captions, rng.random(len(x)) < c.drop)]
+        sigma = self._sigmas(rng, len(x)).to(self.device)
+        level = sigma.view(-1, 1, 1, 1, 1)
+        noise = torch.randn(x.shape, generator=generator).to(self.device)
+        noisy = (1 - level) * x + level * noise
+        self.transformer.configure(Graft(rope=RopeScale(t=float(batch.stride), offset=(float(batch.first), 0.0, 0.0))))
+        output = self.transformer(noisy, 1000 * sigma, self.embed(captions), return_dict=False)[0]
+        weighted = (output - x) / level.clamp(min=SIGMA_FLOOR) if c.prediction == "sample" else output - (noise - x)
+        each = weighted.square().mean(dim=(1, 2, 3, 4))
+        return each.mean(), {f"{name}": each.detach()[mask].mean().item() for name, mask in _thirds(sigma) if mask.any()}
+
+    def _sigmas(self, rng: np.random.Generator, count: int) -> torch.Tensor:
+        # one draw in each of `count` equal parts: the same distribution with less variance from batch to batch
+        u = torch.from_numpy((rng.permutation(count) + rng.random(count)) / count).float()
+        sigma = self.config.shift * u / (1 + (self.config.shift - 1) * u)
+        return self.config.min_sigma + (self.config.max_sigma - self.config.min_sigma) * sigma.clamp(1e-3, 1)
+
+
+def _thirds(sigma: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    return [("low_noise", sigma < 1 / 3), ("mid_noise", (sigma >= 1 / 3) & (sigma < 2 / 3)), ("high_noise", sigma >= 2 / 3)]

@@ -1,0 +1,152 @@
+"""What a video VAE is trained on: crops of the world at every scale, rebuilt through a noisy, normalised latent.
+
+Beside L1, squared and gradient losses there are three terms that the later stages need:
+- noise on the latent, so that the decoder forgives the small errors of a denoiser;
+- scale agreement (EQ-VAE, arXiv 2502.09509, eq. 5): a latent shrunk by interpolation decodes to the shrunk frames, so that a
+  latent enlarged by interpolation is a sensible start for refinement;
+- band energy: the finest two octaves carry as much power as the original, whatever their phase, so that frames are not smooth.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders import autoencoder_kl_wan
+from einops import rearrange
+
+from muralist.data.world import Crop, layout, render_clip, sample_scene
+from muralist.types import Grid
+
+HEIGHTS = (256, 256, 256, 544, 1088, 2176)  # half of the crops at the base's own scale
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReconstructionConfig:
+    """Crop side in pixels; batch of single frames and of clips; share of the budget spent on single frames; loss weights."""
+
+    side: int = 96
+    frames: int = 5
+    batch_single: int = 16
+    batch_clip: int = 6
+    single_share: float = 0.35
+    latent_noise: float = 0.1
+    kl: float = 1e-3
+    gradient: float = 0.5
+    squared: float = 2.0
+    band: float = 0.02
+    band_from: float = 0.3
+    scale_every: int = 4
+    seed: int = 0
+
+
+class Reconstruction:
+    """Objective of `miniature-vae`; `module` is a diffusers AutoencoderKLWan."""
+
+    def __init__(self, vae: AutoencoderKLWan, config: ReconstructionConfig, device: torch.device):
+        self.module, self.config, self.device = vae, config, device
+
+    def loss(self, step: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
+        c = self.config
+        single = progress < c.single_share
+        rng = np.random.Generator(np.random.Philox(key=[c.seed, step]))
+        video = _batch(rng, c.batch_single if single else c.batch_clip, 1 if single else c.frames, c.side).to(self.device)
+        generator = torch.Generator(self.device).manual_seed(c.seed * 1_000_003 + step)
+        with single_frame_convolutions() if single else _nothing():
+            posterior = self.module.encode(video).latent_dist
+            z = posterior.mean
+            target = video
+            if step % c.scale_every == 0:
+                z, target = _halved(z), _halved(video)
+            z = z + c.latent_noise * torch.randn(z.shape, generator=generator, device=z.device)
+            rebuilt = self.module.decode(z).sample
+        error = rebuilt - target
+        # the mean of the posterior is held near zero mean and unit variance, so that noise of a fixed size means the same everywhere
+        spread = 0.5 * (posterior.mean**2).mean() - 0.5 * torch.log((posterior.mean**2).mean(dim=(0, 2, 3, 4)) + 1e-6).mean()
+        terms = {
+            "l1": error.abs().mean(),
+            "squared": c.squared * (error**2).mean(),
+            "gradient": c.gradient * _gradient_error(error),
+            "kl": c.kl * spread,
+        }
+        if progress >= c.band_from:
+            terms["band"] = c.band * band_error(rebuilt, target)
+        psnr = -10 * torch.log10((error.detach().clamp(-2, 2) ** 2).mean() / 4)
+        return sum(terms.values()), {"psnr": psnr.item(), "rms_z": posterior.mean.detach().pow(2).mean().sqrt().item()}
+
+
+def _batch(rng: np.random.Generator, count: int, frames: int, side: int) -> torch.Tensor:
+    """[B, 3, T, side, side] in [-1, 1]: crops of random scenes at random scales, two thirds of them at the object."""
+    clips = []
+    for _ in range(count):
+        height = int(rng.choice(HEIGHTS))
+        grid = Grid(num_frames=29, height=height, width=height * 7 // 4)
+        scene = sample_scene(rng)
+        first = int(rng.integers(29 - frames + 1))
+        crop = _crop_at(rng, scene, grid, first / 29, side)
+        clips.append(render_clip(scene, grid, crop=crop, frames=range(first, first + frames)))
+    return rearrange(torch.stack(clips), "b t h w c -> b c t h w") * 2 - 1
+
+
+def _crop_at(rng: np.random.Generator, scene, grid: Grid, moment: float, side: int) -> Crop:
+    if rng.random() < 0.67:
+        where = layout(scene)
+        angle = rng.uniform(0, 2 * np.pi)
+        x, y = (a + (b - a) * moment + where.radius * trig for a, b, trig in zip(where.start, where.end, (np.cos(angle), np.sin(angle))))
+        left, top = (x / 1.75 + 0.5) * grid.width - side / 2, (y + 0.5) * grid.height - side / 2
+    else:
+        left, top = rng.uniform(0, grid.width - side), rng.uniform(0, grid.height - side)
+    return Crop(int(np.clip(top, 0, grid.height - side)), int(np.clip(left, 0, grid.width - side)), side, side)
+
+
+def _halved(x: torch.Tensor) -> torch.Tensor:
+    """Area average over 2x2, frame by frame."""
+    return F.avg_pool3d(x, (1, 2, 2))
+
+
+def _gradient_error(error: torch.Tensor) -> torch.Tensor:
+    return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+
+
+def band_error(rebuilt: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of log power in two radial bands, [1/8, 1/4) and [1/4, 1/2) cycles a pixel, per frame."""
+    return (_log_bands(rebuilt) - _log_bands(target)).abs().mean()
+
+
+def _log_bands(x: torch.Tensor) -> torch.Tensor:
+    height, width = x.shape[-2:]
+    window = torch.hann_window(height, device=x.device)[:, None] * torch.hann_window(width, device=x.device)
+    power = torch.fft.rfft2(x.mean(dim=1) * window).abs().square()
+    radius = torch.hypot(torch.fft.fftfreq(height, device=x.device)[:, None], torch.fft.rfftfreq(width, device=x.device))
+    bands = [(radius >= low) & (radius < 2 * low) for low in (0.125, 0.25)]
+    return torch.stack([torch.log(power[..., band].mean(dim=-1) + 1e-4) for band in bands])
+
+
+@contextmanager
+def _nothing():
+    yield
+
+
+@contextmanager
+def single_frame_convolutions():
+    """On one frame a causal 3-D convolution sees two frames of zeros: its last 2-D slice alone gives the same, three times faster."""
+    original = autoencoder_kl_wan.WanCausalConv3d.forward
+
+    def forward(self, x, cache_x=None):
+        depth = self.kernel_size[0]
+        if x.shape[2] != 1 or cache_x is not None or self.stride[0] != 1:
+            return original(self, x, cache_x)
+        pad = self._padding
+        y = F.pad(x[:, :, 0], pad[:4]) if pad[0] != pad[1] else x[:, :, 0]
+        y = F.conv2d(y, self.weight[:, :, depth - 1], self.bias, self.stride[1:], padding=(pad[2], pad[0]) if pad[0] == pad[1] else 0)
+        return y[:, :, None]
+
+    autoencoder_kl_wan.WanCausalConv3d.forward = forward
+    try:
+        yield
+    finally:
+        autoencoder_kl_wan.WanCausalConv3d.forward = original

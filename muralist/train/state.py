@@ -1,0 +1,72 @@
+"""Training checkpoints: tensors in safetensors, numbers in JSON, no pickle; the newest complete one is resumed.
+
+A checkpoint is a directory `step-N` that appears by rename, so it exists only complete. All randomness of training is
+keyed by the step number, hence a checkpoint needs no generator state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+KEEP = 2
+
+
+def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], numbers: dict) -> Path:
+    """Write `folder/step-N` and remove all but the newest `KEEP` checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary, final = folder / f"step-{step}.tmp", folder / f"step-{step}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary / "state.safetensors")
+    (temporary / "numbers.json").write_text(json.dumps(numbers))
+    for file in temporary.iterdir():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    for old in _complete(folder)[:-KEEP]:
+        shutil.rmtree(folder / f"step-{old}")
+    return final
+
+
+def load_newest(folder: Path) -> tuple[dict[str, torch.Tensor], dict] | None:
+    """Tensors and numbers of the newest checkpoint, or None where there is none."""
+    steps = _complete(folder)
+    if not steps:
+        return None
+    newest = folder / f"step-{steps[-1]}"
+    return load_file(newest / "state.safetensors"), json.loads((newest / "numbers.json").read_text())
+
+
+def _complete(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return sorted(int(m[1]) for m in (re.fullmatch(r"step-(\d+)", p.name) for p in folder.iterdir()) if m)
+
+
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    """Every tensor of the optimizers under `optimizer.{number}.{parameter}.{name}`."""
+    return {
+        f"optimizer.{number}.{index}.{name}": torch.as_tensor(value)
+        for number, optimizer in enumerate(optimizers)
+        for index, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
+
+
+def restore_optimizers(optimizers: Sequence[torch.optim.Optimizer], tensors: dict[str, torch.Tensor]) -> None:
+    """The inverse of `optimizer_tensors`."""
+    for number, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in tensors.items():
+            if match := re.fullmatch(rf"optimizer\.{number}\.(\d+)\.(\w+)", key):
+                state.setdefault(int(match[1]), {})[match[2]] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
