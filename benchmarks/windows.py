@@ -1,0 +1,232 @@
+"""Windows against full attention: time and memory, both sides in one run.
+
+    OMP_NUM_THREADS=2 python benchmarks/windows.py                 # everything, about four minutes on two cores; writes results/windows.{json,md}
+    OMP_NUM_THREADS=1 python benchmarks/windows.py --quick          # small sizes, prints only
+
+Sizes of the CPU goals: width 256, 4 heads of 64, 4 layers, FFN 1,536, windows of 8 x 8 x 8 = 512 tokens, 512 text tokens.
+The ratios are what counts; times are minima over repetitions and belong to the machine that the result names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+
+from muralist.nn.attention import WindowAttention, attend_full, attend_windows, backends
+from muralist.nn.transformer import Graft, MuralTransformer
+from muralist.nn.windows import Run, Shape, partition, reorder
+
+WIDTH, HEADS, LAYERS, FFN, TEXT, EXTRA = 256, 4, 4, 1536, 512, 64
+WINDOW: Shape = (8, 8, 8)
+CHUNK = 4096
+GRIDS: dict[int, Shape] = {2048: (8, 16, 16), 8192: (8, 32, 32), 16384: (8, 32, 64), 32768: (8, 64, 64), 65536: (16, 64, 64)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def best(work: Callable[[], object], repeats: int) -> float:
+    """Seconds of the fastest of `repeats` runs after one warm-up: CPU seconds with one thread, which other work inflates less than wall; else wall."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    work()
+    times = []
+    for _ in range(repeats):
+        start = clock()
+        work()
+        times.append(clock() - start)
+    return min(times)
+
+
+def model(dtype: torch.dtype) -> WanTransformer3DModel:
+    torch.manual_seed(0)
+    sizes = dict(num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, num_layers=LAYERS, ffn_dim=FFN, text_dim=WIDTH, freq_dim=64)
+    return WanTransformer3DModel(**sizes, in_channels=16, out_channels=16).eval().to(dtype)
+
+
+def latents(tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    f, y, x = GRIDS[tokens]
+    return torch.randn(1, 16, f, 2 * y, 2 * x, dtype=dtype), torch.tensor([500.0]), torch.randn(1, TEXT, WIDTH, dtype=dtype)
+
+
+def one_layer(tokens: int, dtype: torch.dtype) -> dict[str, float]:
+    """Attention of one layer: all keys, against 512 keys of the window and 64 further ones (folding and concatenation included)."""
+    q, k, v = (torch.randn(1, tokens, HEADS, WIDTH // HEADS, dtype=dtype) for _ in range(3))
+    groups = partition(GRIDS[tokens], WINDOW).groups
+    more = torch.randn(1, sum(run.num_windows for run in groups), EXTRA, HEADS, WIDTH // HEADS, dtype=dtype)
+
+    def extra(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+        part = more[:, run.first : run.first + run.num_windows]
+        return part, part
+
+    windows = best(lambda: attend_windows(q, k, v, groups, extra), 5)
+    full = best(lambda: attend_full(q, k, v), 1 if tokens > 20000 else 3)
+    limit = tokens / (512 + EXTRA)
+    return {"tokens": tokens, "full_s": full, "windows_s": windows, "ratio": full / windows, "limit": limit, "goal": 40.0}
+
+
+def floor(tokens: int, dtype: torch.dtype) -> dict[str, float]:
+    """The windowed forward against the same forward whose attention returns its queries: all of it, and self-attention only."""
+    given = latents(tokens, dtype)
+    mural = MuralTransformer.adopt(model(dtype)).configure(Graft(WindowAttention(WINDOW), token_chunk=CHUNK))
+    backends.register("identity", lambda q, k, v: q)
+    backends.register("identity self", lambda q, k, v: F.scaled_dot_product_attention(q, k, v) if len(q) == 1 else q)  # cross-attention is not folded
+    seconds = {}
+    for name in ("sdpa", "identity", "identity self"):
+        with backends.use(name):
+            seconds[name] = best(lambda: mural(*given), 2)
+    result = {"tokens": tokens, "windowed_s": seconds["sdpa"], "identity_s": seconds["identity"], "identity_self_s": seconds["identity self"]}
+    return result | {"ratio": seconds["sdpa"] / seconds["identity"], "ratio_self_only": seconds["sdpa"] / seconds["identity self"], "goal": 1.6}
+
+
+def scaling(sizes: list[int], dtype: torch.dtype) -> list[dict[str, float]]:
+    """Time of the windowed forward as the grid doubles."""
+    mural = MuralTransformer.adopt(model(dtype)).configure(Graft(WindowAttention(WINDOW), token_chunk=CHUNK))
+    rows = []
+    for tokens in sizes:
+        given = latents(tokens, dtype)
+        seconds = best(lambda given=given: mural(*given), 2)
+        rows.append({"tokens": tokens, "s": seconds, "ratio": seconds / rows[-1]["s"] if rows else None, "goal": 2.1})
+    return rows
+
+
+def reordering(tokens: int) -> dict[str, float]:
+    """What changing the order costs: a permutation of the residual stream."""
+    even, odd = (partition(GRIDS[tokens], WINDOW, shifted=shifted) for shifted in (False, True))
+    x = torch.randn(1, tokens, WIDTH)
+    return {"tokens": tokens, "s": best(lambda: reorder(x, even, odd), 5)}
+
+
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # glibc gives freed tensors back at once: resident = live
+GRAFTS = {
+    "stock": None,
+    "full, chunks": Graft(token_chunk=CHUNK),
+    "windows": Graft(WindowAttention(WINDOW)),
+    "windows, chunks": Graft(WindowAttention(WINDOW), token_chunk=CHUNK),
+}
+
+
+def peak(kind: str, tokens: int, dtype: torch.dtype) -> float:
+    """Peak resident memory during one forward above that before it, in MiB (Linux; run in a process of its own)."""
+    net = model(dtype)
+    if GRAFTS[kind] is not None:
+        net = MuralTransformer.adopt(net).configure(GRAFTS[kind])
+    given = latents(tokens, dtype)
+    net(*latents(2048, dtype))  # thread pools, kernels' own buffers
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at the present size
+    before = resident("VmRSS")
+    net(*given)
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def peaks(tokens: int, dtype_name: str) -> dict[str, float]:
+    """Activation peak of every kind, each in a fresh process; the residual stream itself for scale."""
+    result: dict[str, float] = {"tokens": tokens, "residual_stream_mib": tokens * WIDTH * DTYPES[dtype_name].itemsize / 2**20}
+    for kind in GRAFTS:
+        command = [sys.executable, __file__, "--peak", kind, "--tokens", str(tokens), "--dtype", dtype_name]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | RETURN_MEMORY)
+        result[f"{kind}_mib"] = float(done.stdout.split()[-1])
+    return result | {"ratio": result["stock_mib"] / result["windows, chunks_mib"], "goal": 4.0}
+
+
+def machine() -> dict[str, object]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    flags = next((line for line in lines if line.startswith("flags")), "").split()
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "bf16_instructions": [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags],
+        "load_before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "date": date.today().isoformat(),
+    }
+
+
+def measure(quick: bool) -> dict[str, object]:
+    large, sizes = (8192, [2048, 8192]) if quick else (32768, [8192, 16384, 32768, 65536])
+    report: dict[str, object] = {"machine": machine()}
+    for name, dtype in DTYPES.items():
+        size = large if name == "fp32" else 8192  # bf16 without AMX is several times slower: smaller, for the record
+        report[name] = {"one_layer": one_layer(size, dtype), "floor": floor(size, dtype), "peak": peaks(size, name)}
+    report["fp32"] |= {"scaling": scaling(sizes, torch.float32), "reordering": reordering(large)}
+    report["machine"]["load_after"] = round(os.getloadavg()[0], 2)
+    return report
+
+
+def markdown(report: dict) -> str:
+    info = report["machine"]
+    lines = ["# Windows against full attention", "", f"`OMP_NUM_THREADS={info['threads']} python benchmarks/windows.py`, {info['date']}", ""]
+    lines += [f"Machine: {info['cpu']}, {info['cores']} cores, {info['threads']} threads, bf16 instructions: {', '.join(info['bf16_instructions']) or 'none'};"]
+    lines += [f"load average {info['load_before']} before and {info['load_after']} after (above {info['threads']} the machine was busy with other work)."]
+    lines += ["Times are CPU seconds of the one thread." if info["threads"] == 1 else "Times are wall seconds."]
+    lines += [f"Python {info['python']}, torch {info['torch']}, diffusers {info['diffusers']}.", ""]
+    lines += [f"Width {WIDTH}, {HEADS} heads, {LAYERS} layers, FFN {FFN}, window {WINDOW}, text {TEXT}, token_chunk {CHUNK}.", ""]
+    lines += ["| what | type | tokens | one side | other side | ratio | goal | limit |", "|---|---|---|---|---|---|---|---|"]
+    for name in DTYPES:
+        part = report[name]
+        row = part["one_layer"]
+        lines.append(
+            f"| full attention / windows of 512 + {EXTRA} keys, one layer | {name} | {row['tokens']:,} | {row['full_s']:.3f} s | {row['windows_s']:.4f} s "
+            f"| {row['ratio']:.1f}x | >= {row['goal']:.0f}x at 32,768 | {row['limit']:.1f}x |"
+        )
+        row = part["floor"]
+        cells = f"| {name} | {row['tokens']:,} | {row['windowed_s']:.3f} s |"
+        lines.append(f"| windowed forward / attention = identity {cells} {row['identity_s']:.3f} s | {row['ratio']:.2f}x | <= {row['goal']}x | 1x |")
+        lines.append(f"| windowed forward / self-attention = identity {cells} {row['identity_self_s']:.3f} s | {row['ratio_self_only']:.2f}x | | 1x |")
+        row = part["peak"]
+        for kind in list(GRAFTS)[1:]:
+            ours = row[f"{kind}_mib"]
+            goal = f">= {row['goal']:.0f}x" if kind == "windows, chunks" else ""
+            cells = f"| {name} | {row['tokens']:,} | {row['stock_mib']:.0f} MiB | {ours:.0f} MiB | {row['stock_mib'] / ours:.1f}x | {goal} | |"
+            lines.append(f"| activation peak: stock / {kind} {cells}")
+    for row in report["fp32"]["scaling"][1:]:
+        lines.append(f"| windowed forward, time(2N) / time(N) | fp32 | {row['tokens']:,} | {row['s']:.3f} s | | {row['ratio']:.2f}x | <= {row['goal']}x | 2x |")
+    row = report["fp32"]["reordering"]
+    lines += ["", f"Changing the order of {row['tokens']:,} tokens once: {row['s'] * 1e3:.1f} ms."]
+    stream = report["fp32"]["peak"]["residual_stream_mib"]
+    lines += [
+        f"One fp32 residual stream of the peak rows: {stream:.0f} MiB. Peaks are growth of peak resident memory over one forward, each in its own process."
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes, print only")
+    parser.add_argument("--peak", choices=list(GRAFTS), help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", type=int, choices=list(GRIDS), help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", choices=list(DTYPES), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    with torch.inference_mode():
+        if options.peak:
+            print(peak(options.peak, options.tokens, DTYPES[options.dtype]))
+            return
+        report = measure(options.quick)
+    print(markdown(report))
+    if not options.quick:
+        results = Path(__file__).parent / "results"
+        (results / "windows.json").write_text(json.dumps(report, indent=2) + "\n")
+        (results / "windows.md").write_text(markdown(report))
+
+
+if __name__ == "__main__":
+    main()

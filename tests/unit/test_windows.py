@@ -1,0 +1,214 @@
+"""Windows as a partition of the grid, and attention inside them against the brute-force reference."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from einops import rearrange
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from muralist.errors import UserError
+from muralist.nn.attention import WindowAttention, attend_full, attend_windows, backends
+from muralist.nn.attention.reference import reference_attention, window_mask
+from muralist.nn.windows import Run, choose_window, chunks, partition, reorder, spans, split_axis, switch, windows_of
+
+shapes = st.tuples(st.integers(1, 5), st.integers(1, 8), st.integers(1, 8))
+sizes = st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9))
+quick = settings(max_examples=200, deadline=None)
+
+
+def random_qkv(tokens: int, *, batch: int = 2, heads: int = 2, dim: int = 8) -> list[torch.Tensor]:
+    """Queries large enough that a softmax over other keys gives clearly other values."""
+    generator = torch.Generator().manual_seed(tokens)
+    return [torch.randn(batch, tokens, heads, dim, generator=generator) * scale for scale in (3.0, 1.0, 1.0)]
+
+
+def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    q, k, v = (rearrange(x, "b n h d -> b h n d") for x in (q, k, v))
+    return rearrange(reference_attention(q, k, v, mask), "b h n d -> b n h d")
+
+
+@quick
+@given(shapes, sizes, st.booleans(), st.one_of(st.none(), st.integers(1, 40)))
+def test_windowed_attention_is_masked_full_attention(shape, size, shifted, token_chunk):
+    cut, raster = partition(shape, size, shifted=shifted), partition(shape, shape)
+    q, k, v = random_qkv(math.prod(shape))
+    ordered = [reorder(x, raster, cut) for x in (q, k, v)]
+    parts = [attend_windows(*(x[:, chunk.span] for x in ordered), chunk.runs) for chunk in chunks(cut.groups, token_chunk)]
+    result = reorder(torch.cat(parts, dim=1), cut, raster)
+    assert (result - masked(q, k, v, window_mask(shape, size, shifted=shifted))).abs().max() < 1e-5
+
+
+def test_the_comparison_with_the_reference_can_fail():
+    shape, size = (3, 5, 7), (2, 2, 3)
+    q, k, v = random_qkv(math.prod(shape))
+    even, odd = (masked(q, k, v, window_mask(shape, size, shifted=shifted)) for shifted in (False, True))
+    assert (even - odd).abs().max() > 0.1
+    assert (even - attend_full(q, k, v)).abs().max() > 0.1
+
+
+@quick
+@given(shapes, sizes, st.booleans())
+def test_partition_holds_every_token_once_and_windows_are_blocks(shape, size, shifted):
+    cut = partition(shape, size, shifted=shifted)
+    assert torch.equal(cut.order.sort().values, torch.arange(math.prod(shape)))
+    assert torch.equal(cut.order[cut.inverse], torch.arange(math.prod(shape)))
+    mask, start = window_mask(shape, size, shifted=shifted), 0
+    for group in cut.groups:
+        for number in range(group.first, group.first + group.num_windows):
+            tokens = cut.order[start : start + group.tokens_per_window]
+            members = mask[tokens[0]].nonzero().flatten()
+            assert torch.equal(tokens, members), "window-major order, raster order inside a window"
+            f, y, x = cut.origins[number].tolist()
+            assert tokens[0] == (f * shape[1] + y) * shape[2] + x
+            start += group.tokens_per_window
+    assert start == math.prod(shape)
+
+
+@quick
+@given(shapes, sizes, st.booleans())
+def test_windows_of_counts_keys_per_query(shape, size, shifted):
+    listed = windows_of(shape, size, shifted)
+    assert listed == [(group.num_windows, group.tokens_per_window) for group in partition(shape, size, shifted=shifted).groups]
+    assert sum(count * tokens for count, tokens in listed) == math.prod(shape)
+    assert sum(count * tokens**2 for count, tokens in listed) == int(window_mask(shape, size, shifted=shifted).sum())
+
+
+@quick
+@given(shapes, sizes, sizes)
+def test_switching_orders_equals_going_through_raster_order(shape, size, other):
+    a, b = partition(shape, size), partition(shape, other, shifted=True)
+    x = torch.arange(math.prod(shape))
+    assert torch.equal(x[a.order][switch(a, b)], x[b.order])
+
+
+@quick
+@given(shapes, sizes, st.booleans(), st.integers(1, 60))
+def test_chunks_are_whole_windows_within_the_budget(shape, size, shifted, token_chunk):
+    groups = partition(shape, size, shifted=shifted).groups
+    made = chunks(groups, token_chunk)
+    assert [chunk.start for chunk in made] == [0, *(chunk.stop for chunk in made[:-1])]
+    assert made[-1].stop == math.prod(shape)
+    for chunk in made:
+        tokens = sum(run.tokens for run in chunk.runs)
+        assert tokens == chunk.stop - chunk.start
+        assert tokens <= token_chunk or sum(run.num_windows for run in chunk.runs) == 1
+    numbers = [number for chunk in made for run in chunk.runs for number in range(run.first, run.first + run.num_windows)]
+    assert numbers == list(range(sum(group.num_windows for group in groups)))
+
+
+def test_a_default_device_does_not_reach_the_index_maps():
+    partition.cache_clear()
+    with torch.device("meta"):
+        assert partition((2, 3, 4), (2, 2, 2)).order.device.type == "cpu"
+
+
+def test_spans_cover_the_sequence():
+    assert [(chunk.start, chunk.stop) for chunk in spans(10, 4)] == [(0, 4), (4, 8), (8, 10)]
+    assert [(chunk.start, chunk.stop) for chunk in spans(10, None)] == [(0, 10)]
+
+
+@pytest.mark.parametrize(
+    ("length", "side", "even", "odd"),
+    [
+        (8, 4, (4, 4), (2, 4, 2)),
+        (10, 4, (4, 4, 2), (2, 4, 4)),
+        (7, 3, (3, 3, 1), (1, 3, 3)),
+        (4, 4, (4,), (4,)),
+        (3, 9, (3,), (3,)),
+        (3, 1, (1, 1, 1), (1, 1, 1)),
+    ],
+)
+def test_split_axis(length, side, even, odd):
+    assert split_axis(length, side) == even
+    assert split_axis(length, side, shifted=True) == odd
+
+
+def test_shift_alternates_and_one_window_has_nothing_to_alternate():
+    assert [cut.axes[2] for cut in WindowAttention((2, 4, 4)).partitions((4, 8, 8))] == [(4, 4), (2, 4, 2)]
+    assert len(WindowAttention((2, 4, 4), shift=False).partitions((4, 8, 8))) == 1
+    assert len(WindowAttention((9, 9, 9)).partitions((4, 8, 8))) == 1
+
+
+def test_shifting_connects_all_tokens_within_few_layers():
+    """Alternating partitions carry information from corner to corner; a single partition never leaves its window."""
+    even, odd = (window_mask((4, 8, 8), (2, 4, 4), shifted=shifted).float() for shifted in (False, True))
+    reach = torch.linalg.multi_dot([even, odd, even, odd])
+    assert (reach > 0).all()
+    assert (torch.linalg.multi_dot([even, even, even, even]) == 0).any()
+
+
+def test_extra_keys_are_seen_by_their_window_only():
+    shape, size = (1, 4, 6), (1, 4, 3)
+    cut = partition(shape, size)
+    q, k, v = (reorder(x, partition(shape, shape), cut) for x in random_qkv(24))
+    more_k, more_v = (torch.randn(2, 2, 5, 2, 8) for _ in range(2))
+
+    def extra(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+        windows = slice(run.first, run.first + run.num_windows)
+        return more_k[:, windows], more_v[:, windows]
+
+    result = attend_windows(q, k, v, cut.groups, extra)
+    for window in range(2):
+        part = slice(12 * window, 12 * window + 12)
+        expected = attend_full(q[:, part], torch.cat([k[:, part], more_k[:, window]], 1), torch.cat([v[:, part], more_v[:, window]], 1))
+        assert (result[:, part] - expected).abs().max() < 1e-5
+    assert (result - attend_windows(q, k, v, cut.groups)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", backends.available())
+def test_every_backend_agrees_with_the_reference(name):
+    q, k, v = random_qkv(70)
+    with backends.use(name):
+        result = attend_full(q, k[:, :50], v[:, :50])
+    assert (result - masked(q, k[:, :50], v[:, :50], torch.ones(70, 50, dtype=torch.bool))).abs().max() < 1e-5
+
+
+def test_backend_switch_is_undone_and_names_its_choices():
+    used = []
+    backends.register("probe", lambda q, k, v: used.append(len(q)) or reference_attention(q, k, v))
+    try:
+        with backends.use("probe"):
+            attend_full(*random_qkv(4))
+        attend_full(*random_qkv(4))
+        assert used == [2]
+        with pytest.raises(UserError, match="sdpa"), backends.use("no such"):
+            pass
+    finally:
+        backends.unregister("probe")
+
+
+@given(st.tuples(st.integers(1, 40), st.integers(1, 140), st.integers(1, 260)), st.integers(1, 5000))
+@settings(max_examples=40, deadline=None)
+def test_choose_window_keeps_the_budget(shape, target):
+    size = choose_window(shape, target)
+    assert math.prod(size) <= target
+    assert all(1 <= side <= length for side, length in zip(size, shape))
+    if math.prod(shape) <= target:
+        assert size == shape
+
+
+@pytest.mark.parametrize(("shape", "target"), [((21, 135, 240), 1024), ((21, 136, 240), 1024), ((8, 64, 64), 512), ((8, 34, 60), 600), ((31, 68, 120), 1000)])
+def test_choose_window_fills_the_budget_with_even_windows_where_it_can(shape, target):
+    size = choose_window(shape, target)
+    assert math.prod(size) > 0.8 * target
+    assert max(size) <= 3 * min(size)
+
+
+def test_choose_window_divides_the_4k_grid_and_follows_the_aspect():
+    assert windows_of((21, 135, 240), choose_window((21, 135, 240), 1024)) == [(675, 1008)]
+    assert choose_window((21, 135, 240), 1000, aspect=(21, 1, 1))[0] == 21
+
+
+@pytest.mark.parametrize("size", [(0, 1, 1), (1, 2), (1.5, 2, 2)])
+def test_bad_sizes_are_refused(size):
+    with pytest.raises(UserError, match="window size"):
+        WindowAttention(size)
+
+
+def test_bad_target_is_refused():
+    with pytest.raises(UserError, match="target_tokens"):
+        choose_window((4, 4, 4), 0)
