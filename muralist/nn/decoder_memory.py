@@ -1,0 +1,162 @@
+"""How much memory a decode takes, counted before it starts.
+
+The same backward walk over boxes that drives the decoder gives every tensor's size, so the count follows the modules: change a layer and the
+plan changes with it. Counted are the pool of work tensors and whatever else is alive at the worst moment of each operator, as `decoder_blocks` allocates them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from muralist.nn.decoder import StreamingDecoder
+from muralist.nn.decoder_blocks import SCORES, Attention, ConvIn, Head, Operator, ResidualBlock, UpBlock
+from muralist.nn.decoder_conv import HISTORY, STRIP_BYTES, CausalConv
+from muralist.tiling import Box
+
+SLACK = 1.15  # allocator fragmentation and workspaces of the convolution library
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeMemory:
+    """Bytes: `peak` in memory (weights, caches, work and one chunk of frames), `caches` thereof, `disk`; `largest_tensor` in elements."""
+
+    peak: int
+    caches: int
+    disk: int
+    largest_tensor: int
+
+
+@dataclass(slots=True)
+class _Walk:
+    """Element counts while walking operators over one box: the flow's shape now, and what was needed so far."""
+
+    frames: int
+    size: Size
+    channels: int
+    caches: int = 0
+    worst: int = 0
+    largest: int = 0
+    slots: dict[str, int] = field(default_factory=dict)
+
+    def pooled(self, **slots: int) -> None:
+        """These tensors live in the decoder's pool, which keeps the largest of each slot."""
+        for slot, elements in slots.items():
+            self.slots[slot] = max(self.slots.get(slot, 0), elements)
+        self.largest = max(self.largest, *slots.values())
+
+    def alive(self, *tensors: int) -> None:
+        """These tensors outside the pool exist together."""
+        self.worst = max(self.worst, sum(tensors))
+        self.largest = max(self.largest, *tensors)
+
+    def through(self, operator: Operator, box: Box, out: Box) -> None:
+        """One operator from input `box` to output `out`."""
+        match operator:
+            case UpBlock():
+                self._block(operator, box, out)
+            case ResidualBlock():
+                self._residual(operator, box, out)
+            case Attention():
+                area = out.area * self.channels
+                self.alive(area * self.frames, area, area, 3 * area, min(SCORES, out.area**2))
+            case ConvIn():
+                buffer, result = self._conv(operator.conv, out)
+                self.pooled(conv1=buffer)
+                self.alive(box.area * self.channels, result)
+                self.channels = operator.conv.out_channels
+        self.size = (self.size[0] * operator.scale, self.size[1] * operator.scale)
+
+    def head(self, head: Head, out: Box) -> None:
+        box = out.over(head.scale)
+        buffer, result = self._conv(head.conv, box)
+        self.pooled(conv1=buffer)
+        self.alive(result if not head.conv.mixed else 0, out.area * self.frames * 3)
+
+    def _conv(self, conv: CausalConv, out: Box) -> tuple[int, int]:
+        """(buffer, result) of a pass; its cache is added to the caches."""
+        self.caches += conv.cache_elements(out)
+        return (self.frames + HISTORY) * conv.in_channels * out.grow(1).area, self.frames * conv.out_channels * out.area
+
+    def _residual(self, block: ResidualBlock, box: Box, out: Box, held: int = 0) -> None:
+        """`held`: elements that an enclosing block keeps meanwhile."""
+        first, between = self._conv(block.conv1, out.grow(1).clip(*self.size))
+        second, result = self._conv(block.conv2, out)
+        # Direct convolution takes all rows at once, so what lies between the two exists whole.
+        direct = 0 if self.frames in block.conv1.mixed else between
+        self.pooled(conv1=first, conv2=second)
+        if block.slot:
+            self.pooled(**{block.slot: result})
+        self.alive(held, 0 if held else box.area * self.channels * self.frames, direct, 0 if block.slot else result, result if direct else 0)
+        self.channels = block.conv2.out_channels
+
+    def _block(self, block: UpBlock, box: Box, out: Box) -> None:
+        even = out.over(2).times(2) if block.space else out
+        inner = block.space.needs(even, self.size) if block.space else out
+        held = box.area * self.channels * self.frames if block.duplicate else 0
+        for i, resnet in enumerate(block.resnets):
+            target = inner.grow(2 * (len(block.resnets) - 1 - i)).clip(*self.size)
+            self._residual(resnet, box, target, held)
+            box = target
+        if not block.space:
+            return
+        low = inner.area * self.channels * self.frames
+        if block.time:
+            self.caches += HISTORY * inner.area * self.channels
+            self.alive(held, low, 2 * low, 2 * low, 2 * low)
+            self.frames, low = self.frames * 2, low * 2
+        self.channels = block.space.out_channels
+        self.alive(held, low, inner.times(2).grow(1).area * self.channels * self.frames, held)
+
+
+def measure(decoder: StreamingDecoder, frames: int, size: Size, tiles: Sequence[Box], *, all_tiles: bool) -> DecodeMemory:
+    """Memory of decoding `frames` latent frames of `size` [h, w] on pixel boxes `tiles`.
+
+    `all_tiles`: the caches of all tiles exist at once and frames leave as they come (time-major); otherwise those of one tile, and finished
+    tiles and the first part's results go to disk (tile-major).
+    """
+    whole = _Walk(1, size, decoder.mean.numel())
+    for operator in decoder.whole:
+        height, width = whole.size
+        whole.through(operator, Box.whole(height, width), Box.whole(height * operator.scale, width * operator.scale))
+    walks = [_tile(decoder, whole, tile) for tile in tiles]
+    each = decoder.post_quant[0].element_size()
+    between = whole.channels * whole.frames * whole.size[0] * whole.size[1] * each
+    pixels = sum(tile.area for tile in tiles) * 3
+    kept = [walk.caches for walk in walks]
+    caches = whole.caches * each + (sum(kept) if all_tiles else max(kept)) * each
+    everything = [whole, *walks]
+    pool = sum(max(walk.slots.get(slot, 0) for walk in everything) for slot in ("conv1", "conv2", "result0", "result1"))
+    work = (pool + max(walk.worst for walk in everything)) * each
+    # The caller may still hold one chunk of frames while the next is made.
+    peak = caches + int(SLACK * (work + between + 2 * decoder.temporal_factor * pixels * 4)) + 8 * STRIP_BYTES + _weights(decoder)
+    frames_out = (frames - 1) * decoder.temporal_factor + 1
+    disk = 0 if all_tiles else frames * between + frames_out * pixels * 2
+    return DecodeMemory(peak, caches, disk, max(walk.largest for walk in everything))
+
+
+def _tile(decoder: StreamingDecoder, whole: _Walk, tile: Box) -> _Walk:
+    walk = _Walk(whole.frames, whole.size, whole.channels)
+    boxes = decoder.boxes(tile, whole.size)
+    for operator, box, out in zip(decoder.tiled, boxes[:-1], boxes[1:]):
+        walk.through(operator, box, out)
+    walk.head(decoder.head, tile)
+    return walk
+
+
+def _weights(decoder: StreamingDecoder) -> int:
+    """Bytes of diffusers' weights, of their copies in this layout and of the kernels mixed over time (4 + 6 planes instead of 3)."""
+    convs = [*_convs(decoder.whole + decoder.tiled), decoder.head.conv]
+    return sum(int(conv.weight.numel() * conv.weight.element_size() * (2 + (10 / 3 if conv.mixed else 0))) for conv in convs)
+
+
+def _convs(operators: Iterable[Operator]) -> Iterable[CausalConv]:
+    for operator in operators:
+        match operator:
+            case ConvIn():
+                yield operator.conv
+            case ResidualBlock():
+                yield from (operator.conv1, operator.conv2)
+            case UpBlock():
+                yield from _convs(operator.resnets)

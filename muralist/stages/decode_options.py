@@ -1,0 +1,19 @@
+"""What a configuration says about decoding; apart from `decode`, so that checking a request does not import diffusers (seconds)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeOptions:
+    """What a configuration says about decoding.
+
+    `memory_bytes` bounds the decoder's own memory. It is a number of the configuration, not of the moment: the plan decides the last bits of
+    the frames, so a resumed run must find the same plan. `order` and `tile` (pixels) overrule the planner.
+    """
+
+    memory_bytes: int = 4 << 30
+    order: Literal["auto", "time", "tile"] = "auto"
+    tile: int | None = None

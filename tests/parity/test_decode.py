@@ -1,0 +1,286 @@
+"""Our streaming decode equals diffusers' untiled decode: both VAE flavours, both orders, any tile, any restart."""
+
+import itertools
+from functools import cache
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from muralist.errors import UserError
+from muralist.nn.decoder import StreamingDecoder
+from muralist.nn.decoder_conv import time_mix
+from muralist.stages import decode as stage
+from muralist.stages.decode import DecodeOptions, TileMajor, TimeMajor, decode, decode_bytes, plan_decode
+from muralist.tiling import Box, tile_boxes
+from muralist.types import Grid, LatentVideo
+
+TOLERANCE = 1e-5  # of the range [0, 1], fp32
+H, W, F = 6, 8, 4  # latent size
+TEMPORAL = [False, True, True]
+WAN21 = dict(base_dim=8, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=TEMPORAL)
+WAN22 = dict(
+    base_dim=8, decoder_base_dim=8, z_dim=48, dim_mult=[1, 2, 4, 4], num_res_blocks=1, temperal_downsample=TEMPORAL, is_residual=True,
+    in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16, latents_mean=[0.1] * 48, latents_std=[1.3] * 48,
+)  # fmt: skip
+EMBEDDED = {**WAN22, "base_dim": 32, "decoder_base_dim": 32, "dim_mult": [1, 1, 2, 2]}
+CONFIGS = {"wan21": WAN21, "wan22": WAN22, "embedded": EMBEDDED}
+flavours = pytest.mark.parametrize("flavour", CONFIGS)
+PLANS = [TimeMajor(tile=64), TimeMajor(tile=4096), TimeMajor(tile=48, whole_blocks=2), TileMajor(tile=64), TileMajor(tile=4096)]
+
+
+@cache
+def model(flavour: str) -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**CONFIGS[flavour]).eval().requires_grad_(False)
+    for name, parameter in vae.named_parameters():
+        if name.endswith("gamma"):
+            parameter.uniform_(0.5, 1.5)
+    return vae
+
+
+@cache
+def latent(flavour: str) -> LatentVideo:
+    config = model(flavour).config
+    z = torch.randn(1, config.z_dim, F, H, W, generator=torch.Generator().manual_seed(1))
+    s = config.scale_factor_spatial
+    return LatentVideo(z, Grid(num_frames=4 * F - 3, height=H * s, width=W * s))
+
+
+@cache
+def untiled(flavour: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """diffusers' own frames [T, H, W, 3] in [0, 1]."""
+    vae, config = model(flavour), model(flavour).config
+    vae = vae if dtype == torch.float32 else AutoencoderKLWan.from_config(config).eval().to(dtype)
+    vae.load_state_dict(model(flavour).state_dict())
+    shape = (1, -1, 1, 1, 1)
+    z = latent(flavour).z * torch.tensor(config.latents_std).view(shape) + torch.tensor(config.latents_mean).view(shape)
+    with torch.no_grad():
+        return vae.decode(z.to(dtype)).sample[0].permute(1, 2, 3, 0).float() / 2 + 0.5
+
+
+def frames(chunks) -> torch.Tensor:
+    chunks = list(chunks)
+    starts = [chunk.start for chunk in chunks]
+    assert starts == list(itertools.accumulate((len(c.frames) for c in chunks[:-1]), initial=starts[0]))
+    return torch.cat([chunk.frames for chunk in chunks])
+
+
+@flavours
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_equals_diffusers_untiled(flavour, plan):
+    ours = frames(decode(latent(flavour), model(flavour), plan))
+    assert ours.shape == untiled(flavour).shape and ours.std() > 0.05
+    assert (ours - untiled(flavour)).abs().max() <= TOLERANCE
+
+
+@flavours
+def test_a_tile_without_its_halo_would_be_wrong(flavour):
+    """The other tests could pass if a halo did not matter: it does, by far more than the tolerance."""
+    vae, video = model(flavour), latent(flavour)
+    decoder, half = StreamingDecoder(vae), W * vae.config.scale_factor_spatial // 2
+    patch = decoder.first_part(video.z[:, :, :1], first=True, caches={})
+    tile = Box.whole(video.grid.height, half)
+    cut = type(patch)(patch.data[:, :, : W // 2], Box.whole(H, W // 2), (H, W // 2))
+    right, wrong = (decoder.second_part(source, tile, first=True, caches={}) for source in (patch, cut))
+    assert (right - wrong).abs().max() > 100 * TOLERANCE
+    assert (right[0] - untiled(flavour)[0, :, :half]).abs().max() <= TOLERANCE
+
+
+@flavours
+def test_tile_order_is_irrelevant_bit_for_bit(flavour):
+    vae, video = model(flavour), latent(flavour)
+    decoder = StreamingDecoder(vae)
+    patch = decoder.first_part(video.z[:, :, :1], first=True, caches={})
+    boxes = tile_boxes(video.grid.height, video.grid.width, 48, 16)
+    forward = [decoder.second_part(patch, box, first=True, caches={}) for box in boxes]
+    backward = [decoder.second_part(patch, box, first=True, caches={}) for box in reversed(boxes)][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(forward, backward))
+
+
+@pytest.mark.parametrize("flavour", ["wan21", "wan22"])
+def test_low_precision_takes_diffusers_steps(flavour):
+    """bf16 uses the direct path; it is as far from fp32 as diffusers' bf16 is."""
+    vae = AutoencoderKLWan.from_config(model(flavour).config).eval().to(torch.bfloat16)
+    vae.load_state_dict(model(flavour).state_dict())
+    ours = frames(decode(latent(flavour), vae, TimeMajor(tile=64)))
+    theirs = untiled(flavour, torch.bfloat16)
+    error = (theirs - untiled(flavour)).abs().mean()
+    assert (ours - untiled(flavour)).abs().mean() <= 1.2 * error and (ours - theirs).abs().mean() <= 1.2 * error
+
+
+@pytest.mark.parametrize("flavour", ["wan21", "wan22"])
+def test_float64_direct_path_is_exact(flavour):
+    vae = AutoencoderKLWan.from_config(model(flavour).config).eval().double()
+    vae.load_state_dict(model(flavour).state_dict())
+    assert (frames(decode(latent(flavour), vae, TimeMajor(tile=64))) - untiled(flavour, torch.float64)).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("plan", [TimeMajor(tile=64), TileMajor(tile=64)], ids=str)
+def test_crop_cuts_before_converting(plan):
+    video = latent("wan22")
+    crop = Grid(num_frames=video.grid.num_frames, height=video.grid.height - 21, width=video.grid.width - 70)
+    ours = frames(decode(video, model("wan22"), plan, crop=crop))
+    assert (ours - untiled("wan22")[:, : crop.height, : crop.width]).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("plan", [TimeMajor(tile=64), TileMajor(tile=64)], ids=str)
+@pytest.mark.parametrize("first_frame", [1, 4, 5, 12])
+def test_any_first_frame(plan, first_frame):
+    chunks = list(decode(latent("wan21"), model("wan21"), plan, first_frame=first_frame))
+    everything = frames(decode(latent("wan21"), model("wan21"), plan))
+    assert chunks[0].start <= first_frame < chunks[0].start + len(chunks[0].frames)
+    assert torch.equal(frames(chunks), everything[chunks[0].start :])
+    assert list(decode(latent("wan21"), model("wan21"), plan, first_frame=13)) == []
+
+
+class Killed(BaseException):
+    """Stands for a process that dies."""
+
+
+def killed_after(count: int):
+    seen = itertools.count(1)
+
+    def on_tile(done: int, total: int) -> None:
+        if next(seen) == count:
+            raise Killed
+
+    return on_tile
+
+
+@pytest.mark.parametrize("flavour", ["wan21", "wan22"])
+@pytest.mark.parametrize("plan", [TimeMajor(tile=32, save_every=1), TileMajor(tile=32)], ids=str)
+def test_killed_at_every_tile_and_resumed_is_bit_identical(flavour, plan, tmp_path):
+    """Killed again and again, each time one tile (tile-major) or one latent frame and a half (time-major) further: the frames are the same bits."""
+    video, vae = latent(flavour), model(flavour)
+    whole, seen, restarts = frames(decode(video, vae, plan)), {}, 0
+    columns, rows = -(-video.grid.width // 32), -(-video.grid.height // 32)
+    allowed = 3 if isinstance(plan, TileMajor) else 1 + columns * rows * 3 // 2
+    while True:
+        try:
+            # The reader has all frames before `start`, as an encoder with closed groups would.
+            for chunk in decode(video, vae, plan, scratch=tmp_path, on_tile=killed_after(allowed), first_frame=next_missing(seen)):
+                seen[chunk.start] = chunk.frames
+            break
+        except Killed:
+            restarts += 1
+            assert restarts < 40
+    assert restarts >= 1 and torch.equal(torch.cat([seen[start] for start in sorted(seen)]), whole)
+
+
+def next_missing(seen: dict[int, torch.Tensor]) -> int:
+    return max((start + len(chunk) for start, chunk in seen.items()), default=0)
+
+
+def test_finished_tiles_are_not_done_again(tmp_path, monkeypatch):
+    video, vae = latent("wan21"), model("wan21")
+    first = frames(decode(video, vae, TileMajor(tile=64), scratch=tmp_path))
+    monkeypatch.setattr(StreamingDecoder, "second_part", lambda *a, **k: pytest.fail("decoded again"))
+    counts = []
+    again = frames(decode(video, vae, TileMajor(tile=64), scratch=tmp_path, on_tile=lambda *c: counts.append(c)))
+    assert torch.equal(first, again) and counts == [(1, 1)]
+
+
+def test_other_latents_do_not_pick_up_stale_work(tmp_path):
+    video, vae = latent("wan21"), model("wan21")
+    for plan in (TileMajor(tile=64), TimeMajor(tile=64, save_every=1)):
+        frames(decode(video, vae, plan, scratch=tmp_path))
+        other = LatentVideo(-video.z, video.grid)
+        assert torch.equal(frames(decode(other, vae, plan, scratch=tmp_path)), frames(decode(other, vae, plan)))
+
+
+def test_old_caches_are_removed(tmp_path):
+    z = torch.randn(1, 16, stage.READER_LAG + 5, 2, 2)
+    video = LatentVideo(z, Grid(num_frames=4 * z.shape[2] - 3, height=16, width=16))
+    frames(decode(video, model("wan21"), TimeMajor(tile=64, save_every=2), scratch=tmp_path))
+    kept = sorted(int(path.stem[7:]) for path in tmp_path.rglob("caches-*"))
+    assert kept == list(range(4, stage.READER_LAG + 5, 2))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("plan", [TimeMajor(tile=64), TileMajor(tile=64)], ids=str)
+def test_a_value_that_is_not_finite_names_stage_and_tile(bad, plan):
+    video = latent("wan22")
+    z = video.z.clone()
+    z[0, 3, 2, 5, 7] = bad
+    with pytest.raises(FloatingPointError, match=r"decode: tile \d of \d .*latent frame 2"):
+        frames(decode(LatentVideo(z, video.grid), model("wan22"), plan))
+
+
+def test_wrong_shapes_are_the_users_to_mend():
+    video, vae = latent("wan21"), model("wan21")
+    small = Grid(num_frames=13, height=48, width=72)
+    with pytest.raises(UserError, match="the grid that the latents were made on"):
+        decode(LatentVideo(video.z, small), vae, TimeMajor(tile=64))
+    with pytest.raises(UserError, match="crop"):
+        decode(video, vae, TimeMajor(tile=64), crop=Grid(num_frames=13, height=4800, width=72))
+    with pytest.raises(UserError, match="first_frame"):
+        decode(video, vae, TimeMajor(tile=64), first_frame=14)
+
+
+def test_plan_follows_memory():
+    grid = Grid(num_frames=29, height=2176, width=3840)
+    plans = {gb: plan_decode(EMBEDDED, grid, DecodeOptions(memory_bytes=gb << 30)) for gb in (2, 4, 16)}
+    assert isinstance(plans[16], TimeMajor) and isinstance(plans[2], TileMajor)
+    with torch.device("meta"):
+        vae = AutoencoderKLWan(**EMBEDDED)
+    for gb, plan in plans.items():
+        assert decode_bytes(vae, (48, 8, 136, 240), plan).peak <= gb << 30
+    with pytest.raises(UserError, match=r"needs .* GB, allowed are 0\.0 GB"):
+        plan_decode(EMBEDDED, grid, DecodeOptions(memory_bytes=1 << 20))
+
+
+@pytest.mark.parametrize("config", [dict(), {**WAN22, "decoder_base_dim": 256, "base_dim": 160, "num_res_blocks": 2}], ids=["Wan2.1", "Wan2.2-5B"])
+def test_no_tensor_of_a_planned_decode_reaches_2_to_the_31(config):
+    with torch.device("meta"):
+        vae = AutoencoderKLWan(**config)
+    grid = Grid(num_frames=81, height=4352, width=7680)
+    plan = plan_decode(vae.config, grid, DecodeOptions(memory_bytes=1 << 40))
+    s = vae.config.scale_factor_spatial
+    assert decode_bytes(vae, (vae.config.z_dim, 21, grid.height // s, grid.width // s), plan).largest_tensor < 2**31
+
+
+@pytest.mark.parametrize("flavour", ["wan21", "wan22"])
+def test_estimated_caches_are_the_caches(flavour):
+    vae, video = model(flavour), latent(flavour)
+    decoder, plan = StreamingDecoder(vae), TimeMajor(tile=64)
+    whole, tiles = {}, [(box, {}) for box in tile_boxes(video.grid.height, video.grid.width, 64, vae.config.scale_factor_spatial)]
+    for k in range(2):
+        patch = decoder.first_part(video.z[:, :, k : k + 1], first=k == 0, caches=whole)
+        for box, caches in tiles:
+            decoder.second_part(patch, box, first=k == 0, caches=caches)
+    counted = sum(4 * value.numel() for caches in [whole, *(caches for _, caches in tiles)] for value in caches.values())
+    assert decode_bytes(vae, tuple(video.z.shape[1:]), plan).caches == counted
+
+
+@pytest.mark.parametrize("frames", [2, 4])
+def test_time_mix_is_a_convolution(frames):
+    mix, x, taps = time_mix(frames), torch.randn(frames + 2, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    direct = torch.stack([(x[t : t + 3] * taps).sum() for t in range(frames)])
+    assert torch.allclose(mix.after @ ((mix.taps @ taps) * (mix.before @ x)), direct, atol=1e-12)
+    assert torch.equal(mix.after[:, 1], torch.ones(frames, dtype=torch.float64))  # the bias rides on this column
+
+
+def test_private_names_of_diffusers():
+    """Every attribute of diffusers' decoder that `nn/decoder*.py` reads."""
+    for flavour, upsampler in (("wan21", lambda b: b.upsamplers[0]), ("wan22", lambda b: b.upsampler)):
+        vae = model(flavour)
+        decoder, block = vae.decoder, vae.decoder.up_blocks[0]
+        assert decoder.conv_in._padding[4] == 2 and decoder.conv_in.kernel_size == (3, 3, 3)  # causal: two frames before, none after
+        assert isinstance(block.resnets[0].nonlinearity, torch.nn.SiLU) and block.resnets[0].norm1.bias == 0.0
+        assert upsampler(block).mode == "upsample3d" and upsampler(block).time_conv.kernel_size == (3, 1, 1)
+        assert isinstance(upsampler(block).resample[1], torch.nn.Conv2d) and upsampler(block).resample[0].mode == "nearest-exact"
+        assert len(decoder.mid_block.attentions) == 1 and decoder.mid_block.attentions[0].to_qkv.out_channels == 3 * decoder.conv_in.out_channels
+        assert decoder.norm_out.scale == decoder.norm_out.gamma.numel() ** 0.5
+    shortcut = model("wan22").decoder.up_blocks[0].avg_shortcut
+    assert (shortcut.factor_t, shortcut.factor_s, shortcut.factor) == (2, 2, 8) and shortcut.repeats >= 1
+    assert model("wan22").decoder.up_blocks[-1].avg_shortcut is None and model("wan22").decoder.up_blocks[-1].upsampler is None
+
+
+def test_an_unknown_layer_is_refused():
+    vae = AutoencoderKLWan(**WAN21)
+    vae.decoder.up_blocks[0].resnets[0].nonlinearity = torch.nn.GELU()
+    with pytest.raises(ValueError, match="knows SiLU"):
+        StreamingDecoder(vae)
+    with pytest.raises(ValueError, match="whole_blocks = 4"):
+        StreamingDecoder(model("wan21"), whole_blocks=4)
