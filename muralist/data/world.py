@@ -135,7 +135,7 @@ def all_scenes(*, held_out: bool) -> Iterator[Scene]:
 def render(scene: Scene, grid: Grid, *, crop: Crop | None = None, frames: range | None = None) -> Iterator[torch.Tensor]:
     """Frames [H, W, 3] float32 in [0, 1], one after the other, each of the crop's size where a crop is given."""
     crop = crop or Crop(0, 0, grid.height, grid.width)
-    if not (0 <= crop.top and 0 <= crop.left and crop.top + crop.height <= grid.height and crop.left + crop.width <= grid.width):
+    if not (crop.top >= 0 and crop.left >= 0 and crop.top + crop.height <= grid.height and crop.left + crop.width <= grid.width):
         raise UserError(f"crop {crop} leaves the frame", where="render", fix=f"keep it within {grid.width}x{grid.height}")
     stage = _Stage(scene, grid)
     for index in frames if frames is not None else range(grid.num_frames):

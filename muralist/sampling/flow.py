@@ -20,8 +20,8 @@ Velocity = Callable[[torch.Tensor, float], torch.Tensor]
 
 def sigmas(num_inference_steps: int, flow_shift: float) -> list[float]:
     """The `num_inference_steps + 1` noise levels from 1 to 0: sigma = s u / (1 + (s - 1) u), u uniform (arXiv 2403.03206, eq. 23)."""
-    if num_inference_steps < 1:
-        raise UserError(f"{num_inference_steps} steps", where="num_inference_steps", fix="use at least 1")
+    if not 1 <= num_inference_steps <= 1000:
+        raise UserError(f"{num_inference_steps} steps", where="num_inference_steps", fix="use 1 to 1000")
     if not 0 < flow_shift < 1000:
         raise UserError(f"{flow_shift}", where="flow_shift", fix="use a number above 0, such as 5")
     uniform = [1 - i / num_inference_steps for i in range(num_inference_steps + 1)]

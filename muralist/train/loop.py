@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import csv
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -61,7 +64,8 @@ class Schedule:
 def fit(objective: Objective, schedule: Schedule, folder: Path, *, resume: bool, report: Callable[[str], None] = print) -> nn.Module:
     """Train until the budget is spent; returns the module with its averaged (EMA) weights.
 
-    Raises FloatingPointError on a loss that is not finite, before the weights are touched.
+    Raises FloatingPointError on a loss that is not finite, before the weights are touched; KeyboardInterrupt after Ctrl-C, with
+    everything up to the last step saved.
     """
     parameters = dict(objective.module.named_parameters())
     parameters = {name: p for name, p in parameters.items() if p.requires_grad}
@@ -71,29 +75,46 @@ def fit(objective: Objective, schedule: Schedule, folder: Path, *, resume: bool,
     saved_at = seconds
     curve = _Curve(folder, fresh=step == 0)
     report(f"{sum(p.numel() for p in parameters.values()) / 1e6:.2f} M parameters, from step {step} ({seconds / 60:.1f} min)")
-    while (progress := schedule.progress(step, seconds)) < 1:
-        started = time.monotonic()
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = schedule.rate(step, progress)
-        loss, metrics = objective.loss(step, progress)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"loss is {loss.item()} at step {step}; the newest checkpoint in {folder} is intact")
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters.values(), schedule.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        _update_average(average, parameters, min(schedule.ema, (1 + step) / (10 + step)))
-        step, seconds = step + 1, seconds + time.monotonic() - started
-        if line := curve.add(step, seconds, {"loss": loss.item(), "grad_norm": norm.item(), **metrics}):
-            report(line)
-        if seconds - saved_at > schedule.save_every_minutes * 60 or schedule.progress(step, seconds) >= 1:
-            _save(folder, step, seconds, parameters, average, optimizers, schedule)
-            saved_at = seconds
+    with _held_interrupt() as interrupted:
+        while (progress := schedule.progress(step, seconds)) < 1:
+            started = time.monotonic()
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = schedule.rate(step, progress)
+            loss, metrics = objective.loss(step, progress)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"loss is {loss.item()} at step {step}; the newest checkpoint in {folder} is intact")
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(parameters.values(), schedule.clip)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            _update_average(average, parameters, min(schedule.ema, (1 + step) / (10 + step)))
+            step, seconds = step + 1, seconds + time.monotonic() - started
+            if line := curve.add(step, seconds, {"loss": loss.item(), "grad_norm": norm.item(), **metrics}):
+                report(line)
+            if interrupted() or seconds - saved_at > schedule.save_every_minutes * 60 or schedule.progress(step, seconds) >= 1:
+                _save(folder, step, seconds, parameters, average, optimizers, schedule)
+                saved_at = seconds
+            if interrupted():
+                raise KeyboardInterrupt
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(average[name])
     return objective.module
+
+
+@contextmanager
+def _held_interrupt() -> Iterator[Callable[[], bool]]:
+    """Hold Ctrl-C back until the step is through: an update that stops half-way cannot be saved. Outside the main thread signals are left alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    seen: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _optimizers(module: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
@@ -158,7 +179,9 @@ class _Curve:
 
 
 def draw_curve(folder: Path) -> None:
-    """`curve.png` beside `curve.csv`: the loss over minutes."""
+    """`curve.png` beside `curve.csv`: the loss over minutes. A training too short for one row has no curve."""
+    if not (folder / "curve.csv").is_file():
+        return
     import matplotlib
 
     matplotlib.use("Agg")

@@ -69,7 +69,7 @@ def channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
 def train_vae(folder: Path, *, minutes: float, device: torch.device, resume: bool, report: Callable[[str], None] = print) -> Path:
     """`miniature-vae`: reconstruction of world crops at all scales; writes `folder/vae` in diffusers layout."""
     objective = Reconstruction(new_vae().to(device), ReconstructionConfig(), device)
-    vae = fit(objective, Schedule(minutes=minutes, learning_rate=1.5e-3), folder, resume=resume, report=report)
+    vae = fit(objective, Schedule(minutes=minutes, learning_rate=1e-3, decay=0.6), folder, resume=resume, report=report)
     draw_curve(folder)
     mean, std = _latent_statistics(vae, device)
     vae.register_to_config(latents_mean=mean, latents_std=std)
@@ -176,7 +176,7 @@ def save_model(model: TextToVideo, vae: AutoencoderKLWan, folder: Path) -> Path:
     }  # fmt: skip
     numbers = {
         "grid": {"num_frames": GRID.num_frames, "height": GRID.height, "width": GRID.width, "fps": GRID.fps},
-        "num_inference_steps": 30, "guidance_scale": 3.0, "flow_shift": FLOW_SHIFT, "negative_prompt": "", "max_sequence_length": TEXT_LENGTH,
+        "num_inference_steps": 20, "guidance_scale": 3.0, "flow_shift": FLOW_SHIFT, "negative_prompt": "", "max_sequence_length": TEXT_LENGTH,
     }  # fmt: skip
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     (folder / "muralist.json").write_text(json.dumps(numbers, indent=2) + "\n")

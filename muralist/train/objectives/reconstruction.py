@@ -30,9 +30,9 @@ class ReconstructionConfig:
     """Crop side in pixels; batch of single frames and of clips; share of the budget spent on single frames; loss weights."""
 
     side: int = 96
-    frames: int = 5
+    frames: int = 9
     batch_single: int = 16
-    batch_clip: int = 6
+    batch_clip: int = 4
     single_share: float = 0.35
     latent_noise: float = 0.1
     kl: float = 1e-3

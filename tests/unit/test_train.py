@@ -1,0 +1,193 @@
+"""The training loop resumes exactly, stops at the first number that is not finite, and its objectives learn what they say."""
+
+import csv
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.autoencoders import autoencoder_kl_wan
+from torch import nn
+
+from muralist.data.latents import LatentPool, PoolConfig, build_pool, decode, encode
+from muralist.errors import UserError
+from muralist.nn.transformer import MuralTransformer
+from muralist.train import state
+from muralist.train.loop import Schedule, draw_curve, fit
+from muralist.train.miniature import Curriculum, TextToVideo, new_tokenizer, new_vae
+from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
+from muralist.train.objectives.reconstruction import Reconstruction, ReconstructionConfig, band_error, single_frame_convolutions
+from muralist.types import Grid
+
+
+class Line:
+    """A line through noisy points: the smallest objective there is; matrices under `.blocks.` so that Muon has work too."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.module = nn.ModuleDict({"net": nn.ModuleDict({"blocks": nn.Linear(4, 4)})})
+        self.fail_at = None
+
+    def loss(self, step, progress):
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        error = self.module["net"]["blocks"](x) - 2 * x
+        return (error.square().mean() if step != self.fail_at else error.sum() * float("nan")), {}
+
+
+def schedule(steps, **changes):
+    return Schedule(steps=steps, learning_rate=0.01, warmup=1, decay=0.5, save_every_minutes=0.0, **changes)
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(tmp_path, muon):
+    whole = fit(Line(), schedule(20, muon=muon), tmp_path / "whole", resume=False, report=lambda line: None)
+    stopped = Line()
+    stopped.fail_at = 11
+    with pytest.raises(FloatingPointError, match="step 11"):
+        fit(stopped, schedule(20, muon=muon), tmp_path / "parts", resume=False, report=lambda line: None)
+    parts = fit(Line(), schedule(20, muon=muon), tmp_path / "parts", resume=True, report=lambda line: None)
+    for a, b in zip(whole.parameters(), parts.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_ctrl_c_saves_the_step_it_meets(tmp_path):
+    class Interrupted(Line):
+        def loss(self, step, progress):
+            if step == 7:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().loss(step, progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(Interrupted(), Schedule(steps=20, save_every_minutes=60), tmp_path, resume=False, report=lambda line: None)
+    assert state.load_newest(tmp_path / "checkpoints")[1]["step"] == 8
+
+
+def test_a_training_too_short_for_a_curve_is_no_error(tmp_path):
+    draw_curve(tmp_path)
+    assert not (tmp_path / "curve.png").exists()
+
+
+def test_it_learns(tmp_path):
+    objective = Line()
+    before = objective.loss(999, 0)[0].item()
+    fit(objective, schedule(300), tmp_path, resume=False, report=lambda line: None)
+    assert objective.loss(999, 0)[0].item() < 0.2 * before
+    draw_curve(tmp_path)
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+    with open(tmp_path / "curve.csv") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert losses[-1] < losses[0]
+
+
+def test_unfinished_checkpoints_are_ignored_and_two_are_kept(tmp_path):
+    for step in range(1, 6):
+        state.save(tmp_path, step, {"a": torch.full((2,), float(step))}, {"step": step})
+    (tmp_path / "step-9.tmp").mkdir()
+    tensors, numbers = state.load_newest(tmp_path)
+    assert numbers["step"] == 5 and tensors["a"].tolist() == [5, 5]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-4", "step-5", "step-9.tmp"]
+
+
+def test_a_schedule_has_one_budget():
+    with pytest.raises(UserError, match="minutes and steps"):
+        Schedule()
+    assert schedule(10).rate(9, 0.999) < 0.1 * schedule(10).rate(5, 0.5)
+
+
+def test_single_frame_convolutions_change_nothing_but_time():
+    vae, x = new_vae(), torch.rand(1, 3, 1, 64, 96) * 2 - 1
+    original = autoencoder_kl_wan.WanCausalConv3d.forward
+    with torch.no_grad():
+        expected = vae.decode(vae.encode(x).latent_dist.mean).sample
+        with single_frame_convolutions():
+            got = vae.decode(vae.encode(x).latent_dist.mean).sample
+    assert autoencoder_kl_wan.WanCausalConv3d.forward is original
+    assert (expected - got).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.9])
+def test_reconstruction_gives_gradients_to_every_trained_parameter(progress):
+    objective = Reconstruction(new_vae(), ReconstructionConfig(side=32, batch_single=2, batch_clip=1), torch.device("cpu"))
+    loss, metrics = objective.loss(1, progress)
+    loss.backward()
+    assert torch.isfinite(loss) and np.isfinite(metrics["psnr"])
+    # on single frames the convolutions over time alone are not used
+    missing = [n for n, p in objective.module.named_parameters() if p.requires_grad and p.grad is None and not (progress == 0 and "time_conv" in n)]
+    assert missing == []
+
+
+def test_band_error_sees_blur_and_not_phase():
+    torch.manual_seed(0)
+    sharp = torch.randn(2, 3, 1, 64, 64)
+    blurred = nn.functional.avg_pool3d(sharp, (1, 3, 3), stride=1, padding=(0, 1, 1))
+    assert band_error(torch.randn(2, 3, 1, 64, 64), sharp) < 0.3 < band_error(blurred, sharp)
+
+
+class Small(TextToVideo):
+    """The same model, two thin layers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.transformer = MuralTransformer(
+            num_attention_heads=1,
+            attention_head_dim=24,
+            in_channels=4,
+            out_channels=4,
+            text_dim=128,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=2,
+            rope_max_seq_len=64,
+        )
+
+
+@pytest.mark.parametrize("prediction", ["sample", "flow"])
+def test_flow_matching_learns_a_constant_video(tmp_path, prediction):
+    model = Small()
+    x = torch.randn(1, 4, 1, 4, 4).expand(8, -1, -1, -1, -1)
+
+    def source(rng, progress):
+        return Batch(x, ["a red ball rises over sand"] * 8)
+
+    objective = FlowMatching(model, model.transformer, model.embed, source, FlowConfig(prediction=prediction), torch.device("cpu"))
+    before = objective.loss(0, 0)[0].item()
+    fit(objective, Schedule(steps=60, learning_rate=5e-3, warmup=5, muon=True), tmp_path, resume=False, report=lambda line: None)
+    assert objective.loss(0, 0)[0].item() < 0.7 * before
+
+
+def test_the_curriculum_keeps_true_places_in_time():
+    frames = LatentPool(torch.zeros(5, 2, 1, 4, 4).half(), ["x"] * 5)
+    clips = LatentPool(torch.arange(8.0).view(1, 1, 8, 1, 1).expand(5, 2, 8, 4, 4).half(), ["x"] * 5)
+    for step in range(20):
+        batch = Curriculum(frames, clips)(np.random.default_rng(step), 0.6)
+        assert batch.x[0, 0, :, 0, 0].tolist() == [batch.first, batch.first + batch.stride, batch.first + 2 * batch.stride]
+    assert Curriculum(frames, clips)(np.random.default_rng(0), 0.0).x.shape[2] == 1
+    assert Curriculum(frames, clips)(np.random.default_rng(0), 0.9).x.shape[2] == 8
+
+
+def test_a_latent_pool_is_made_once_and_is_the_same_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("muralist.data.latents.SHARD", 2)
+    config = PoolConfig(name="p", count=3, grid=Grid(num_frames=5, height=64, width=112), frames=1)
+    vae = new_vae().eval()
+    first = build_pool(vae, config, tmp_path / "a", torch.device("cpu"), report=lambda line: None)
+    second = build_pool(vae, config, tmp_path / "b", torch.device("cpu"), report=lambda line: None)
+    again = build_pool(None, config, tmp_path / "a", torch.device("cpu"), report=lambda line: None)
+    assert first.z.shape == (3, 48, 1, 4, 7) and len(first.captions) == 3
+    assert torch.equal(first.z, second.z) and torch.equal(first.z, again.z) and first.captions == again.captions
+
+
+def test_encode_and_decode_are_on_the_same_scale():
+    vae = new_vae().eval()
+    vae.register_to_config(latents_mean=[0.5] * 48, latents_std=[2.0] * 48)
+    video = torch.rand(1, 64, 64, 3)
+    with torch.no_grad():
+        expected = (vae.decode(vae.encode(video.permute(3, 0, 1, 2)[None] * 2 - 1).latent_dist.mean).sample[0, :, 0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1)
+    assert (decode(vae, encode(vae, video))[0] - expected).abs().max() < 1e-5
+
+
+def test_the_tokenizer_knows_every_word_of_the_world_and_nothing_else():
+    tokenizer = new_tokenizer()
+    assert tokenizer.unk_token_id not in tokenizer("An orange star moves left over lava, camera zooms in")["input_ids"]
+    assert tokenizer.unk_token_id in tokenizer("a red dinosaur rises over sand")["input_ids"]
