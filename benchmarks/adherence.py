@@ -1,0 +1,74 @@
+"""Does the embedded base paint what the prompt says? Held-out prompts, judged by `muralist.data.score`.
+
+    python benchmarks/adherence.py --count 105                      # at the base's own size
+    python benchmarks/adherence.py --count 12 --size 3840x2160      # by the cascade
+
+Writes results/adherence-SIZE.{json,md} and a contact sheet of first, middle and last frames.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import write
+from PIL import Image
+
+import muralist
+from muralist.data import world
+from muralist.data.score import score
+
+ATTRIBUTES = ("colour", "shape", "ground", "motion", "camera")
+
+
+def scenes(count: int, seed: int) -> list[world.Scene]:
+    """Held-out scenes without a camera move, spread over all words."""
+    every = list(world.all_scenes(held_out=True))
+    return [every[i] for i in np.random.default_rng(seed).permutation(len(every))[:count]]
+
+
+def main() -> None:
+    options = arguments()
+    width, height = (int(v) for v in options.size.split("x"))
+    recipe = "direct" if (width, height) == (448, 256) else "cascade"
+    pipe = muralist.load(options.model, recipe=recipe)
+    sheet, rows, started = [], [], time.time()
+    for scene in scenes(options.count, options.seed):
+        with tempfile.TemporaryDirectory() as folder:
+            video = pipe(world.caption(scene), width=width, height=height, num_frames=29, seed=scene.seed, run_dir=Path(folder) / "run")
+            # 4K clips are judged on every fourth frame: a whole one is 2.9 GB of floats
+            frames = torch.cat([chunk.frames[:: (1 if height < 1000 else 4)] for chunk in video])
+        result = score(frames, scene)
+        rows.append({"prompt": world.caption(scene)} | {a: bool(getattr(result, a)) for a in ATTRIBUTES} | {"objects": result.num_objects})
+        sheet.append(small(frames))
+        print(rows[-1], f"{(time.time() - started) / len(rows):.1f} s a clip", flush=True)
+    means = [{"measure": a, "percent": 100 * float(np.mean([r[a] for r in rows]))} for a in ATTRIBUTES]
+    means.append({"measure": "exactly one object", "percent": 100 * float(np.mean([r["objects"] == 1 for r in rows]))})
+    print(means)
+    write(f"adherence-{options.size}", means, note=f"{len(rows)} held-out prompts, recipe {recipe}, {options.size}, seed {options.seed}")
+    Image.fromarray(torch.cat(sheet[:24]).numpy()).save(options.sheet)
+
+
+def small(frames: torch.Tensor) -> torch.Tensor:
+    """First, middle and last frame side by side at 448x256, uint8."""
+    three = frames[[0, len(frames) // 2, -1]].permute(0, 3, 1, 2)
+    three = torch.nn.functional.interpolate(three, size=(256, 448), mode="area")
+    return (torch.cat(list(three), dim=2).permute(1, 2, 0) * 255).byte()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=105)
+    parser.add_argument("--size", default="448x256")
+    parser.add_argument("--model", default="miniature")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sheet", type=Path, default=Path("adherence.png"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

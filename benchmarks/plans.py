@@ -1,0 +1,94 @@
+"""What the plan says for the 1.3B and the 5B at 4K on cards of 24, 80 and 140 GB: writes docs/plan.md.
+
+python benchmarks/plans.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from wan import SIZES
+
+from muralist.base import BaseInfo
+from muralist.config import Request
+from muralist.plan import Machine, Plan, plan
+from muralist.recipes import find
+
+FRAMES = (29, 81, 161)
+MACHINES = ("24GB", "80GB", "140GB")
+INTRO = """# What a plan says
+
+`muralist plan` (and `generate --dry-run`) computes the cost of a video from configurations alone, before anything is loaded: tokens, FLOPs,
+memory, disk and time of each stage, what will be done about it, and what cannot fit (exit code 2, with the nearest request that fits).
+
+- **FLOPs** of transformer, text encoder and decoder are those that PyTorch's counter finds (`benchmarks/results/flops.md`,
+  `tests/unit/test_plan.py`); those of an adapter are taken from its file size.
+- **Memory** counts weights and the tensors that are alive together; a test compares the transformer's forward with what it really allocates
+  (within -10 and +20 %). **Disk** is what the files of all stages take; the size of the video file is a guess.
+- **Times** are estimates: FLOPs over a share of the matmul rate plus memory traffic over the copy rate. `muralist plan` measures both rates
+  here. The presets below are assumptions (24 GB: RTX 4090 class, 150 TFLOP/s, 0.92 TB/s; 80 GB: H100 class, 790 TFLOP/s, 3.0 TB/s; 140 GB:
+  H200 class, 790 TFLOP/s, 4.3 TB/s), with PyTorch's own attention kernels, layers not compiled, decoders at the rates of public code. No time
+  below has been checked on such a card.
+- **What the plan decides**: the decode order and tiles. Where the default limit of 4.3 GB holds only small tiles, it raises the limit to what
+  tiles of 512 pixels take, the same on every machine that has the room. `Plan.request` is the request with that filled in: the one to run.
+
+## 1.3B and 5B at 4K on 24, 80 and 140 GB
+
+Made by `python benchmarks/plans.py`; 50 steps, guidance 5. Memory and disk are the same on all three.
+
+"""
+
+
+def planned(base: BaseInfo, recipe: str, num_frames: int, machine: Machine) -> Plan:
+    grid = replace(base.defaults.grid, num_frames=num_frames, height=2160, width=3840)
+    asked = Request(prompt="a video", negative_prompt="", grid=grid, seed=0, model=base.name, revision=None, recipe=recipe, config=find(recipe)(base))
+    return plan(asked, base, machine)
+
+
+def span(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(["| " + " | ".join(line) + " |" for line in (columns, ["---"] * len(columns), *rows)]) + "\n"
+
+
+def overview() -> str:
+    rows = []
+    for name, size in SIZES.items():
+        for recipe in ("cascade", "direct"):
+            for num_frames in FRAMES:
+                plans = [planned(size.info(name), recipe, num_frames, Machine.of(machine)) for machine in MACHINES]
+                saving = next(stage for stage in plans[0].stages if stage.stage == "refine").attention_saving
+                space = [f"{plans[0].memory_bytes / 1e9:.1f}", f"{plans[0].disk_bytes / 1e9:.1f}"]
+                times = [span(one.seconds) if not one.refusals else "does not fit" for one in plans]
+                rows.append([name, recipe, str(num_frames), f"{plans[0].flops / 1e15:,.0f}", f"{saving:,.0f}x", *space, *times])
+    columns = ["base", "recipe", "frames", "PFLOP", "attention saved in refine", "memory GB", "disk GB", *(f"time, {machine}" for machine in MACHINES)]
+    return table(columns, rows)
+
+
+def stages(made: Plan) -> str:
+    rows = []
+    for s in made.stages:
+        size = [f"{s.tokens:,}", f"{s.keys_per_query:,.0f}"] if s.tokens else ["", ""]
+        work = [f"{s.flops / 1e15:,.2f}", f"{s.attention_saving:,.0f}x"] if s.tokens else [f"{s.flops / 1e15:,.2f}" if s.flops else "", ""]
+        rows.append([s.stage, s.work, *size, *work, f"{s.memory_bytes / 1e9:.1f}", f"{s.disk_bytes / 1e9:.2f}", span(s.seconds), s.action])
+    text = table(["stage", "work", "tokens", "keys a query", "PFLOP", "attention saved", "memory GB", "disk GB", "time", "what will be done"], rows)
+    refused = [f"- **refused**: {r.where}: {r.what}; {r.fix}\n" for r in made.refusals]
+    return "\n".join([text, "".join([*(f"- {note}\n" for note in made.notes), *refused])])
+
+
+def main() -> None:
+    text = INTRO + overview()
+    for name, size in SIZES.items():
+        for recipe in ("cascade", "direct"):
+            made = planned(size.info(name), recipe, 81, Machine.of("24GB"))
+            text += f"\n### {name}, {recipe}, 81 frames at 3840x2160, 24 GB\n\n" + stages(made)
+    small = replace(Machine.of("24GB"), name="the same card with 13 GB", device_bytes=13 * 10**9)
+    text += "\n### Refused: 5B, cascade, 81 frames on 13 GB\n\n" + stages(planned(SIZES["5B"].info("5B"), "cascade", 81, small))
+    Path(__file__).parents[1].joinpath("docs", "plan.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

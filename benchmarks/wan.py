@@ -1,0 +1,53 @@
+"""The configurations of two published Wan models, for benchmarks that need their shapes and not their weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from muralist.base import BaseInfo, Defaults
+from muralist.types import Geometry, Grid
+
+_TRANSFORMER = {"patch_size": (1, 2, 2), "attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256, "num_layers": 30}
+_VAE = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True]}
+TEXT_ENCODER_BYTES = 11_361_920_000  # UMT5-xxl's encoder in 16 bits
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's shapes and the grid it was made for."""
+
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    grid: Grid
+    parameters: int
+
+    def info(self, name: str) -> BaseInfo:
+        """As `inspect_base` would report the published folder."""
+        channels = self.vae["z_dim"]
+        defaults = Defaults(grid=self.grid, num_inference_steps=50, guidance_scale=5.0, flow_shift=5.0, negative_prompt="", max_sequence_length=512)
+        geometry = Geometry(spatial_factor=self.vae["scale_factor_spatial"], temporal_factor=4, channels=channels, patch=(1, 2, 2))
+        return BaseInfo(
+            name=name, folder=Path(name), geometry=geometry, defaults=defaults, transformer_config=self.transformer, vae_config=self.vae,
+            boundary=None, prediction="flow", adapters=(),
+            component_bytes={"transformer": 2 * self.parameters, "text_encoder": TEXT_ENCODER_BYTES, "vae": 500_000_000},
+        )  # fmt: skip
+
+
+SIZES = {
+    "1.3B": Size(
+        _TRANSFORMER | {"num_attention_heads": 12, "ffn_dim": 8960, "in_channels": 16, "out_channels": 16},
+        _VAE | {"base_dim": 96, "z_dim": 16, "scale_factor_spatial": 8},
+        Grid(num_frames=81, height=480, width=832),
+        1_418_996_800,
+    ),
+    "5B": Size(
+        _TRANSFORMER | {"num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48},
+        _VAE
+        | {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2}
+        | {"scale_factor_spatial": 16, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48},
+        Grid(num_frames=121, height=704, width=1280, fps=24),
+        4_999_787_712,
+    ),
+}

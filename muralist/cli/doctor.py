@@ -1,0 +1,98 @@
+"""`muralist doctor`: what this machine offers, and what is missing."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from muralist.cli import _show
+from muralist.cli._options import Debug, Device, Json
+from muralist.errors import UserError
+
+
+def command(device: Device = "auto", json: Json = False, debug: Debug = False) -> int:
+    """Check the installation: versions, device, speed, codecs, disk, the embedded model. Exit code 2 names the first thing to mend."""
+    from muralist.base import pick_device
+
+    target = pick_device(device)
+    checks: dict[str, Callable[[], str]] = {
+        "versions": _versions,
+        "device": lambda: _device(target),
+        "working type": lambda: _dtype(target),
+        "speed": lambda: _speed(target),
+        "codecs": _codecs,
+        "disk": lambda: f"{_show.amount(_free())} free in the current directory",
+        "miniature": _miniature,
+    }
+    results = {name: _outcome(check) for name, check in checks.items()}
+    if json:
+        _show.emit({"event": "doctor", **{name: {"ok": not isinstance(found, UserError), "found": str(found)} for name, found in results.items()}})
+    else:
+        _show.table("", ["check", "", "found"], [(name, "mend" if isinstance(found, UserError) else "ok", found) for name, found in results.items()])
+    if faults := [found for found in results.values() if isinstance(found, UserError)]:
+        raise faults[0]
+    return 0
+
+
+def _outcome(check: Callable[[], str]) -> str | UserError:
+    try:
+        return check()
+    except UserError as error:
+        return error
+
+
+def _versions() -> str:
+    from muralist.store.atomic import versions
+
+    return ", ".join(f"{name} {version}" for name, version in {"python": platform.python_version(), **versions()}.items())
+
+
+def _device(device: Any) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {_show.amount(torch.cuda.get_device_properties(device).total_memory)}"
+    import psutil
+
+    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads, {_show.amount(psutil.virtual_memory().total)} of memory"
+
+
+def _dtype(device: Any) -> str:
+    from muralist.base import pick_dtype
+
+    dtype = str(pick_dtype(device)).removeprefix("torch.")
+    if device.type == "cuda":
+        return f"{dtype}: the GPU multiplies it in matrix units"
+    return f"{dtype}: " + ("this CPU multiplies it in matrix units (AMX)" if dtype == "bfloat16" else "this CPU has no matrix units for bfloat16 (AMX)")
+
+
+def _speed(device: Any) -> str:
+    from muralist.cost.machine import Machine
+
+    machine = Machine.measure(device)
+    return f"{machine.matmul_flops / 1e9:,.0f} GFLOP/s in matrix products, {machine.copy_bytes_per_s / 1e9:,.0f} GB/s copied"
+
+
+def _codecs() -> str:
+    import av
+
+    missing = {"libx264", "libx265"} - av.codecs_available
+    if missing:
+        raise UserError(f"the encoder {min(missing)} is missing", where="codecs", fix="install PyAV from its own wheel: pip install --force-reinstall av")
+    return f"libx264, libx265 (PyAV {av.__version__})"
+
+
+def _free() -> int:
+    from muralist.store.atomic import free_bytes
+
+    return free_bytes(Path.cwd())
+
+
+def _miniature() -> str:
+    """Present, whole, and every tensor file readable to its end."""
+    from muralist.base import inspect_base
+
+    info = inspect_base("miniature")
+    return f"present and whole, {_show.amount(sum(info.component_bytes.values()))}; adapters: {', '.join(info.adapters) or 'none'}"

@@ -1,0 +1,159 @@
+"""`muralist generate`: from a prompt to a file, after every check that can be made without weights."""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from muralist.cli import _show
+from muralist.cli._options import Debug, Json, KeepRun, VideoOptions, note, takes_video_options
+from muralist.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from muralist.base import BaseInfo
+    from muralist.config import Request
+    from muralist.plan import Plan
+    from muralist.store.run import RunDirectory
+
+
+@takes_video_options
+def command(
+    video: VideoOptions,
+    prompt: Annotated[str, typer.Argument(help="What the video shows.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The .mp4 to write.")] = "out.mp4",
+    run_dir: Annotated[str | None, typer.Option("--run-dir", help="Where finished work is kept until the file is done. [default: OUTPUT.run]")] = None,
+    keep_run: KeepRun = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and show the plan, compute nothing.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Paint a video. Stopped at any time, the same command (or `muralist resume`) goes on where it was."""
+    from muralist.store.paths import check_output, typed_path
+
+    path = check_output(typed_path(output, "output"))
+    run = typed_path(str(path) + ".run" if run_dir is None else run_dir, "run_dir")
+    _check_run_dir(run)
+    job = prepare(prompt, video, run)
+    if dry_run:
+        from muralist.cli.plan import show
+
+        return show(job.plan(path.parent), json=json)
+    return execute(job, path, run, keep_run=keep_run, json=json)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A checked request, the base it runs on and where it computes."""
+
+    request: Request
+    info: BaseInfo
+    device: torch.device
+    memory_limit: float | None
+
+    def plan(self, where: Path) -> Plan:
+        """Cost of the job on this machine, with its disk at `where`."""
+        from muralist.cli.plan import this_machine
+        from muralist.plan import plan
+
+        return plan(self.request, self.info, this_machine(self.device, where, self.memory_limit))
+
+    def record(self, output: Path, run_dir: Path) -> dict[str, Any]:
+        """What the run directory remembers. The output is relative to it, so that both can be moved together."""
+        folder = Path(self.request.model).expanduser()
+        relative = os.path.relpath(output.absolute(), run_dir.absolute())
+        return {"request": self.request.record(), "output": relative, "folder": str(folder.absolute()) if folder.is_dir() else None}
+
+
+def prepare(prompt: str, video: VideoOptions, run_dir: Path | None) -> Job:
+    """Check all that was typed and the model's folder; nothing is loaded and nothing written."""
+    from muralist import recipes
+    from muralist.base import inspect_base, pick_device
+    from muralist.request import check_prompt, make_request
+
+    check_prompt(prompt)  # all of this before a model is searched, or even downloaded
+    check_memory_limit(video.memory_limit)
+    asked = ask(prompt, video, run_dir)
+    recipes.find(video.recipe)
+    device = pick_device(video.device)
+    info = inspect_base(video.model, video.revision)
+    return Job(make_request(asked, info, note), info, device, video.memory_limit)
+
+
+def check_memory_limit(gigabytes: float | None) -> None:
+    if gigabytes is not None and not 0 < gigabytes < 1e6:
+        raise UserError(f"{gigabytes} GB", where="memory_limit", fix="use gigabytes above 0, such as 16")
+
+
+def ask(prompt: str, video: VideoOptions, run_dir: Path | None):
+    """The options as `muralist.request.Asked`, sizes and durations parsed."""
+    from muralist.request import SIZES, Asked, parse_duration, parse_size
+
+    if (video.width is None) != (video.height is None) or (video.size is not None and video.width is not None):
+        raise UserError("width and height go together, without size", where="size", fix="use --size 3840x2160, or --width 3840 --height 2160")
+    width, height = (video.width, video.height) if video.width is not None else parse_size(video.size) if video.size is not None else SIZES["4k"]
+    seed = _seed_of(run_dir) if video.seed == -1 and run_dir is not None else video.seed
+    same = {name: getattr(video, name) for name in ("num_frames", "fps", "recipe", "revision", "negative_prompt")}
+    numbers = {name: getattr(video, name) for name in ("num_inference_steps", "guidance_scale", "flow_shift", "skip_steps")}
+    duration = None if video.duration is None else parse_duration(video.duration)
+    memory = None if video.memory_limit is None else int(video.memory_limit * 1e9)
+    return Asked(prompt=prompt, width=width, height=height, duration=duration, seed=seed, memory_bytes=memory, **same, **numbers)
+
+
+def _seed_of(run_dir: Path) -> int:
+    """The seed that an interrupted run drew, so that the same command without a seed goes on; -1 where there is none."""
+    try:
+        seed = json_module.loads((run_dir / "request.json").read_bytes())["options"]["request"]["seed"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
+    return seed if isinstance(seed, int) else -1
+
+
+def _check_run_dir(run_dir: Path) -> None:
+    """Refuse what can never become a run directory before anything else is done."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"{run_dir} is not a directory", where="run_dir", fix="choose another run directory")
+    if not run_dir.parent.is_dir():
+        raise UserError(f"{run_dir.parent} is not an existing directory", where="run_dir", fix="create it first")
+
+
+def execute(job: Job, output: Path, run_dir: Path, *, keep_run: bool, json: bool) -> int:
+    """Run or go on with a job whose directory is `run_dir`."""
+    from muralist.store.run import RunDirectory
+
+    plan = job.plan(output.parent)
+    plan.check()
+    for text in plan.notes:
+        note(text)
+    with RunDirectory.create(run_dir, job.record(output, run_dir)) as run:
+        _paint(job, output, run, json=json)
+    if not keep_run:
+        from muralist.store import atomic
+
+        atomic.remove(run_dir)
+    return 0
+
+
+def _paint(job: Job, output: Path, run: RunDirectory, *, json: bool) -> None:
+    from muralist.base import Base
+    from muralist.cli._bars import Bars, JsonLines, resumable
+    from muralist.pipeline import generate
+
+    _show.notes()
+    _show.quiet()
+    stages = ["prompt", *(["proxy"] if job.request.config.proxy else []), "refine", "decode"]
+    with resumable(run.root), JsonLines() if json else Bars(stages) as observer:
+        generate(job.request, Base(job.info, job.device), run, output, observer)
+    if json:
+        result = {"event": "result", "output": str(output), "seed": job.request.seed, "request": job.request.record()}
+        _show.emit(result | {"seconds": round(sum(r.seconds for r in observer.reports), 3)})
+        return
+    _show.report(observer.reports)
+    grid = job.request.grid
+    print(f"{output}: {grid.width}x{grid.height}, {grid.num_frames} frames, {grid.duration:.2f} s, seed {job.request.seed}")

@@ -1,0 +1,77 @@
+"""`muralist plan`: what a video would cost, stage by stage, before a second is spent."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from muralist.cli import _show
+from muralist.cli._options import Debug, Json, VideoOptions, note, takes_video_options
+
+if TYPE_CHECKING:
+    import torch
+
+    from muralist.cost.machine import Machine
+    from muralist.plan import Plan, StagePlan
+
+
+@takes_video_options
+def command(
+    video: VideoOptions,
+    prompt: Annotated[str, typer.Argument(help="May be left out: it does not change the cost.")] = "a video",
+    machine: Annotated[str | None, typer.Option("--machine", help="Plan for a card of that memory: 24GB, 80GB or 140GB. [default: this machine]")] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Show tokens, work, memory, disk and time of a video; exit code 2 if it cannot be made."""
+    from muralist.cli.generate import prepare
+    from muralist.cost.machine import Machine
+    from muralist.plan import plan
+
+    job = prepare(prompt, video, None)
+    where = this_machine(job.device, Path(), video.memory_limit) if machine is None else limited(Machine.of(machine), video.memory_limit)
+    return show(plan(job.request, job.info, where), json=json)
+
+
+def show(plan: Plan, *, json: bool) -> int:
+    """Print a plan, then raise the first thing that makes it impossible."""
+    for text in plan.notes:
+        note(text)
+    if not plan.refusals:  # else the refusal is the one line there is to say
+        _show.notes()
+    if json:
+        _show.emit({"event": "plan", **plan.record()})
+    else:
+        columns = ["stage", "tokens", "TFLOP", "time", "memory", "disk"]
+        rows = [_row(stage) for stage in plan.stages]
+        _show.table("", columns, rows, numbers=columns[1:])
+        for stage in plan.stages:
+            print(f"  {stage.stage}: {_show.plain(', '.join(filter(None, (stage.work, stage.action))))}")
+        print()
+        memory, disk = _show.amount(plan.memory_bytes), _show.amount(plan.disk_bytes)
+        print(f"about {_show.span(plan.seconds)} on {plan.machine.name}, {memory} of memory at most, {disk} of disk")
+    plan.check()
+    return 0
+
+
+def _row(stage: StagePlan) -> list[str]:
+    tokens, work = f"{stage.tokens:,}" if stage.tokens else "", f"{stage.flops / 1e12:,.3g}" if stage.flops else ""
+    return [stage.stage, tokens, work, _show.span(stage.seconds), _show.amount(stage.memory_bytes), _show.amount(stage.disk_bytes)]
+
+
+def this_machine(device: torch.device, where: Path, memory_limit: float | None) -> Machine:
+    """The machine we run on, its memory cut to the limit (GB)."""
+    from muralist.cost.machine import Machine
+
+    return limited(Machine.measure(device, where), memory_limit)
+
+
+def limited(machine: Machine, memory_limit: float | None) -> Machine:
+    """With the memory where the models compute cut to the limit (GB)."""
+    if memory_limit is None:
+        return machine
+    name = "memory_bytes" if machine.device_bytes is None else "device_bytes"
+    return replace(machine, **{name: min(int(memory_limit * 1e9), getattr(machine, name))})

@@ -1,0 +1,44 @@
+"""`muralist resume`: go on with a run where it was stopped. Everything it needs stands in the run directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from muralist.cli._options import Debug, Device, Json, KeepRun
+from muralist.errors import UserError
+
+
+def command(
+    run_dir: Annotated[str, typer.Argument(help="The directory that `muralist generate` made: OUTPUT.run, or its --run-dir.")],
+    device: Device = "auto",
+    keep_run: KeepRun = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Go on with an interrupted run."""
+    from muralist.base import inspect_base, pick_device
+    from muralist.cli.generate import Job, execute
+    from muralist.store.paths import check_output, typed_path
+
+    folder = typed_path(run_dir, "run_dir")
+    request, output, model = read(folder)
+    path = check_output(output)
+    return execute(Job(request, inspect_base(model, request.revision), pick_device(device), None), path, folder, keep_run=keep_run, json=json)
+
+
+def read(folder: Path):
+    """(request, output path, model) of a run directory; UserError if it is none or damaged."""
+    from muralist.request import restore
+    from muralist.store.run import RunDirectory
+
+    with RunDirectory.open(folder) as run:
+        options = run.request
+    output, model = options.get("output"), options.get("folder")
+    if not isinstance(output, str) or not isinstance(model, str | None):
+        raise UserError("its request.json lacks the output or the model", where=str(folder), fix="start a new run")
+    request = restore(options.get("request"))
+    return request, Path(os.path.normpath(folder / output)), model or request.model

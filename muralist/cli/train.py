@@ -1,0 +1,86 @@
+"""`muralist train`: make the embedded base, or a better one, within a time budget."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from muralist.cli._options import Debug, Device
+from muralist.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """Where a training's function is (imported when it is asked for), and which earlier result it starts from: its argument and usual place."""
+
+    module: str
+    function: str
+    needs: str | None = None
+    place: str = ""
+
+
+TRAININGS = {
+    "miniature-vae": Training("muralist.train.miniature", "train_vae"),
+    "miniature-base": Training("muralist.train.miniature", "train_base", "vae", "runs/miniature-vae/vae"),
+    "miniature-uhr": Training("muralist.train.uhr", "train_uhr", "model", "runs/miniature-base/model"),
+}
+MAX_MINUTES = 60 * 24 * 30
+
+
+def command(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(TRAININGS)}.")],
+    minutes: Annotated[float, typer.Option("--minutes", help="Time budget; the learning rate falls over its last quarter.")] = 30.0,
+    device: Device = "auto",
+    start: Annotated[str | None, typer.Option("--from", help="What it starts from: the VAE for miniature-base, the model for miniature-uhr.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output directory.")] = False,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Directory for weights, checkpoints and the curve. [default: runs/NAME]")] = None,
+    debug: Debug = False,
+) -> int:
+    """Train a part of the embedded base. It can be stopped at any time and continued with --resume."""
+    if name not in TRAININGS:
+        raise UserError(f"unknown training {name!r}", where="name", fix=f"use one of {', '.join(TRAININGS)}")
+    if not 0 < minutes <= MAX_MINUTES:
+        raise UserError(f"{minutes} minutes", where="minutes", fix="use a number above 0, such as 30")
+    from muralist.base import pick_device
+    from muralist.cli._show import Interrupted
+
+    training = TRAININGS[name]
+    target, earlier, folder = pick_device(device), _earlier(training, start), _folder(output or f"runs/{name}")
+    try:
+        result = getattr(importlib.import_module(training.module), training.function)(folder, minutes=minutes, device=target, resume=resume, **earlier)
+    except KeyboardInterrupt:
+        again = f"muralist train {name} --minutes {minutes:g} --output {folder} --resume" + (f" --from {start}" if start else "")
+        raise Interrupted(f"; go on from the newest checkpoint with: {again}") from None
+    print(f"done: {result}")
+    return 0
+
+
+def _earlier(training: Training, start: str | None) -> dict[str, Path]:
+    """The earlier result as an argument, checked to be there."""
+    from muralist.store.paths import typed_path
+
+    if training.needs is None:
+        if start is not None:
+            raise UserError("this training starts from nothing", where="from", fix="leave it out")
+        return {}
+    path = typed_path(start or training.place, "from")
+    if not path.is_dir():
+        raise UserError(f"no {training.needs} in {path}", where="from", fix=f"give the folder of the {training.needs} that it starts from")
+    return {training.needs: path}
+
+
+def _folder(text: str) -> Path:
+    from muralist.store import atomic
+    from muralist.store.paths import typed_path
+
+    path = typed_path(text, "output")
+    try:
+        with atomic.reported(path):
+            path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{path} is not a directory", where="output", fix="name a directory") from None
+    return path

@@ -1,0 +1,79 @@
+"""What a recipe returns and what a request asks: plain values, complete before anything starts.
+
+A `Config` says which part serves each stage and with which numbers. A `Request` adds what the user typed. Both are frozen,
+comparable and turn into JSON, so that a run directory can tell whether it is asked for the same thing again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from muralist.errors import UserError
+from muralist.stages.decode_options import DecodeOptions
+from muralist.stages.proxy import LowResolutionProxy
+from muralist.stages.refine import Refine
+from muralist.stages.upsample import LatentInterpolation
+from muralist.store.video_write import EncodeOptions
+from muralist.types import Grid
+
+MAX_PROMPT = 4096  # characters; Wan's text encoder reads 512 tokens
+MAX_SIDE, MIN_SIDE = 16384, 64
+MAX_FRAMES = 4097
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """One part a stage, in the order of the data flow. No proxy: refinement starts from pure noise and nothing is upsampled."""
+
+    proxy: LowResolutionProxy | None
+    upsample: LatentInterpolation | None
+    refine: Refine
+    decode: DecodeOptions = field(default_factory=DecodeOptions)
+    encode: EncodeOptions = field(default_factory=EncodeOptions)
+
+    def __post_init__(self):
+        if (self.proxy is None) != (self.upsample is None):
+            raise UserError("a proxy needs an upsampler and the other way round", where="recipe", fix="give both or neither")
+        if self.proxy is None and self.refine.skip_steps:
+            raise UserError(f"{self.refine.skip_steps} skipped steps without a proxy to start from", where="skip_steps", fix="use 0 or a recipe with a proxy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One video: what to paint, on which base, how large, by which configuration."""
+
+    prompt: str
+    negative_prompt: str
+    grid: Grid
+    seed: int
+    model: str
+    revision: str | None
+    recipe: str
+    config: Config
+
+    def __post_init__(self):
+        if not self.prompt.strip():
+            raise UserError("the prompt is empty", where="prompt", fix="say what the video shows")
+        for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):
+            if len(text) > MAX_PROMPT:
+                raise UserError(f"{len(text)} characters", where=name, fix=f"use at most {MAX_PROMPT}")
+        for name, side in (("height", self.grid.height), ("width", self.grid.width)):
+            if not MIN_SIDE <= side <= MAX_SIDE or side % 2:
+                raise UserError(f"{side} pixels", where=name, fix=f"use an even number from {MIN_SIDE} to {MAX_SIDE}")
+        if not 1 <= self.grid.num_frames <= MAX_FRAMES:
+            raise UserError(f"{self.grid.num_frames} frames", where="num_frames", fix=f"use 1 to {MAX_FRAMES}")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed {self.seed}", where="seed", fix="use 0 to 9223372036854775807")
+
+    def record(self) -> dict[str, Any]:
+        """Everything that decides the result, as JSON values; dataclass variants carry their class name under `kind`."""
+        return _jsonable(self)
+
+
+def _jsonable(value: Any) -> Any:
+    if hasattr(value, "__dataclass_fields__"):
+        return {"kind": type(value).__name__} | {name: _jsonable(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, tuple | list):
+        return [_jsonable(item) for item in value]
+    return value

@@ -1,0 +1,248 @@
+"""What each stage of a request costs on a machine: one function a part, looked up by the part's dataclass in `ESTIMATES`.
+
+Live memory counts the stage's own weights, activations and latents where the models compute; the video encoder works in main memory.
+Disk counts the most a stage ever has of its own files (a step is published before the oldest of two snapshots goes, so three exist).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from muralist.base import BaseInfo
+from muralist.config import Request
+from muralist.cost import decoding, text, transformer
+from muralist.cost.decoding import DecodeNeed
+from muralist.cost.machine import Machine
+from muralist.errors import UserError
+from muralist.nn.attention import FullAttention
+from muralist.nn.transformer import Graft
+from muralist.stages.proxy import LowResolutionProxy
+from muralist.stages.refine import Refine
+from muralist.stages.upsample import LatentInterpolation
+from muralist.store import weights
+from muralist.store.video_write import EncodeOptions
+from muralist.types import Grid
+
+FLOAT = 4  # bytes of a stored latent's number
+SNAPSHOTS = 3  # two kept, one being published
+LATENTS = 4  # float32 latents alive in a guided step: the sample, both velocities, the next sample
+# The interpreter with PyTorch, diffusers and transformers imported (measured, CPU build); on a GPU the driver's context takes about as much.
+PROCESS_BYTES = 700 * 10**6
+TEXT_BYTES_FALLBACK = 2  # bytes of a number in a text encoder whose configuration is not there
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """One stage: its work in words, its size, its cost, and what will be done about it.
+
+    `tokens`: of one forward, 0 where there are none; `keys_per_query`: mean over queries and layers; `flops`: of
+    the whole stage, of which `attention_flops` in self-attention; `attention_saving`: how many times fewer those are than with attention
+    over all tokens; `memory_bytes`: peak, `disk_bytes`: peak of its own files.
+    """
+
+    stage: str
+    work: str
+    tokens: int = 0
+    keys_per_query: float = 0.0
+    flops: int = 0
+    attention_flops: int = 0
+    attention_saving: float = 1.0
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+    seconds: float = 0.0
+    action: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What every estimate reads: the request, its base, the machine, and the legal grid that is computed on."""
+
+    request: Request
+    info: BaseInfo
+    machine: Machine
+
+    @property
+    def grid(self) -> Grid:
+        return self.info.geometry.legal(self.request.grid)
+
+    @property
+    def dimensions(self) -> transformer.Dimensions:
+        return transformer.Dimensions.of(self.info.transformer_config)
+
+    def latent_bytes(self, grid: Grid) -> int:
+        """A latent video of the legal grid in float32."""
+        return FLOAT * math.prod(self.info.geometry.latent_shape(grid))
+
+
+def estimates(setting: Setting) -> Iterator[StagePlan]:
+    """All stages of the request in the order of the data flow, each computed when it is asked for."""
+    config = setting.request.config
+    yield _prompt(setting)
+    for part in (config.proxy, config.upsample, config.refine):
+        if part is not None:
+            yield ESTIMATES[type(part)](part, setting)
+    yield _decode(setting)
+    yield _encode(config.encode, setting)
+
+
+def _prompt(setting: Setting) -> StagePlan:
+    info, machine, length = setting.info, setting.machine, setting.info.defaults.max_sequence_length
+    stored = info.component_bytes.get("text_encoder", 0)
+    config = _text_config(info)
+    count = text.parameters(config) if config else stored // TEXT_BYTES_FALLBACK
+    flops = 2 * (text.forward(config, length) if config else 2 * count * length)
+    width = setting.dimensions.text
+    return StagePlan(
+        stage="prompt",
+        work=f"2 prompts x {length} tokens",
+        tokens=length,
+        keys_per_query=length,
+        flops=flops,
+        memory_bytes=PROCESS_BYTES + count * machine.itemsize + 16 * length * width * FLOAT,
+        disk_bytes=2 * length * width * machine.itemsize,
+        seconds=machine.seconds(linear=flops, read=stored),
+        action="the text encoder leaves memory afterwards",
+    )
+
+
+def _text_config(info: BaseInfo) -> dict[str, Any] | None:
+    try:
+        return weights.read_config(info.folder / "text_encoder" / "config.json")
+    except UserError:
+        return None
+
+
+def _proxy(part: LowResolutionProxy, setting: Setting) -> StagePlan:
+    grid = setting.info.geometry.legal(part.grid(setting.request.grid))
+    action = f"{_size(grid)}, {_attention(Graft())}"
+    return _denoising(setting, "proxy", grid, Graft(), part.num_inference_steps, part.guidance_scale, adapter=None, action=action)
+
+
+def _refine(part: Refine, setting: Setting) -> StagePlan:
+    grid = setting.grid
+    graft = part.graft(setting.info.geometry.token_shape(grid))
+    action = f"{_size(grid)}, {_attention(graft)}"
+    if graft.token_chunk and graft.token_chunk < math.prod(setting.info.geometry.token_shape(grid)):
+        action += f", {graft.token_chunk} tokens at a time"
+    steps = part.num_inference_steps - part.skip_steps
+    return _denoising(setting, "refine", grid, graft, steps, part.guidance_scale, adapter=part.adapter, action=action)
+
+
+def _denoising(setting: Setting, stage: str, grid: Grid, graft: Graft, steps: int, guidance_scale: float, *, adapter: str | None, action: str) -> StagePlan:
+    info, machine, size = setting.info, setting.machine, setting.dimensions
+    shape = info.geometry.token_shape(grid)
+    passes = 1 if guidance_scale == 1 else 2
+    one = transformer.forward(size, graft, shape, info.defaults.max_sequence_length)
+    adapters = {name: count for name, count in info.component_bytes.items() if name.startswith("adapter ")}
+    # A low-rank layer multiplies each of its weights once for every token; adapters are stored in 16 bits.
+    linear = one.linear + 2 * one.tokens * adapters.get(f"adapter {adapter}", 0) // 2
+    forwards, latent = steps * passes, setting.latent_bytes(grid)
+    traffic = transformer.elementwise_bytes(size, one.tokens, machine.itemsize)
+    weight_bytes = transformer.parameters(size) * machine.itemsize + sum(adapters.values()) // 2 * machine.itemsize
+    read = sum(info.component_bytes.get(name, 0) for name in ("transformer", "transformer_2"))
+    return StagePlan(
+        stage=stage,
+        work=f"{steps} steps x {passes} passes" if passes > 1 else f"{steps} steps",
+        tokens=one.tokens,
+        keys_per_query=one.keys_per_query,
+        flops=forwards * (linear + one.attention),
+        attention_flops=forwards * one.attention,
+        attention_saving=one.attention_saving,
+        memory_bytes=PROCESS_BYTES + weight_bytes + transformer.live_bytes(size, graft, shape, machine.itemsize) + LATENTS * latent,
+        disk_bytes=(SNAPSHOTS + 1) * latent,
+        seconds=machine.seconds(linear=forwards * linear, attention=forwards * one.attention, traffic=forwards * traffic, read=read),
+        action=action,
+    )
+
+
+def _upsample(part: LatentInterpolation, setting: Setting) -> StagePlan:
+    latent, machine = setting.latent_bytes(setting.grid), setting.machine
+    # The transformer of the proxy stage stays for the refinement; the source is small beside the result and its permuted copy.
+    held = transformer.parameters(setting.dimensions) * machine.itemsize
+    return StagePlan(
+        stage="upsample",
+        work=f"latent {part.mode}",
+        memory_bytes=PROCESS_BYTES + held + 3 * latent,
+        seconds=machine.seconds(traffic=8 * latent),
+        action=f"to {_size(setting.grid)}",
+    )
+
+
+def settle(setting: Setting) -> Setting:
+    """The same setting with what the machine decides filled into its request."""
+    request, machine = setting.request, setting.machine
+    room = machine.limit - _beside_decoder(setting)
+    options = decoding.settled(setting.info.vae_config, setting.grid, machine.dtype, request.config.decode, room)
+    return replace(setting, request=replace(request, config=replace(request.config, decode=options)))
+
+
+def _beside_decoder(setting: Setting) -> int:
+    """Bytes that others take while the decoder works: the process, the latent, and on a CPU the video encoder that takes its frames."""
+    encoder = _encode(setting.request.config.encode, setting).memory_bytes if setting.machine.on_cpu else 0
+    return PROCESS_BYTES + setting.latent_bytes(setting.grid) + encoder
+
+
+def decode_need(setting: Setting) -> DecodeNeed:
+    """How the decode of this setting goes."""
+    request = setting.request
+    return decoding.decode_need(setting.info.vae_config, setting.grid, request.grid, setting.machine, request.config.decode)
+
+
+def _decode(setting: Setting) -> StagePlan:
+    info, need = setting.info, decode_need(setting)
+    return StagePlan(
+        stage="decode",
+        work=f"{info.geometry.latent_shape(setting.grid)[1]} latent frames",
+        flops=need.cost.flops,
+        attention_flops=need.cost.attention,
+        memory_bytes=need.memory_bytes + _beside_decoder(setting),
+        disk_bytes=need.disk_bytes,
+        seconds=need.seconds,
+        action=need.action,
+    )
+
+
+# Pictures a software encoder holds: lookahead (10 to 40 at our presets), references, frame threads; each in 4:2:0 with its half-size copy.
+ENCODER_PICTURES = 60
+# Procedural scenes (`data/world.py`) at crf 16, the encode options' presets, a group of 8 frames, one Xeon core: H.264 1080p 0.13 to 0.34 bits a
+# pixel at 13 to 17 Mpixel/s, H.265 4K 0.03 to 0.05 bits at 10 to 13 Mpixel/s. Camera footage holds more noise: three times the bits of H.265.
+BITS_PER_PIXEL = {"h264": 0.5, "h265": 0.15}
+PIXELS_PER_SECOND = {"h264": 13e6, "h265": 10e6}
+FILES = 3  # the groups in the run directory, the file that plays while it grows, the finished one
+
+
+def _encode(part: EncodeOptions, setting: Setting) -> StagePlan:
+    grid = setting.request.grid
+    settings = part.resolve(grid)
+    sample = 2 if settings.bit_depth > 8 else 1
+    frame = grid.height * grid.width
+    size = int(grid.pixels * BITS_PER_PIXEL[settings.codec] / 8)
+    return StagePlan(
+        stage="encode",
+        work=f"{grid.num_frames} frames",
+        memory_bytes=int(ENCODER_PICTURES * frame * 1.5 * sample + 4 * 3 * frame * FLOAT),
+        disk_bytes=FILES * size,
+        seconds=grid.pixels / (PIXELS_PER_SECOND[settings.codec] * setting.machine.cores),
+        action=f"{settings.codec}, {settings.bit_depth} bit, crf {settings.crf:g}, groups of {settings.gop} frames, while decoding",
+    )
+
+
+def _size(grid: Grid) -> str:
+    return f"{grid.width}x{grid.height} x{grid.num_frames}"
+
+
+def _attention(graft: Graft) -> str:
+    if isinstance(graft.attention, FullAttention):
+        return "full attention"
+    frames, rows, columns = graft.attention.size
+    return f"windows of {frames}x{rows}x{columns} tokens" + (", shifted every other layer" if graft.attention.shift else "")
+
+
+ESTIMATES: dict[type, Callable[[Any, Setting], StagePlan]] = {LowResolutionProxy: _proxy, LatentInterpolation: _upsample, Refine: _refine}

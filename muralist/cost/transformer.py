@@ -1,0 +1,167 @@
+"""FLOPs, parameters and live memory of Wan's transformer under a graft, from its configuration alone.
+
+FLOPs are 2 a multiply-add of matrix products, convolutions and attention: what `torch.utils.flop_counter` counts (a test holds the two
+to 2 %). Norms, rotations and activations are memory traffic, counted in bytes by `elementwise_bytes`. How many query-key pairs an attention
+has is looked up by its dataclass in `_PAIRS`: a new kind of attention is one more entry.
+
+Live memory follows `nn/transformer.py`: one residual stream, what its reordering needs, and the temporaries of one chunk of tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers import WanTransformer3DModel
+
+from muralist.nn.attention import FullAttention, WindowAttention
+from muralist.nn.transformer import Graft
+from muralist.nn.windows import Shape, windows_of
+
+_DEFAULTS = {name: p.default for name, p in inspect.signature(WanTransformer3DModel.__init__).parameters.items()}
+FP32 = 4  # bytes; norms, modulation and rotation compute in float32 whatever the weights are
+# Bytes of eager elementwise traffic for each token, layer and channel in bf16: 170 explains both the 5.0 s (1.3B) and the 2.4 s (5B) that
+# unfused norms, modulation, rotation and GELU cost in four 4K x81 forwards at 4.3 TB/s (performance notes, section 1.4; a model, not a measurement).
+ELEMENTWISE_BYTES = 170
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dimensions:
+    """The sizes of a Wan transformer. `patch`: latent positions a token covers."""
+
+    width: int
+    ffn: int
+    layers: int
+    channels_in: int
+    channels_out: int
+    patch: int
+    text: int
+    frequencies: int
+    cross_norm: bool
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Dimensions:
+        """From `config.json`; what it leaves out is as in diffusers."""
+        value = {**_DEFAULTS, **config}
+        return cls(
+            width=value["num_attention_heads"] * value["attention_head_dim"],
+            ffn=value["ffn_dim"],
+            layers=value["num_layers"],
+            channels_in=value["in_channels"],
+            channels_out=value["out_channels"] or value["in_channels"],
+            patch=math.prod(value["patch_size"]),
+            text=value["text_dim"],
+            frequencies=value["freq_dim"],
+            cross_norm=value["cross_attn_norm"],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward:
+    """FLOPs of one forward of one sample. `attention`: self-attention's scores and sums; `linear`: everything else.
+
+    `keys_per_query`: mean over queries and layers; `full_attention`: the FLOPs that attention over all tokens would have.
+    """
+
+    tokens: int
+    linear: int
+    attention: int
+    full_attention: int
+    keys_per_query: float
+
+    @property
+    def flops(self) -> int:
+        return self.linear + self.attention
+
+    @property
+    def attention_saving(self) -> float:
+        """How many times fewer attention FLOPs than full attention."""
+        return self.full_attention / self.attention
+
+
+# -- Query-key pairs of one layer: (attention, token grid) -> one number for each kind of layer that layers cycle through --
+
+
+def _full_pairs(attention: FullAttention, token_shape: Shape) -> tuple[int, ...]:
+    return (math.prod(token_shape) ** 2,)
+
+
+def _window_pairs(attention: WindowAttention, token_shape: Shape) -> tuple[int, ...]:
+    kinds = (False, True) if attention.shift else (False,)
+    return tuple(sum(count * tokens**2 for count, tokens in windows_of(token_shape, attention.size, shift)) for shift in kinds)
+
+
+_PAIRS: dict[type, Callable[[Any, Shape], tuple[int, ...]]] = {FullAttention: _full_pairs, WindowAttention: _window_pairs}
+
+
+def pairs(attention: Any, token_shape: Shape, layers: int) -> int:
+    """Query-key pairs of all layers of one forward."""
+    kinds = _PAIRS[type(attention)](attention, token_shape)
+    return sum(kinds[layer % len(kinds)] for layer in range(layers))
+
+
+def forward(size: Dimensions, graft: Graft, token_shape: Shape, text_tokens: int) -> Forward:
+    """FLOPs of one forward of one sample on the token grid (f, y, x) with `text_tokens` positions of text."""
+    tokens, d = math.prod(token_shape), size.width
+    every_layer = (
+        4 * tokens * d * d  # self-attention: queries, keys, values, output
+        + 2 * (tokens + text_tokens) * d * d  # cross-attention: queries and output; keys and values of the text
+        + 2 * tokens * text_tokens * d  # its scores and sums
+        + 2 * tokens * d * size.ffn
+    )
+    once = tokens * d * size.patch * (size.channels_in + size.channels_out) + text_tokens * (size.text + d) * d + (size.frequencies + 7 * d) * d
+    attended = pairs(graft.attention, token_shape, size.layers)
+    return Forward(
+        tokens=tokens,
+        linear=2 * (size.layers * every_layer + once),
+        attention=4 * attended * d,
+        full_attention=4 * pairs(FullAttention(), token_shape, size.layers) * d,
+        keys_per_query=attended / (tokens * size.layers),
+    )
+
+
+def parameters(size: Dimensions) -> int:
+    """Weights of the whole model, without adapters."""
+    d = size.width
+    attention = 4 * (d * d + d) + 2 * d
+    block = 2 * attention + 2 * d * size.cross_norm + 2 * d * size.ffn + d + size.ffn + 6 * d
+    embedders = d * (size.channels_in * size.patch + 1) + (size.frequencies + 1 + size.text + 1) * d + 2 * (d * d + d) + 6 * d * (d + 1)
+    head = (d + 1) * size.channels_out * size.patch + 2 * d
+    return size.layers * block + embedders + head
+
+
+def elementwise_bytes(size: Dimensions, tokens: int, itemsize: int) -> int:
+    """Memory traffic of one forward outside matrix products, unfused as PyTorch runs it; `itemsize` in bytes of the working type."""
+    return ELEMENTWISE_BYTES * tokens * size.width * size.layers * max(itemsize, 2) // 2
+
+
+def live_bytes(size: Dimensions, graft: Graft, token_shape: Shape, itemsize: int) -> int:
+    """Peak bytes of one forward besides weights and latents, as the forward allocates them (a test tracks it tensor by tensor).
+
+    `itemsize`: bytes of the working type.
+    """
+    tokens = math.prod(token_shape)
+    stream, each = tokens * size.width * itemsize, _bytes_per_token(size, itemsize)
+    if graft.keeps_stock_blocks:
+        return tokens * each
+    chunk = each * min(max(graft.token_chunk or tokens, _largest_window(graft.attention, token_shape)), tokens)
+    if isinstance(graft.attention, FullAttention):
+        return 4 * stream + chunk  # residual stream, keys, values; in the first block also the embedding it was copied from
+    order = 5 * 8 * tokens  # index tables of both partitions and of the switch between them
+    return max(2 * stream, stream + chunk) + order  # reordering copies the stream, while no chunk is at work
+
+
+def _largest_window(attention: Any, token_shape: Shape) -> int:
+    """A chunk holds whole windows; attention without windows takes any chunk."""
+    return max(tokens for _, tokens in windows_of(token_shape, attention.size)) if isinstance(attention, WindowAttention) else 1
+
+
+def _bytes_per_token(size: Dimensions, itemsize: int) -> int:
+    """Temporaries of a token that is being computed: the larger of attention's and the FFN's, both with the residual they add to."""
+    wide = FP32 if itemsize < FP32 else 0  # norms keep a float32 copy beside the working type
+    attention = size.width * (2 * FP32 + wide + 6 * itemsize)
+    ffn = 2 * size.ffn * itemsize + 4 * size.width * itemsize
+    return max(attention, ffn)

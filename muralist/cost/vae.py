@@ -1,0 +1,210 @@
+"""FLOPs, parameters and live memory of the Wan decoder, whole or in tiles, from the VAE's configuration alone.
+
+The decoder's layers are built without storage (PyTorch's meta device) and walked backwards from each tile as `nn/decoder.py` walks them, so
+the halo counted here is the halo computed there. Each operator's cost is looked up by its class in `_COSTS`. In float32 on a CPU the
+decoder multiplies less than diffusers does (`decoder_conv`); `quick` says which arithmetic is meant. With `quick=False` and one tile the
+count is that of diffusers' `AutoencoderKLWan.decode`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+
+from muralist.nn import decoder_blocks as blocks
+from muralist.nn.decoder import StreamingDecoder
+from muralist.nn.decoder_conv import HISTORY, CausalConv
+from muralist.tiling import Box, Span
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """FLOPs (2 a multiply-add) of convolutions and products, and those of the middle attention."""
+
+    linear: int = 0
+    attention: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.linear + other.linear, self.attention + other.attention)
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(self.linear * times, self.attention * times)
+
+    @property
+    def flops(self) -> int:
+        return self.linear + self.attention
+
+
+def empty(config: Mapping[str, Any], dtype: str) -> AutoencoderKLWan:
+    """The VAE of this configuration without storage, its parameters of the named type."""
+    return _empty(json.dumps({name: value for name, value in config.items() if not name.startswith("_")}, sort_keys=True), dtype)
+
+
+@lru_cache(maxsize=8)
+def _empty(config: str, dtype: str) -> AutoencoderKLWan:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with torch.device("meta"):
+            return AutoencoderKLWan(**json.loads(config))
+    finally:
+        torch.set_default_dtype(before)
+
+
+def decoder(config: Mapping[str, Any], *, quick: bool, whole_blocks: int = 0) -> StreamingDecoder:
+    """The streaming decoder of this configuration without weights, for its shapes; `quick`: float32 on a CPU."""
+    return _decoder(empty(config, "float32" if quick else "bfloat16"), whole_blocks)
+
+
+@lru_cache(maxsize=8)
+def _decoder(model: AutoencoderKLWan, whole_blocks: int) -> StreamingDecoder:
+    return StreamingDecoder(model, whole_blocks)
+
+
+def parameters(config: Mapping[str, Any]) -> int:
+    """Weights of encoder and decoder: both are loaded."""
+    return sum(p.numel() for p in empty(config, "bfloat16").parameters())
+
+
+def decode(d: StreamingDecoder, latent_shape: tuple[int, int, int], tiles: Iterable[Box]) -> Cost:
+    """FLOPs of decoding latents (F, h, w) once through the whole-frame part and once through each pixel box of `tiles`."""
+    frames, height, width = latent_shape
+    inner, kinds, total = d.first_part_size(height, width), _alike(d, tiles, (height, width)), Cost()
+    for first, times in ((True, 1), (False, frames - 1)):
+        step = Cost(linear=2 * len(d.post_quant[1]) ** 2 * height * width) + _whole(d, (height, width), first)
+        count = math.prod(_magnifies(operator, first) for operator in d.whole)
+        for tile, number in kinds.items():
+            step = step + _tile(d, tile, inner, first, count) * number
+        total = total + step * times
+    return total
+
+
+def _alike(d: StreamingDecoder, tiles: Iterable[Box], size: Size) -> dict[Box, int]:
+    """One tile of each kind and how many there are: equal sides, and equally far from each border as far as the halo reaches."""
+    height, width = (side * d.spatial_factor for side in size)
+    reach = _reach(d)
+    kinds: dict[tuple[int, ...], list[Box]] = {}
+    for tile in tiles:
+        gaps = (tile.y.start, height - tile.y.stop, tile.x.start, width - tile.x.stop)
+        # borders inside a unit of the first tiled layer matter too: halos are counted in its positions
+        kinds.setdefault((*tile.shape, *(min(gap, reach + gap % d.spatial_factor) for gap in gaps)), []).append(tile)
+    return {same[0]: len(same) for same in kinds.values()}
+
+
+def _reach(d: StreamingDecoder) -> int:
+    """Pixels that the halo of a tile reaches at most, in whole latent positions."""
+    far = 1 << 12
+    inner = d.first_part_size(far, far)
+    unit = far * d.spatial_factor // inner[0]
+    start = far * d.spatial_factor // 2
+    tile = Box(Span(start, start + d.spatial_factor), Span(start, start + d.spatial_factor))
+    return start - d.boxes(tile, inner)[0].y.start * unit + 2 * d.spatial_factor
+
+
+def diffusers_decode(config: Mapping[str, Any], latent_shape: tuple[int, int, int], *, tile: int | None = None, stride: int | None = None) -> Cost:
+    """What diffusers' own `decode` costs: whole frames, or with `enable_tiling`: tiles of `tile` pixels every `stride` pixels (256, 192)."""
+    d = decoder(config, quick=False)
+    frames, height, width = latent_shape
+    if tile is None or (height <= tile // d.spatial_factor and width <= tile // d.spatial_factor):
+        return _untiled(d, frames, height, width)
+    side, step = tile // d.spatial_factor, (stride or tile) // d.spatial_factor
+    rows, columns = ([min(side, length - start) for start in range(0, length, step)] for length in (height, width))
+    return sum((_untiled(d, frames, h, w) * (rows.count(h) * columns.count(w)) for h in set(rows) for w in set(columns)), Cost())
+
+
+def _untiled(d: StreamingDecoder, frames: int, height: int, width: int) -> Cost:
+    return decode(d, (frames, height, width), [Box.whole(height * d.spatial_factor, width * d.spatial_factor)])
+
+
+def _whole(d: StreamingDecoder, size: Size, first: bool) -> Cost:
+    """The operators that run on the whole frame, on one latent frame of `size`."""
+    total, frames = Cost(), 1
+    for operator in d.whole:
+        box = Box.whole(size[0] * operator.scale, size[1] * operator.scale)
+        total = total + _COSTS[type(operator)](operator, box, size, frames, first)
+        size, frames = box.shape, frames * _magnifies(operator, first)
+    return total
+
+
+def _tile(d: StreamingDecoder, tile: Box, size: Size, first: bool, frames: int) -> Cost:
+    """The tiled operators and the head for one pixel box; `size` is that of the whole-frame part's result."""
+    total = Cost()
+    for operator, out in zip(d.tiled, d.boxes(tile, size)[1:]):
+        total = total + _COSTS[type(operator)](operator, out, size, frames, first)
+        size, frames = (size[0] * operator.scale, size[1] * operator.scale), frames * _magnifies(operator, first)
+    return total + _COSTS[type(d.head)](d.head, tile, size, frames, first)
+
+
+def _magnifies(operator: Any, first: bool) -> int:
+    """Frames out for each frame in: latent frame 0 stays one frame."""
+    return 1 if first else getattr(operator, "frame_scale", 1)
+
+
+# -- Costs: (operator, output box, size of the input image, frames in, is it latent frame 0) -> Cost --
+
+
+def _conv(conv: CausalConv, out: Box, size: Size, frames: int) -> int:
+    """A causal 3x3x3 convolution: direct, or as Winograd over time with the two mixes (`ConvPass`)."""
+    reach = conv.in_channels * conv.out_channels * out.area
+    if frames not in conv.mixed:
+        return 2 * 27 * reach * frames
+    n, frame = frames + HISTORY, out.grow(1)
+    before = n * n * len(frame.clip(*size).y) * len(frame.x) * conv.in_channels
+    after = frames * n * out.area * conv.out_channels
+    return 2 * (9 * n * reach + before + after)
+
+
+def _conv_in(operator: blocks.ConvIn, out: Box, size: Size, frames: int, first: bool) -> Cost:
+    return Cost(_conv(operator.conv, out, size, frames))
+
+
+def _residual(operator: blocks.ResidualBlock, out: Box, size: Size, frames: int, first: bool) -> Cost:
+    inner = out.grow(1).clip(*size)
+    shortcut = 0 if operator.shortcut is None else 2 * operator.shortcut[0].numel() * out.area * frames
+    return Cost(_conv(operator.conv1, inner, size, frames) + _conv(operator.conv2, out, size, frames) + shortcut)
+
+
+def _attention(operator: blocks.Attention, out: Box, size: Size, frames: int, first: bool) -> Cost:
+    tokens, width = math.prod(size), len(operator.proj[1])
+    weights = operator.qkv[0].numel() + operator.proj[0].numel()
+    return Cost(2 * weights * tokens * frames, 4 * tokens**2 * width * frames)
+
+
+def _up(operator: blocks.UpBlock, out: Box, size: Size, frames: int, first: bool) -> Cost:
+    even = out.over(2).times(2) if operator.space else out
+    box = operator.space.needs(even, size) if operator.space else out
+    total = Cost()
+    for i, resnet in enumerate(operator.resnets):
+        total = total + _residual(resnet, box.grow(2 * (len(operator.resnets) - 1 - i)).clip(*size), size, frames, first)
+    if operator.time and not first:
+        total = total + Cost(2 * operator.time.weight.numel() * box.area * frames)
+    return total + Cost(_space(operator.space, box, even, frames * _magnifies(operator, first))) if operator.space else total
+
+
+def _space(space: blocks.SpaceDouble, box: Box, even: Box, frames: int) -> int:
+    """A transposed convolution costs its taps at every input position, a convolution at every output position."""
+    if space.merged is not None:
+        return 2 * space.merged.numel() * box.area * frames
+    return 2 * space.weight.numel() * even.area * frames
+
+
+def _head(operator: blocks.Head, out: Box, size: Size, frames: int, first: bool) -> Cost:
+    return Cost(_conv(operator.conv, out.over(operator.scale), size, frames))
+
+
+_COSTS: dict[type, Callable[[Any, Box, Size, int, bool], Cost]] = {
+    blocks.ConvIn: _conv_in,
+    blocks.ResidualBlock: _residual,
+    blocks.Attention: _attention,
+    blocks.UpBlock: _up,
+    blocks.Head: _head,
+}

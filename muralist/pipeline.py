@@ -1,0 +1,111 @@
+"""generate(): the data flow. prompt -> proxy -> upsample -> refine -> decode -> encode -> file.
+
+Each stage's result stands in the run directory before the next one starts; what is already there is not made again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from muralist.base import Base
+from muralist.config import Request
+from muralist.progress import Observer, measured
+from muralist.stages.decode import decode, plan_decode
+from muralist.stages.encode import encode, next_frame
+from muralist.stages.prompt import encode_prompt
+from muralist.stages.proxy import make_proxy
+from muralist.stages.refine import refine
+from muralist.stages.upsample import upsample
+from muralist.store.run import RunDirectory
+from muralist.types import LatentVideo, TextCond
+
+SAVE_EVERY = 1  # denoising steps between two snapshots
+
+
+def generate(request: Request, base: Base, run: RunDirectory, output: Path, observer: Observer) -> Path:
+    """Paint one video, or finish it where an earlier process was stopped; returns the file's path."""
+    return paint(denoise(request, base, run, observer), request, base, run, output, observer)
+
+
+def denoise(request: Request, base: Base, run: RunDirectory, observer: Observer) -> LatentVideo:
+    """The first four stages: from the prompt to the finished latent video."""
+    grid = base.info.geometry.legal(request.grid)
+    text = _text(request, base, run, observer)
+    proxy = _proxy(text, request, base, run, observer)
+    guide = proxy and upsample(proxy, grid, base.info.geometry, request.config.upsample)
+    return _refine(text, guide, request, base, run, observer)
+
+
+def _text(request: Request, base: Base, run: RunDirectory, observer: Observer) -> TextCond:
+    if not run.has("prompt"):
+        with measured(observer, "prompt", 1):
+            text = encode_prompt(base, request.prompt, request.negative_prompt)
+            run.save("prompt", {"positive": text.positive, "negative": text.negative})
+        base.release("text_encoder", "tokenizer")
+    tensors, _ = run.load("prompt")
+    return TextCond(tensors["positive"], tensors["negative"])
+
+
+def _proxy(text: TextCond, request: Request, base: Base, run: RunDirectory, observer: Observer) -> LatentVideo | None:
+    config = request.config.proxy
+    if config is None:
+        return None
+    grid = base.info.geometry.legal(config.grid(request.grid))
+    if not run.has("proxy"):
+        with measured(observer, "proxy", config.num_inference_steps):
+            saved, after_step = _steps(run, "proxy", observer)
+            latent = make_proxy(base, text, config, request.grid, seed=request.seed, saved=saved, after_step=after_step)
+            _finish(run, "proxy", latent)
+    return LatentVideo(run.load("proxy")[0]["latent"].to(base.device), grid)
+
+
+def _refine(text: TextCond, guide: LatentVideo | None, request: Request, base: Base, run: RunDirectory, observer: Observer) -> LatentVideo:
+    config, grid = request.config.refine, base.info.geometry.legal(request.grid)
+    if not run.has("refine"):
+        with measured(observer, "refine", config.num_inference_steps):
+            saved, after_step = _steps(run, "refine", observer)
+            latent = refine(base, text, guide, grid, config, seed=request.seed, saved=saved, after_step=after_step)
+            _finish(run, "refine", latent)
+    base.release("transformer", "transformer_2")
+    return LatentVideo(run.load("refine")[0]["latent"].to(base.device), grid)
+
+
+def paint(latent: LatentVideo, request: Request, base: Base, run: RunDirectory, output: Path, observer: Observer) -> Path:
+    """Decode and encode in one stream: frames go into the file as they come."""
+    plan = plan_decode(base.info.vae_config, latent.grid, request.config.decode, dtype=base.dtype)
+    with measured(observer, "decode", latent.grid.num_frames):
+        chunks = decode(
+            latent, base.vae(), plan, crop=request.grid, first_frame=next_frame(run), scratch=run.scratch("decode"),
+            on_tile=lambda done, total: observer.advance("decode", done * latent.grid.num_frames // total),
+        )  # fmt: skip
+        path = encode(chunks, request.grid, output, request.config.encode, run, metadata(request, base))
+    run.drop_scratch("decode")
+    return path
+
+
+def metadata(request: Request, base: Base) -> dict[str, Any]:
+    """What the file says of itself: enough to paint it again."""
+    from muralist.store.atomic import versions
+
+    return {"generator": "muralist", "versions": versions(), "dtype": str(base.dtype).removeprefix("torch."), "request": request.record()}
+
+
+def _steps(run: RunDirectory, stage: str, observer: Observer):
+    """Where to go on, and what to do after each step: save the latent, tell the observer."""
+    newest = run.latest_step(stage)
+    saved = newest and (newest[0], newest[1]["latent"])
+
+    def after_step(step: int, z: torch.Tensor) -> None:
+        if step % SAVE_EVERY == 0:
+            run.save_step(stage, step, {"latent": z.cpu()})
+        observer.advance(stage, step)
+
+    return saved, after_step
+
+
+def _finish(run: RunDirectory, stage: str, latent: LatentVideo) -> None:
+    run.save(stage, {"latent": latent.z.cpu()})
+    run.drop_steps(stage)

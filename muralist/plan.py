@@ -1,0 +1,189 @@
+"""What a run will cost, before anything is loaded: tokens, FLOPs, memory, disk and time of every stage, and what cannot fit.
+
+`plan` reads the request, the base's configurations and the machine; it loads no weights and takes well below a second. FLOPs are exact
+(a test compares them with PyTorch's counter); memory and disk are upper estimates to refuse by; times are estimates to plan by. The
+costs themselves are in `muralist/cost`, dispatched by the class of each part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any
+
+from muralist.base import BaseInfo
+from muralist.config import Request
+from muralist.cost.decoding import TILES, DecodeNeed, TileMajor
+from muralist.cost.machine import Machine
+from muralist.cost.stages import Setting, StagePlan, decode_need, estimates, settle
+from muralist.errors import UserError
+from muralist.nn.attention import FullAttention
+from muralist.types import Grid
+
+__all__ = ["Machine", "Plan", "Refusal", "StagePlan", "plan"]
+
+LARGER = 1.5  # times the trained number of pixels that a base is expected to bear
+SIZES = ((3840, 2160), (2560, 1440), (1920, 1080), (1280, 720), (832, 480), (448, 256))  # smaller sizes to suggest, width and height
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a run cannot be: the parts of a `UserError`."""
+
+    what: str
+    where: str
+    fix: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The stages in order, the machine they were planned for, remarks, and what cannot fit (empty: it fits).
+
+    `request`: the one to run: what was asked, with what the plan decided about decoding filled in.
+    """
+
+    request: Request
+    stages: tuple[StagePlan, ...]
+    machine: Machine
+    notes: tuple[str, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+
+    @property
+    def flops(self) -> int:
+        return sum(stage.flops for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most that is needed at a time where the models compute."""
+        return max(stage.memory_bytes for stage in self.stages if stage.stage != "encode")
+
+    @property
+    def disk_bytes(self) -> int:
+        """Enough for all stages' files together."""
+        return sum(stage.disk_bytes for stage in self.stages)
+
+    def check(self) -> None:
+        """Raises UserError with the first thing that cannot fit."""
+        for refusal in self.refusals:
+            raise UserError(refusal.what, where=refusal.where, fix=refusal.fix)
+
+    def record(self) -> dict[str, Any]:
+        """Everything as JSON values."""
+        return {
+            "machine": self.machine.record(),
+            "stages": [stage.record() for stage in self.stages],
+            "totals": {"flops": self.flops, "memory_bytes": self.memory_bytes, "disk_bytes": self.disk_bytes, "seconds": self.seconds},
+            "notes": list(self.notes),
+            "refusals": [{"what": r.what, "where": r.where, "fix": r.fix} for r in self.refusals],
+        }
+
+
+def plan(request: Request, info: BaseInfo, machine: Machine) -> Plan:
+    """Plan a request on a base for a machine; does not raise where it cannot fit (`Plan.check` does).
+
+    Raises:
+        UserError: a request that no machine could run, such as a frame count that is not 4n+1 or a codec that does not exist.
+    """
+    setting = settle(Setting(request=request, info=info, machine=machine))
+    stages = tuple(estimates(setting))
+    return Plan(request=setting.request, stages=stages, machine=machine, notes=tuple(_notes(setting)), refusals=tuple(_refusals(setting, stages)))
+
+
+# -- What cannot fit --
+
+
+def _refusals(setting: Setting, stages: tuple[StagePlan, ...]) -> Iterator[Refusal]:
+    machine = setting.machine
+    if error := decode_need(setting).error:
+        yield Refusal(error.what, "memory, decode", _smaller(setting))
+    elif too_large := next((stage for stage in stages if not _fits(stage, machine)), None):
+        what = f"{too_large.stage} needs {_gb(too_large.memory_bytes)} of memory, {machine.name} has {_gb(machine.limit)} free"
+        yield Refusal(what, f"memory, {too_large.stage}", _shorter(setting) or _smaller(setting))
+    disk = sum(stage.disk_bytes for stage in stages)
+    if disk > machine.disk_free:
+        fix = f"free {_gb(disk - machine.disk_free)}, choose a run directory on another disk, a smaller size or fewer frames"
+        yield Refusal(f"the run needs {_gb(disk)} of disk and {_gb(machine.disk_free)} are free", "disk", fix)
+
+
+def _fits(stage: StagePlan, machine: Machine) -> bool:
+    """Each stage where it works: the video encoder in main memory, all others where the models are."""
+    return stage.memory_bytes <= (machine.memory_bytes if stage.stage == "encode" else machine.limit)
+
+
+def _shorter(setting: Setting) -> str | None:
+    """How many frames fit, if some do. The decoder is left out: it holds a few frames at a time, whatever their number."""
+    grid, factor = setting.request.grid, setting.info.geometry.temporal_factor
+
+    def fits(groups: int) -> bool:
+        shorter = _with(setting, replace(grid, num_frames=groups * factor + 1))
+        return all(_fits(stage, setting.machine) for stage in takewhile(lambda stage: stage.stage != "decode", estimates(shorter)))
+
+    low, high = 1, (grid.num_frames - 1) // factor
+    if high <= low or not fits(low) or fits(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return f"use at most {low * factor + 1} frames, or a smaller size"
+
+
+def _smaller(setting: Setting) -> str:
+    """The largest of the usual sizes that fits."""
+    grid, machine = setting.request.grid, setting.machine
+    for long, short in SIZES:
+        width, height = (long, short) if grid.width >= grid.height else (short, long)
+        if width * height < grid.width * grid.height:
+            smaller = settle(_with(setting, replace(grid, width=width, height=height)))
+            if all(_fits(stage, machine) for stage in estimates(smaller)) and decode_need(smaller).error is None:
+                return f"use a size of at most {width}x{height}"
+    return "use a smaller base or a larger machine"
+
+
+def _with(setting: Setting, grid: Grid) -> Setting:
+    return replace(setting, request=replace(setting.request, grid=grid))
+
+
+# -- What is worth saying --
+
+
+def _notes(setting: Setting) -> Iterator[str]:
+    asked, grid = setting.request.grid, setting.grid
+    if (asked.height, asked.width) != (grid.height, grid.width):
+        yield f"computed at {grid.width}x{grid.height} and cropped to {asked.width}x{asked.height}"
+    yield from _beyond_training(setting)
+    yield from _decode_notes(setting, decode_need(setting))
+    if setting.machine.assumed:
+        yield f"{setting.machine.name}: its rates are assumed, not measured"
+
+
+def _beyond_training(setting: Setting) -> Iterator[str]:
+    """Where the request leaves what the base was trained for."""
+    trained, grid, config = setting.info.defaults.grid, setting.request.grid, setting.request.config
+    if grid.num_frames > trained.num_frames:
+        yield f"{grid.num_frames} frames: the base was trained for {trained.num_frames}; motion may repeat or stall"
+    times = grid.height * grid.width / (trained.height * trained.width)
+    if times <= LARGER:
+        return
+    size = f"{grid.width}x{grid.height} is {times:.0f} times the {trained.width}x{trained.height} that the base was trained for"
+    if config.proxy is None:
+        yield f"{size}: without a proxy, expect repeated objects and loose layout; a recipe with a proxy fixes the layout"
+    elif isinstance(config.refine.attention, FullAttention) and config.refine.adapter is None:
+        yield f"{size}: full attention without an adapter for that size may blur"
+
+
+def _decode_notes(setting: Setting, need: DecodeNeed) -> Iterator[str]:
+    limit = _gb(setting.request.config.decode.memory_bytes)
+    if isinstance(need.plan, TileMajor):
+        through = f"tiles of {need.plan.tile} pixels go through {_gb(need.disk_bytes)} of disk"
+        yield f"decode: streaming would take {_gb(need.streaming_bytes)} and its limit is {limit}, so {through}"
+    elif need.plan.tile < min(TILES[0], max(setting.grid.height, setting.grid.width)):
+        yield f"decode: tiles of {need.plan.tile} instead of {TILES[0]} pixels keep within its limit of {limit}"
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

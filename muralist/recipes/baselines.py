@@ -1,0 +1,41 @@
+"""The two recipes without a method of their own: what every other recipe is compared with.
+
+`direct`: muralist generate PROMPT --recipe direct --size WIDTHxHEIGHT
+`cascade`: muralist generate PROMPT --size 4k   (the default; no training needed on a Wan base, relatives: CineScale, FreeSwim)
+"""
+
+from __future__ import annotations
+
+from muralist.base import BaseInfo
+from muralist.config import Config
+from muralist.nn.attention import FullAttention
+from muralist.stages.proxy import LowResolutionProxy
+from muralist.stages.refine import Refine, Windows
+from muralist.stages.upsample import LatentInterpolation
+
+UHR = "uhr"  # the adapter that a base may bring for sizes above its own
+SKIP_SHARE = 0.4  # of the refinement's steps that the proxy replaces
+
+
+def direct(base: BaseInfo) -> Config:
+    """Full attention at the target size from pure noise: exact, and quadratic in the number of tokens."""
+    d = base.defaults
+    refine = Refine(num_inference_steps=d.num_inference_steps, guidance_scale=d.guidance_scale, flow_shift=d.flow_shift, attention=FullAttention())
+    return Config(proxy=None, upsample=None, refine=refine)
+
+
+def cascade(base: BaseInfo) -> Config:
+    """A proxy at the base's own size, latent interpolation, re-noising, and refinement in shifted local windows."""
+    d = base.defaults
+    proxy = LowResolutionProxy(
+        height=d.grid.height, width=d.grid.width, num_inference_steps=d.num_inference_steps, guidance_scale=d.guidance_scale, flow_shift=d.flow_shift
+    )
+    refine = Refine(
+        num_inference_steps=d.num_inference_steps,
+        guidance_scale=d.guidance_scale,
+        flow_shift=d.flow_shift,
+        skip_steps=round(SKIP_SHARE * d.num_inference_steps),
+        attention=Windows(tokens=512),
+        adapter=UHR if UHR in base.adapters else None,
+    )
+    return Config(proxy=proxy, upsample=LatentInterpolation(), refine=refine)

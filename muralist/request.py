@@ -1,0 +1,195 @@
+"""From what a person typed to a complete `Request`, and from a run's record back to one.
+
+The command line and the Python interface both come through here, so that they accept the same things, resolve them in the
+same way and refuse them with the same words. Nothing here reads a weight.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+from muralist import recipes
+from muralist.base import BaseInfo
+from muralist.config import MAX_FRAMES, MAX_PROMPT, Config, Request
+from muralist.errors import UserError
+from muralist.types import Geometry, Grid, nearest_frames
+
+SIZES = {"1080p": (1920, 1080), "2k": (2560, 1440), "4k": (3840, 2160), "8k": (7680, 4320)}
+_UNITS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What was typed; None stands for the recipe's or the base's own value. `seed` -1: drawn at random."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    width: int = SIZES["4k"][0]
+    height: int = SIZES["4k"][1]
+    num_frames: int | None = None
+    duration: float | None = None
+    fps: float | None = None
+    seed: int = -1
+    recipe: str = recipes.DEFAULT
+    revision: str | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    flow_shift: float | None = None
+    skip_steps: int | None = None
+    memory_bytes: int | None = None
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) of `4k` or `WIDTHxHEIGHT`."""
+    if match := re.fullmatch(r"(\d{1,6})[xX×](\d{1,6})", text.strip()):
+        return int(match[1]), int(match[2])
+    try:
+        return SIZES[text.strip().lower()]
+    except KeyError:
+        raise UserError(f"{text!r} is not a size", where="size", fix=f"use {', '.join(SIZES)} or WIDTHxHEIGHT, such as 3840x2160") from None
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `10s`, `1.5`, `500ms` or `2min`."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|min|m|)", text.strip().lower())
+    if not match or not float(match[1]):
+        raise UserError(f"{text!r} is not a duration", where="duration", fix="use seconds, such as 10s or 1.5s")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def make_request(asked: Asked, info: BaseInfo, note: Callable[[str], None]) -> Request:
+    """Every choice made: the recipe's configuration with the overrides, the exact grid, the resolved seed. `note` is told of each adjustment."""
+    config = override(recipes.find(asked.recipe)(info), asked)
+    request = Request(
+        prompt=_text("prompt", asked.prompt),
+        negative_prompt=_text("negative_prompt", info.defaults.negative_prompt if asked.negative_prompt is None else asked.negative_prompt),
+        grid=_grid(asked, info, note),
+        seed=secrets.randbelow(2**31) if asked.seed == -1 else asked.seed,
+        model=info.name,
+        revision=asked.revision,
+        recipe=asked.recipe,
+        config=config,
+    )
+    config.encode.resolve(request.grid)  # codec and rate are checked now, not after hours of work
+    return request
+
+
+def check_prompt(prompt: str) -> None:
+    """The checks of a prompt that need no model (`Request` makes them again for whoever builds one by hand)."""
+    if not prompt.strip():
+        raise UserError("the prompt is empty", where="prompt", fix="say what the video shows")
+    if len(prompt) > MAX_PROMPT:
+        raise UserError(f"{len(prompt)} characters", where="prompt", fix=f"use at most {MAX_PROMPT}")
+
+
+def _text(name: str, text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError("the text is not valid Unicode", where=name, fix="type it in UTF-8") from None
+    return text
+
+
+def _grid(asked: Asked, info: BaseInfo, note: Callable[[str], None]) -> Grid:
+    fps = info.defaults.grid.fps if asked.fps is None else asked.fps
+    if not 0 < fps <= 1000:
+        raise UserError(f"{fps} frames per second", where="fps", fix="use more than 0 and at most 1000, such as 24")
+    if asked.num_frames is not None and asked.duration is not None:
+        raise UserError("both num_frames and duration are given", where="duration", fix="give one of them")
+    frames = info.defaults.grid.num_frames if asked.num_frames is None else asked.num_frames
+    if asked.duration is not None:
+        frames = max(round(asked.duration * fps), 1)
+    return Grid(num_frames=_snapped(frames, fps, info.geometry, note), height=asked.height, width=asked.width, fps=float(fps))
+
+
+def _snapped(frames: int, fps: float, geometry: Geometry, note: Callable[[str], None]) -> int:
+    """The nearest count the base can make; a count out of range is refused, not moved into it."""
+    if not 1 <= frames <= MAX_FRAMES:
+        raise UserError(f"{frames} frames", where="num_frames", fix=f"use 1 to {MAX_FRAMES}")
+    nearest = nearest_frames(frames, geometry.temporal_factor)
+    if nearest != frames:
+        note(f"{frames} frames become {nearest} ({nearest / fps:.2f} s at {fps:g} fps): the base makes {geometry.temporal_factor}n + 1 frames")
+    return nearest
+
+
+def override(config: Config, asked: Asked) -> Config:
+    """The configuration with the typed numbers in place of the recipe's, in every stage that has them."""
+    values = {name: getattr(asked, name) for name in ("num_inference_steps", "guidance_scale", "flow_shift", "skip_steps")}
+    values = {name: value for name, value in values.items() if value is not None}
+    if asked.memory_bytes is not None:
+        config = replace(config, decode=replace(config.decode, memory_bytes=min(asked.memory_bytes, config.decode.memory_bytes)))
+    proxy = config.proxy and _replaced(config.proxy, values)
+    return replace(config, proxy=proxy, refine=_replaced(config.refine, _with_skip(config.refine, values)))
+
+
+def _with_skip(refine: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """With another number of steps the guide replaces the same share of them, unless told otherwise."""
+    steps, skipped = values.get("num_inference_steps"), getattr(refine, "skip_steps", 0)
+    if steps is None or not skipped or "skip_steps" in values:
+        return values
+    return values | {"skip_steps": min(max(round(skipped * steps / refine.num_inference_steps), 1), max(steps - 1, 0))}
+
+
+def _replaced(part: Any, values: dict[str, Any]) -> Any:
+    names = {field.name for field in fields(part)}
+    return replace(part, **{name: value for name, value in values.items() if name in names})
+
+
+# --- back from a record -----------------------------------------------------------------------------------------------------------
+
+
+def restore(record: Any) -> Request:
+    """The Request whose `record()` this is; UserError if it is not one of this version."""
+    try:
+        request = _restored(Request, record)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _foreign(str(error)) from None
+    if request.record() != record:
+        raise _foreign("fields differ")
+    return request
+
+
+def _foreign(why: str) -> UserError:
+    return UserError(f"its request cannot be read ({why})", where="run_dir", fix="use the version that started the run, or start a new one")
+
+
+def _restored(hint: Any, value: Any) -> Any:
+    """`value` (JSON) as the type that `hint` names. Only classes that appear in the annotations of `Request` can come into being."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _restored(_member(arguments, value), value)
+    if is_dataclass(hint):
+        return _dataclass(hint, value)
+    if origin is tuple:
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        return tuple(_restored(kind, item) for kind, item in zip(kinds, value, strict=False))
+    if origin is typing.Literal and value not in arguments:
+        raise TypeError(f"{value!r:.40} is none of {arguments}")
+    if hint is float and type(value) is int:
+        return value  # as it was: a float in its place would change the bytes of the file's metadata
+    if isinstance(hint, type) and type(value) is not hint:
+        raise TypeError(f"{value!r:.40} is no {hint.__name__}")
+    return value
+
+
+def _member(members: tuple[Any, ...], value: Any) -> Any:
+    """The member of a union that a JSON value belongs to."""
+    if isinstance(value, dict):
+        return next(m for m in (*members, None) if m is None or getattr(m, "__name__", "") == value.get("kind"))
+    if isinstance(value, list):
+        return next((m for m in members if typing.get_origin(m) is tuple), None)
+    plain = {type(None)} if value is None else {type(value)}
+    return next((m for m in members if m in plain or (m is float and isinstance(value, int)) or typing.get_origin(m) is typing.Literal), None)
+
+
+def _dataclass(hint: type, value: dict[str, Any]) -> Any:
+    hints = typing.get_type_hints(hint)
+    if value["kind"] != hint.__name__:
+        raise TypeError(f"{value['kind']!r:.40} is no {hint.__name__}")
+    return hint(**{field.name: _restored(hints[field.name], value[field.name]) for field in fields(hint)})

@@ -1,0 +1,96 @@
+"""guide -> latent: denoising on the target's grid, from pure noise or from a re-noised guide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from muralist.base import Base
+from muralist.errors import UserError
+from muralist.nn.attention import FullAttention
+from muralist.nn.windows import WindowAttention, choose_window
+from muralist.sampling import flow
+from muralist.stages.proxy import check_guidance
+from muralist.types import Geometry, Grid, LatentVideo, TextCond
+
+if TYPE_CHECKING:
+    from muralist.nn.transformer import Graft
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Windows:
+    """Local attention: windows of about `tokens` tokens, their sides chosen for the grid, shifted by half a window in every other layer.
+
+    `max_frames`: a window spans at most this many latent frames (the base's own length in training), None: no limit.
+    """
+
+    tokens: int = 512
+    shift: bool = True
+    max_frames: int | None = None
+
+    def __post_init__(self):
+        if self.tokens < 8:
+            raise UserError(f"{self.tokens} tokens", where="window", fix="use at least 8, such as 512")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refine:
+    """How the target grid is denoised. `skip_steps`: the first steps that the guide replaces; `adapter`: a named adapter of the base."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    flow_shift: float
+    skip_steps: int = 0
+    attention: FullAttention | Windows = field(default_factory=FullAttention)
+    adapter: str | None = None
+    token_chunk: int | None = 8192
+
+    def __post_init__(self):
+        flow.sigmas(self.num_inference_steps, self.flow_shift)
+        check_guidance(self.guidance_scale)
+        if not 0 <= self.skip_steps < self.num_inference_steps:
+            raise UserError(f"{self.skip_steps} of {self.num_inference_steps} steps", where="skip_steps", fix="skip fewer than all steps")
+
+    def graft(self, token_shape: tuple[int, int, int]) -> Graft:
+        """The transformer's configuration for a token grid (f, y, x)."""
+        from muralist.nn.transformer import Graft
+
+        if isinstance(self.attention, FullAttention):
+            return Graft(token_chunk=self.token_chunk)
+        return Graft(attention=WindowAttention(size=window_size(self.attention, token_shape), shift=self.attention.shift), token_chunk=self.token_chunk)
+
+
+def window_size(windows: Windows, token_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Sides (t, y, x) for a grid: as much time as allowed, and what is left of the tokens as a near square."""
+    frames = min(token_shape[0], windows.max_frames or token_shape[0])
+    _, rows, columns = choose_window((1, *token_shape[1:]), max(windows.tokens // frames, 1))
+    return (frames, rows, columns)
+
+
+def refine(
+    base: Base,
+    text: TextCond,
+    guide: LatentVideo | None,
+    grid: Grid,
+    how: Refine,
+    *,
+    seed: int,
+    saved: tuple[int, torch.Tensor] | None,
+    after_step: Callable[[int, torch.Tensor], None],
+) -> LatentVideo:
+    """Denoise [1, C, F, h, w] on the legal `grid`; with a guide from x = (1 - sigma_S) guide + sigma_S eps at step S."""
+    geometry: Geometry = base.info.geometry
+    levels = flow.sigmas(how.num_inference_steps, how.flow_shift)
+    start, z = saved or (how.skip_steps, _start(guide, (1, *geometry.latent_shape(grid)), levels[how.skip_steps], seed))
+    graft = how.graft(geometry.token_shape(grid))
+    velocity = base.velocity(text, guidance_scale=how.guidance_scale, graft=graft, adapter=how.adapter)
+    z = flow.denoise(velocity, z.to(base.device), levels, start=start, after_step=after_step)
+    return LatentVideo(z, grid)
+
+
+def _start(guide: LatentVideo | None, shape: tuple[int, ...], sigma: float, seed: int) -> torch.Tensor:
+    noise = flow.keyed_noise(shape, seed=seed, stage="refine")
+    return noise if guide is None else flow.renoise(guide.z.cpu().float(), noise, sigma)

@@ -1,0 +1,40 @@
+"""Fixtures of all tests, and one rule: a test never talks to the network."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: idle threads must not spin, or two test processes slow each other down tenfold.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def threads() -> None:
+    """Two threads where the machine is ours, one where it is busy (set OMP_NUM_THREADS)."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
+
+
+@pytest.fixture(scope="session")
+def tiny21(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Wan2.1-flavoured base."""
+    return tiny.save_pipeline(tmp_path_factory.mktemp("base") / "tiny21", "2.1")
+
+
+@pytest.fixture(scope="session")
+def tiny22(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Wan2.2-flavoured base."""
+    return tiny.save_pipeline(tmp_path_factory.mktemp("base") / "tiny22", "2.2")
+
+
+@pytest.fixture(params=["2.1", "2.2"])
+def tiny_base(request: pytest.FixtureRequest) -> Path:
+    """Either flavour: a test that takes it runs on both."""
+    return request.getfixturevalue("tiny" + request.param.replace(".", ""))

@@ -1,0 +1,222 @@
+"""The command line is a contract: names that people type do not change by accident, and exit codes mean what they say."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import av
+import pytest
+import typer
+
+from muralist.cli import _bars
+from muralist.cli.main import app
+from muralist.store import atomic
+from tests.shell import muralist
+
+VIDEO = (
+    "--size --width --height --num-frames --duration --fps --seed --model --revision --recipe --negative-prompt --num-inference-steps --guidance-scale "
+    "--flow-shift --skip-steps --device --memory-limit"
+)
+OPTIONS = {
+    "generate": f"prompt {VIDEO} --output -o --run-dir --keep-run --dry-run --json --debug",
+    "resume": "run_dir --device --keep-run --json --debug",
+    "plan": f"prompt {VIDEO} --machine --json --debug",
+    "inspect": "file --decode --json --debug",
+    "recipes": "--json",
+    "doctor": "--device --json --debug",
+    "train": "name --minutes --device --from --resume --output -o --debug",
+}
+SMALL = ("--size", "128x66", "--num-frames", 5, "--seed", 1)
+
+
+def test_the_options_are_frozen():
+    commands = typer.main.get_command(app).commands
+    found = {name: sorted(o for p in c.params for o in (p.opts if p.opts[0].startswith("-") else [p.name]) if o != "--help") for name, c in commands.items()}
+    for names in found.values():
+        names[:] = [name for name in names if name != "-h"]
+    assert found == {name: sorted(line.split()) for name, line in OPTIONS.items()}
+
+
+def generate(base, output, *more):
+    return muralist("generate", "a red ball moves right", "--model", base, "-o", output, *SMALL, *more)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny22, tmp_path_factory):
+    """A finished tiny video whose run was kept."""
+    output = tmp_path_factory.mktemp("finished") / "a.mp4"
+    answer = generate(tiny22, output, "--keep-run")
+    assert answer.code == 0, answer.err
+    return output
+
+
+def test_generate_makes_a_file_of_exactly_the_size(finished):
+    with av.open(str(finished)) as container:
+        stream = container.streams.video[0]
+        assert (stream.width, stream.height, sum(1 for _ in container.decode(video=0))) == (128, 66, 5)
+
+
+def test_the_closing_table_names_every_stage(tiny22, tmp_path):
+    answer = generate(tiny22, tmp_path / "a.mp4")
+    assert all(re.search(rf"{stage} +[\d.]+ s +[\d.]+ [MG]B", answer.out) for stage in ("prompt", "proxy", "refine", "decode", "total")), answer.out
+    assert "seed 1" in answer.out and not (tmp_path / "a.mp4.run").exists()
+
+
+def test_json_lines_tell_all_stages_and_the_result(tiny22, tmp_path):
+    events = generate(tiny22, tmp_path / "a.mp4", "--json").events
+    assert [e["stage"] for e in events if e["event"] == "end"] == ["prompt", "proxy", "refine", "decode"]
+    assert events[-1]["event"] == "result" and events[-1]["seed"] == 1 and events[-1]["request"]["grid"]["height"] == 66
+
+
+def test_a_drawn_seed_is_recorded_and_paints_the_same_again(tiny22, tmp_path):
+    base = ("generate", "a ball", "--model", tiny22, "--size", "128x64", "--num-frames", 5, "--json")
+    seed = muralist(*base, "-o", tmp_path / "a.mp4").events[-1]["seed"]
+    muralist(*base, "-o", tmp_path / "b.mp4", "--seed", seed)
+    assert atomic.file_sha256(tmp_path / "a.mp4") == atomic.file_sha256(tmp_path / "b.mp4")
+
+
+def test_inspect_tells_what_made_a_file(finished):
+    (facts,) = muralist("inspect", finished, "--json").events
+    assert facts["width"] == 128 and facts["metadata"]["request"]["seed"] == 1
+    assert "a red ball moves right" in muralist("inspect", finished).out
+
+
+def test_aliases_are_accepted_and_told_once(tiny22, tmp_path):
+    answer = generate(tiny22, tmp_path / "a.mp4", "--steps", 2, "--cfg", 1, "--num_inference_steps", 2, "--shift", 3)
+    assert answer.code == 0 and answer.err.count("--steps is read as --num-inference-steps") == 1 and "--cfg is read as --guidance-scale" in answer.err
+
+
+def test_overrides_reach_every_stage(tiny22, tmp_path):
+    options = ("--num-inference-steps", 6, "--guidance-scale", 1.5, "--flow-shift", 2, "--negative-prompt", "")
+    config = generate(tiny22, tmp_path / "a.mp4", "--json", *options).events[-1]["request"]["config"]
+    for stage in ("proxy", "refine"):
+        assert (config[stage]["num_inference_steps"], config[stage]["guidance_scale"], config[stage]["flow_shift"]) == (6, 1.5, 2)
+    assert config["refine"]["skip_steps"] == 3  # the recipe's share of its 4 steps was 2
+
+
+def test_frames_and_durations_snap_and_say_so(tiny22, tmp_path):
+    answer = muralist("generate", "a ball", "--model", tiny22, "--size", "64x64", "--duration", "0.5s", "-o", tmp_path / "a.mp4", "--json")
+    assert "8 frames become 9" in answer.err and answer.events[-1]["request"]["grid"]["num_frames"] == 9
+
+
+@pytest.mark.parametrize(("name", "size"), [("1080p", (1920, 1080)), ("2k", (2560, 1440)), ("4k", (3840, 2160)), ("8K", (7680, 4320)), ("300x200", (300, 200))])
+def test_sizes_by_name(name, size):
+    from muralist.request import parse_size
+
+    assert parse_size(name) == size
+
+
+def test_plan_and_dry_run_compute_nothing(tiny22, tmp_path):
+    (plan,) = muralist("plan", "--model", tiny22, *SMALL, "--json").events
+    assert plan["stages"][0]["stage"] == "prompt" and plan["totals"]["flops"] > 0
+    answer = generate(tiny22, tmp_path / "a.mp4", "--dry-run")
+    assert answer.code == 0 and "refine" in answer.out and list(tmp_path.iterdir()) == []
+
+
+def test_recipes_and_doctor_answer():
+    assert "cascade (default)" in muralist("recipes").out
+    answer = muralist("doctor", "--json")
+    assert answer.code in (0, 2)  # 2 where the embedded model is not in this checkout
+    assert answer.events[0]["versions"]["ok"] and "GFLOP/s" in answer.events[0]["speed"]["found"]
+
+
+def test_a_bug_of_ours_is_code_1_with_a_traceback(tiny22, tmp_path, monkeypatch):
+    monkeypatch.setattr("muralist.pipeline.generate", lambda *_: 1 / 0)
+    answer = generate(tiny22, tmp_path / "a.mp4")
+    assert answer.code == 1 and "Traceback" in answer.err and "ZeroDivisionError" in answer.err
+
+
+def test_debug_shows_the_traceback_of_a_users_mistake():
+    answer = muralist("generate", "a ball", "--recipe", "nonsense", "--debug")
+    assert answer.code == 2 and "Traceback" in answer.err and "unknown recipe" in answer.err
+
+
+# --- interrupted ------------------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(tiny22, tmp_path, monkeypatch):
+    whole = tmp_path / "whole.mp4"
+    assert generate(tiny22, whole).code == 0
+    output, run_dir = tmp_path / "a.mp4", tmp_path / "a.mp4.run"
+
+    def interrupt(self, stage, done, advance=_bars.Bars.advance):
+        advance(self, stage, done)
+        if stage == "refine":
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_bars.Bars, "advance", interrupt)
+        answer = generate(tiny22, output)
+    line = answer.err.splitlines()[-1]
+    assert answer.code == 130 and line.startswith("muralist: interrupted") and line.endswith(f"muralist resume {run_dir}")
+    assert not output.exists() and any(p.name.startswith("refine-step") for p in run_dir.iterdir())
+    assert muralist("resume", run_dir).code == 0
+    assert atomic.file_sha256(output) == atomic.file_sha256(whole) and not run_dir.exists()
+
+
+def test_a_second_ctrl_c_aborts_even_inside_a_long_operation():
+    script = (
+        "import time, signal, sys; from pathlib import Path; from muralist.cli._bars import resumable\n"
+        "with resumable(Path('RUN')):\n"
+        "    signal.signal(signal.SIGINT, lambda *_: None)\n"  # as a long C call would: the interpreter does not get to run
+        "    print('ready', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    assert process.wait(timeout=20) == 130
+    assert "muralist resume RUN" in process.stderr.read()
+
+
+def test_a_disk_that_fills_in_the_middle_is_one_line_with_the_bytes(tiny22, tmp_path, monkeypatch):
+    output, written = tmp_path / "a.mp4", atomic.write
+
+    def full(handle, data):
+        if "refine-step-000003" in handle.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(handle, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "write", full)
+        answer = generate(tiny22, output)
+    assert answer.code == 2 and re.search(r"the disk is full: [\d,]+ bytes needed, [\d,]+ bytes free; free some space", answer.err.splitlines()[-1])
+    assert muralist("resume", f"{output}.run").code == 0 and output.is_file()
+
+
+# --- resumed ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_resume_takes_no_other_options(finished):
+    assert "no such option" in muralist("resume", f"{finished}.run", "--size", "8k").error.lower()
+
+
+def test_generate_refuses_a_run_directory_of_other_options(tiny22, tmp_path):
+    output = tmp_path / "a.mp4"
+    assert generate(tiny22, output, "--keep-run").code == 0
+    assert "this run was started with request.config" in generate(tiny22, output, "--guidance-scale", 3).error
+    assert "request.grid.num_frames" in generate(tiny22, output, "--num-frames", 9).error
+
+
+def test_the_same_command_without_a_seed_goes_on_with_the_seed_it_drew(tiny22, tmp_path):
+    output = tmp_path / "a.mp4"
+    first = muralist("generate", "a ball", "--model", tiny22, "--size", "64x64", "-o", output, "--keep-run", "--json").events[-1]["seed"]
+    again = muralist("generate", "a ball", "--model", tiny22, "--size", "64x64", "-o", output, "--keep-run", "--json").events[-1]["seed"]
+    assert first == again
+
+
+def test_a_run_and_its_output_can_be_moved_together(tiny22, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    assert generate(tiny22, old / "a.mp4", "--keep-run").code == 0
+    (old / "a.mp4").unlink()
+    os.rename(old, new)
+    assert muralist("resume", new / "a.mp4.run").code == 0
+    assert (new / "a.mp4").is_file()

@@ -1,0 +1,77 @@
+"""Every recipe works on both flavours of Wan through the same command, repeats itself, and resumes."""
+
+from __future__ import annotations
+
+import hashlib
+
+import av
+import pytest
+
+from muralist.base import inspect_base
+from muralist.config import Config
+from muralist.recipes import RECIPES, summary
+from muralist.request import Asked, make_request, restore
+from muralist.store import atomic
+from tests.shell import muralist
+
+SMALL = ("--size", "160x96", "--num-frames", 9, "--seed", 5)
+every_recipe = pytest.mark.parametrize("recipe", sorted(RECIPES))
+
+
+def paint(recipe, base, output, *more):
+    return muralist("generate", "a red ball moves right over grass", "--recipe", recipe, "--model", base, "-o", output, *SMALL, *more)
+
+
+@every_recipe
+def test_a_recipe_is_a_function_from_a_base_to_a_configuration(recipe, tiny_base):
+    assert isinstance(RECIPES[recipe](inspect_base(str(tiny_base))), Config)
+    assert summary(recipe)
+
+
+@every_recipe
+def test_every_recipe_paints_on_both_flavours(recipe, tiny_base, tmp_path):
+    answer = paint(recipe, tiny_base, tmp_path / "a.mp4")
+    assert answer.code == 0, answer.err
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stream = container.streams.video[0]
+        frames = [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
+    assert (stream.width, stream.height, len(frames)) == (160, 96, 9)
+    assert max(frame.std() for frame in frames) > 1, "an empty picture"
+
+
+@every_recipe
+def test_resuming_gives_the_same_file_bit_for_bit(recipe, tiny22, tmp_path, monkeypatch):
+    assert paint(recipe, tiny22, tmp_path / "whole.mp4").code == 0
+    saved = []
+
+    def stop(path, *arguments, publish_dir=atomic.publish_dir, **options):
+        publish_dir(path, *arguments, **options)
+        saved.append(path.name)
+        if path.name.startswith("refine-step"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "publish_dir", stop)
+        assert paint(recipe, tiny22, tmp_path / "a.mp4").code == 130, saved
+    assert muralist("resume", tmp_path / "a.mp4.run").code == 0
+    whole, resumed = (hashlib.sha256((tmp_path / name).read_bytes()).digest() for name in ("whole.mp4", "a.mp4"))
+    assert whole == resumed
+
+
+@every_recipe
+def test_a_run_of_one_recipe_is_not_resumed_by_another(recipe, tiny22, tmp_path):
+    other = next(name for name in sorted(RECIPES) if name != recipe)
+    assert paint(recipe, tiny22, tmp_path / "a.mp4", "--keep-run").code == 0
+    assert "this run was started with" in paint(other, tiny22, tmp_path / "a.mp4").error
+
+
+@every_recipe
+def test_a_request_survives_the_way_through_its_record(recipe, tiny_base):
+    request = make_request(Asked(prompt="a ball", seed=1, recipe=recipe), inspect_base(str(tiny_base)), note=print)
+    assert restore(request.record()) == request
+
+
+@every_recipe
+def test_every_recipe_can_be_planned(recipe, tiny_base):
+    (plan,) = muralist("plan", "--recipe", recipe, "--model", tiny_base, "--json", *SMALL).events
+    assert plan["totals"]["flops"] > 0

@@ -1,0 +1,133 @@
+"""Kill one generation again and again, each time resuming it: the parent of `test_kill_run.py`, a process of its own.
+
+usage: python chained_kills.py MODEL FOLDER KILLS SEED
+
+The modules are imported once; every attempt is a fork of this process, so that a kill costs milliseconds instead of an import.
+No tensor is computed before a fork (OpenMP does not survive one). Prints one JSON object.
+"""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import av
+
+import muralist.stages.encode
+from muralist.base import Base, inspect_base, pick_device
+from muralist.config import Request
+from muralist.pipeline import generate
+from muralist.recipes import find
+from muralist.store.run import RunDirectory
+from muralist.types import Grid
+
+
+class Log:
+    """An observer that appends each unit of finished work to a file, so that repeated work can be counted."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def begin(self, stage, total):
+        self.note(stage, "begin")
+
+    def advance(self, stage, done):
+        self.note(stage, done)
+
+    def end(self, stage, report):
+        self.note(stage, "end")
+
+    def note(self, stage, what):
+        with open(self.path, "a") as file:
+            file.write(f"{os.getpid()} {stage} {what}\n")
+
+
+def request(model: str) -> tuple[Request, object]:
+    info = inspect_base(model)
+    return Request(
+        prompt="a red ball moves right over grass", negative_prompt="", grid=Grid(num_frames=29, height=96, width=160), seed=3, model=model, revision=None,
+        recipe="cascade", config=find("cascade")(info),
+    ), info  # fmt: skip
+
+
+def work(asked: Request, info, folder: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    base = Base(info, pick_device("cpu"))
+    with RunDirectory.create(folder / "run", asked.record()) as run:
+        generate(asked, base, run, folder / "out.mp4", Log(folder / "log"))
+
+
+def attempt(asked: Request, info, folder: Path, seconds: float | None) -> int:
+    """Fork, let the child work, kill it after `seconds` (None: let it finish). Returns its exit status, -9 when killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work(asked, info, folder)
+        except BaseException as error:  # the parent must see it whatever it is
+            (folder / "error").write_text(repr(error))
+            os._exit(1)
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def playable(folder: Path) -> int | None:
+    """Frames that the file being written gives back, None where it does not exist yet."""
+    live = muralist.stages.encode.live_path(folder / "out.mp4")
+    if not live.exists():
+        return None
+    with av.open(str(live)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "out.mp4").read_bytes()).hexdigest()
+
+
+def main() -> None:
+    model, folder, kills, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    asked, info = request(model)
+    (folder / "whole").mkdir()
+    (folder / "killed").mkdir()
+    started = time.monotonic()
+    assert attempt(asked, info, folder / "whole", None) == 0, (folder / "whole" / "error").read_text()
+    length, draw, done, seen = time.monotonic() - started, random.Random(seed), 0, []
+    while done < kills:
+        # kills come at all ages of an attempt; one that finished is started anew in a fresh folder
+        status = attempt(asked, info, folder / "killed", draw.uniform(0, 0.6 * length))
+        if status == 1:
+            raise RuntimeError((folder / "killed" / "error").read_text())
+        if status == -9:
+            done += 1
+            seen.append(playable(folder / "killed"))
+        elif done < kills:
+            assert digest(folder / "killed") == digest(folder / "whole")
+            (folder / "killed").rename(folder / f"finished-{done}")
+            (folder / "killed").mkdir()
+    if not (folder / "killed" / "out.mp4").exists():
+        assert attempt(asked, info, folder / "killed", None) == 0, (folder / "killed" / "error").read_text()
+    logs = [p.read_text().splitlines() for p in folder.glob("*/log") if p.parent.name != "whole"]
+    repeated = sum(len(lines) - len({line.split(" ", 1)[1] for line in lines}) for lines in ([e for e in log if e.split()[2].isdigit()] for log in logs))
+    print(
+        json.dumps(
+            {
+                "kills": done,
+                "same": digest(folder / "killed") == digest(folder / "whole"),
+                "repeated": repeated,
+                "playable": [s for s in seen if s is not None],
+                "seconds": length,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""Everything a user can get wrong: exit code 2, exactly one line that says where, what and how to mend it, before any weight is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from muralist.cli._options import VideoOptions
+from muralist.cli.generate import prepare
+from muralist.store.run import RunDirectory
+from tests.shell import muralist
+
+SECONDS = 5
+
+
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch):
+    """A refusal that comes after loading began came too late."""
+
+    def refuse(*_):
+        raise AssertionError("weights were about to be loaded")
+
+    monkeypatch.setattr("muralist.base.Base.__init__", refuse)
+
+
+@pytest.fixture
+def base(tiny22, tmp_path):
+    """A copy of the tiny model, to be damaged."""
+    return Path(shutil.copytree(tiny22, tmp_path / "base"))
+
+
+def generate(base, tmp_path, *more):
+    return muralist("generate", "a red ball", "--model", base, "-o", tmp_path / "out.mp4", *more)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------------------
+
+NUMBERS = ("--num-inference-steps", "--guidance-scale", "--flow-shift", "--skip-steps", "--num-frames", "--fps", "--seed", "--memory-limit")
+WORDS = ("ten", "", "1,5", "0x10", "1e", "--", "½", "nil", "NaN%", "1 000")
+OPTIONS = [
+    *((name, word) for name in NUMBERS for word in WORDS),
+    *((name, "nan") for name in ("--guidance-scale", "--flow-shift", "--fps", "--memory-limit")),
+    *((name, "inf") for name in ("--guidance-scale", "--flow-shift", "--fps", "--memory-limit")),
+    *((name, "-3") for name in NUMBERS),
+    *((name, str(10**30)) for name in NUMBERS),
+    *((name, "0") for name in ("--num-inference-steps", "--flow-shift", "--num-frames", "--fps", "--memory-limit")),
+    ("--num-inference-steps", "2.5"), ("--num-frames", "4.5"), ("--seed", "1.5"), ("--skip-steps", "4"), ("--skip-steps", "99"),
+    *(("--size", size) for size in ("", "5k", "0x0", "10x10", "3841x2160", "3840x2161", "99999x64", "-64x64", "64x-64", "64*64", "64", "x", "4k4k")),
+    *(("--duration", text) for text in ("", "0", "0s", "-1s", "ten", "1h", "1e3", "nan", "infs", "99999s", "1:30")),
+    ("--width", "640"), ("--height", "640"), ("--width", "abc"),
+    ("--recipe", ""), ("--recipe", "Cascade"), ("--recipe", "nonsense"), ("--recipe", "../cascade"), ("--recipe", "x" * 10_000),
+    ("--device", "tpu"), ("--device", ""), ("--device", "cpu:9:9"), ("--device", "cuda:99"), ("--device", "cuda:x"),
+    ("--model", ""), ("--model", "nowhere"), ("--model", "/dev/null"), ("--model", "../.."), ("--model", "org/name"), ("--model", "x" * 5000),
+    ("--no-such-option", "1"), ("--sise", "4k"), ("--output",), ("-z", "1"),
+    ("--negative-prompt", "n" * 2**20),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options)[:40])
+def test_bad_options(options, tiny22, tmp_path):
+    assert generate(tiny22, tmp_path, *options).error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "   ", "\t\n", "x" * 2**20, "字" * 5000, "\ud800 lone surrogate"], ids=["empty", "blank", "space", "1 MB", "long", "surrogate"]
+)
+def test_bad_prompts(prompt, tiny22, tmp_path):
+    assert "prompt" in muralist("generate", prompt, "--model", tiny22, "-o", tmp_path / "out.mp4").error
+
+
+COMMAND_LINES = [
+    ["generate"], ["generate", "a", "b"], ["paint"], ["--nonsense"], ["doctor", "--device", "tpu"],
+    ["resume"], ["resume", "/nowhere"], ["resume", "/dev/null"], ["resume", ""], ["resume", "x" * 5000],
+    ["inspect"], ["inspect", "/nowhere.mp4"], ["inspect", "/dev/null"], ["inspect", "."], ["inspect", "x" * 5000],
+    ["plan", "--machine", "3GB"], ["plan", "--size", "0x0"],
+    ["train", "miniature-base", "--from", "/nowhere"], ["train", "miniature-uhr", "--from", "/dev/null"], ["train", "miniature-vae", "--from", "."],
+    ["train"], ["train", "everything"], ["train", "miniature-vae", "--minutes", "nan"], ["train", "miniature-vae", "--minutes", "-1"],
+    ["train", "miniature-vae", "--device", "tpu"], ["train", "miniature-vae", "--output", "/dev/null/x"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", COMMAND_LINES, ids=lambda arguments: " ".join(arguments)[:40])
+def test_bad_command_lines(arguments):
+    assert muralist(*arguments).error
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(max_size=200), option=st.sampled_from(["--size", "--duration", "--recipe", "--device", "--revision"]))
+def test_any_text_as_an_option(text, option, tiny22, tmp_path):
+    """A usable value is planned, anything else is one line; `--dry-run` keeps both cheap."""
+    answer = generate(tiny22, tmp_path, "--dry-run", "--json", option, text)
+    assert answer.code == 0 or answer.error
+
+
+# --- paths ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["no/such/folder/a.mp4", "a.avi", "a", "", ".mp4x", "a.mp4/b.mp4", "n" * 300 + ".mp4", "file/a.mp4", "a\0b.mp4"])
+def test_bad_outputs(name, tiny22, tmp_path):
+    (tmp_path / "file").write_text("in place of a folder")
+    assert muralist("generate", "a ball", "--model", tiny22, "-o", f"{tmp_path}/{name}").error
+
+
+@pytest.mark.parametrize("name", ["file", "no/such/run", "used", "n" * 300, "file/run"])
+def test_bad_run_directories(name, tiny22, tmp_path):
+    (tmp_path / "file").write_text("in place of a folder")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.tex").write_text("not ours to touch")
+    assert generate(tiny22, tmp_path, "--size", "64x64", "--run-dir", tmp_path / name).error
+
+
+def test_too_little_disk(tiny22, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
+    assert "disk" in generate(tiny22, tmp_path, "--size", "640x640").error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_memory(tiny22, tmp_path):
+    assert "memory" in generate(tiny22, tmp_path, "--size", "4k", "--memory-limit", "0.01").error
+
+
+# --- models -----------------------------------------------------------------------------------------------------------------------
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def _edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+DAMAGES = {
+    "empty folder": lambda f: [shutil.rmtree(p) if p.is_dir() else p.unlink() for p in f.iterdir()],
+    "no index": lambda f: (f / "model_index.json").unlink(),
+    "index is no JSON": lambda f: (f / "model_index.json").write_text("<html>"),
+    "index is a list": lambda f: (f / "model_index.json").write_text("[]"),
+    "index is binary": lambda f: (f / "model_index.json").write_bytes(b"\xff\xfe\x00"),
+    "other pipeline": lambda f: _edit(f / "model_index.json", _class_name="StableDiffusionPipeline"),
+    "truncated transformer": lambda f: _truncate(f / WEIGHTS),
+    "truncated VAE": lambda f: _truncate(f / "vae/diffusion_pytorch_model.safetensors"),
+    "truncated text encoder": lambda f: _truncate(f / "text_encoder/model.safetensors"),
+    "empty weights": lambda f: (f / WEIGHTS).write_bytes(b""),
+    "git-lfs pointer": lambda f: (f / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+    "web page": lambda f: (f / WEIGHTS).write_text("<!doctype html>" * 50),
+    "zip": lambda f: (f / WEIGHTS).write_bytes(b"PK\x03\x04" + bytes(500)),
+    "huge header": lambda f: (f / WEIGHTS).write_bytes((2**62).to_bytes(8, "little") + bytes(500)),
+    "broken header": lambda f: (f / WEIGHTS).write_bytes((20).to_bytes(8, "little") + b"{" * 600),
+    "too long": lambda f: (f / WEIGHTS).open("ab").write(b"tail"),
+    "no weights": lambda f: (f / WEIGHTS).unlink(),
+    "pickle beside weights": lambda f: (f / "transformer" / "pytorch_model.bin").write_bytes(b"\x80\x04."),
+    "pickle in place of weights": lambda f: (f / WEIGHTS).rename(f / "transformer" / "model.pt"),
+    "shard missing": lambda f: (f / "transformer" / "m.safetensors.index.json").write_text('{"weight_map": {"a": "m-1.safetensors"}}'),
+    "shard outside": lambda f: (f / "transformer" / "m.safetensors.index.json").write_text('{"weight_map": {"a": "../../x.safetensors"}}'),
+    "index without shards": lambda f: (f / "transformer" / "m.safetensors.index.json").write_text("{}"),
+    "no transformer": lambda f: shutil.rmtree(f / "transformer"),
+    "no VAE": lambda f: shutil.rmtree(f / "vae"),
+    "no text encoder": lambda f: shutil.rmtree(f / "text_encoder"),
+    "no tokenizer": lambda f: shutil.rmtree(f / "tokenizer"),
+    "other transformer": lambda f: _edit(f / "transformer/config.json", _class_name="FluxTransformer2DModel"),
+    "other VAE": lambda f: _edit(f / "vae/config.json", _class_name="AutoencoderKL"),
+    "channels disagree": lambda f: _edit(f / "vae/config.json", z_dim=16),
+    "image-to-video": lambda f: _edit(f / "transformer/config.json", in_channels=36),
+    "config missing": lambda f: (f / "vae/config.json").unlink(),
+    "channels are text": lambda f: _edit(f / "vae/config.json", z_dim="many"),
+    "patch is text": lambda f: _edit(f / "transformer/config.json", patch_size="1,2,2"),
+    "patch is short": lambda f: _edit(f / "transformer/config.json", patch_size=[2]),
+    "factor is zero": lambda f: _edit(f / "vae/config.json", scale_factor_spatial=-16),
+    "defaults miss a name": lambda f: (f / "muralist.json").write_text('{"grid": {}}'),
+    "defaults are text": lambda f: _edit(f / "muralist.json", num_inference_steps="four"),
+    "defaults out of range": lambda f: _edit(f / "muralist.json", guidance_scale=-1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_damaged_models(damage, base, tmp_path):
+    damage(base)
+    assert generate(base, tmp_path, "--size", "64x64").error
+    assert not (tmp_path / "out.mp4.run").exists()
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tiny22, tmp_path):
+    """A run directory as `generate` leaves it when it is stopped at once."""
+    job = prepare("a ball", VideoOptions(model=str(tiny22), size="64x64", seed=1), None)
+    folder = tmp_path / "a.mp4.run"
+    RunDirectory.create(folder, job.record(tmp_path / "a.mp4", folder)).close()
+    return folder
+
+
+def _change(folder: Path, *path: str, to) -> None:
+    stored = json.loads((folder / "request.json").read_text())
+    place = stored
+    for name in path[:-1]:
+        place = place[name]
+    if to is None:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = to
+    (folder / "request.json").write_text(json.dumps(stored))
+
+
+R = ("options", "request")
+CORRUPTIONS = {
+    "empty": lambda f: (f / "request.json").write_text(""),
+    "no request": lambda f: (f / "request.json").unlink(),
+    "binary": lambda f: (f / "request.json").write_bytes(os.urandom(500)),
+    "a list": lambda f: (f / "request.json").write_text("[1, 2]"),
+    "nested too deep": lambda f: (f / "request.json").write_text("[" * 100_000),
+    "other format": lambda f: _change(f, "format", to=99),
+    "no options": lambda f: _change(f, "options", to=None),
+    "options are text": lambda f: _change(f, "options", to="all"),
+    "no output": lambda f: _change(f, "options", "output", to=None),
+    "output is a number": lambda f: _change(f, "options", "output", to=7),
+    "output elsewhere": lambda f: _change(f, "options", "output", to="no/such/folder/a.mp4"),
+    "request is text": lambda f: _change(f, *R, to="a ball"),
+    "no request inside": lambda f: _change(f, *R, to=None),
+    "no prompt": lambda f: _change(f, *R, "prompt", to=None),
+    "prompt is a list": lambda f: _change(f, *R, "prompt", to=["a", "ball"]),
+    "seed is text": lambda f: _change(f, *R, "seed", to="one"),
+    "seed is true": lambda f: _change(f, *R, "seed", to=True),
+    "grid is gone": lambda f: _change(f, *R, "grid", to=None),
+    "width is negative": lambda f: _change(f, *R, "grid", "width", to=-64),
+    "width is a fraction": lambda f: _change(f, *R, "grid", "width", to=64.5),
+    "unknown part": lambda f: _change(f, *R, "config", "refine", "kind", to="os.system"),
+    "part without kind": lambda f: _change(f, *R, "config", "refine", "kind", to=None),
+    "refine is gone": lambda f: _change(f, *R, "config", "refine", to=None),
+    "surplus field": lambda f: _change(f, *R, "surplus", to=1),
+    "surplus part field": lambda f: _change(f, *R, "config", "surplus", to=1),
+    "unknown mode": lambda f: _change(f, *R, "config", "upsample", "mode", to="magic"),
+    "steps out of range": lambda f: _change(f, *R, "config", "refine", "num_inference_steps", to=0),
+    "model is gone": lambda f: _change(f, "options", "folder", to="/no/such/model"),
+    "model is a number": lambda f: _change(f, "options", "folder", to=7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS.values(), ids=CORRUPTIONS.keys())
+def test_corrupt_runs(corruption, run):
+    corruption(run)
+    assert muralist("resume", run).error
+
+
+def test_a_run_in_use(run):
+    with RunDirectory.open(run):
+        assert f"process {os.getpid()} is working in it" in muralist("resume", run).error
+
+
+# --- as a process of its own ------------------------------------------------------------------------------------------------------
+
+PROCESSES = {
+    "recipe": ["generate", "a ball", "--recipe", "nonsense"],
+    "model": ["generate", "a ball", "--model", "/nowhere"],
+    "size": ["generate", "a ball", "--size", "5k"],
+    "number": ["generate", "a ball", "--guidance-scale", "nan", "--model", "BASE"],
+    "prompt": ["generate", "x" * 100_000],
+    "resume": ["resume", "/nowhere"],
+}
+
+
+@pytest.mark.parametrize("arguments", PROCESSES.values(), ids=PROCESSES.keys())
+def test_refusals_are_quick(arguments, tiny22, tmp_path):
+    """Processor time, not wall time: the promise is for a machine that does nothing else, and tests may share theirs."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "muralist.cli.main", *(str(tiny22) if a == "BASE" else a for a in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("muralist: error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < SECONDS

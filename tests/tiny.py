@@ -1,0 +1,64 @@
+"""Tiny random Wan pipelines of both flavours, in diffusers layout: a folder of a few hundred kB that every recipe can run on in seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+WORDS = ("a", "red", "ball", "moves", "right", "over", "grass", "blue", "star", "falls", "sand")
+
+
+def save_pipeline(folder: Path, flavour: str) -> Path:
+    """Write a random pipeline of flavour '2.1' (8x8x4, 16 channels) or '2.2' (16x16x4, 48 channels) and return its folder."""
+    from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    channels = 16 if flavour == "2.1" else 48
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=channels, out_channels=channels, text_dim=32, freq_dim=16,
+        ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=64,
+    )  # fmt: skip
+    pipeline = WanPipeline(
+        tokenizer=_tokenizer(),
+        text_encoder=UMT5EncoderModel(UMT5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)),
+        vae=_vae(flavour),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=5.0),
+        transformer=transformer,
+        expand_timesteps=flavour == "2.2",
+    )
+    pipeline.save_pretrained(folder)
+    (folder / "muralist.json").write_text(json.dumps(_defaults(flavour)))
+    return folder
+
+
+def _defaults(flavour: str) -> dict:
+    """Numbers a test can afford; without this file Wan's published ones would hold (50 steps at 832x480)."""
+    grid = {"num_frames": 5, "height": 64, "width": 128, "fps": 16}
+    return {"grid": grid, "num_inference_steps": 4, "guidance_scale": 2.0, "flow_shift": 5.0, "negative_prompt": "blue sand", "max_sequence_length": 512}
+
+
+def _vae(flavour: str):
+    from diffusers import AutoencoderKLWan
+
+    common = dict(dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True])
+    if flavour == "2.1":
+        return AutoencoderKLWan(base_dim=4, z_dim=16, **common)
+    return AutoencoderKLWan(
+        base_dim=8, decoder_base_dim=8, z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16,
+        latents_mean=[0.0] * 48, latents_std=[1.0] * 48, **common,
+    )  # fmt: skip
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = "▁abcdefghijklmnopqrstuvwxyz,"
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *(("▁" + word, -1.0) for word in WORDS), *((letter, -4.0) for letter in letters)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
