@@ -206,6 +206,7 @@ def markdown(report: dict) -> str:
     lines += [
         f"One fp32 residual stream of the peak rows: {stream:.0f} MiB. Peaks are growth of peak resident memory over one forward, each in its own process."
     ]
+    lines += ["", *(f"- {note}" for note in report.get("notes", []))]
     return "\n".join(lines) + "\n"
 
 

@@ -57,12 +57,14 @@ class Pipeline:
             options: `negative_prompt, width, height, num_frames, duration, fps, seed, num_inference_steps, guidance_scale, flow_shift,
                 skip_steps, memory_bytes`, as in diffusers and on the command line; the recipe's or the base's own values where left out.
         Raises:
-            UserError: options that cannot be, or a run directory made with others.
+            UserError: options that cannot be, a video that does not fit this machine, or a run directory made with other options.
         """
         from muralist.pipeline import denoise
         from muralist.store.run import RunDirectory
 
-        request = self.request(prompt, **options)
+        plan = self.plan(prompt, **options)
+        plan.check()
+        request = plan.request
         temporary = tempfile.TemporaryDirectory(prefix="muralist-") if run_dir is None else None
         run = RunDirectory.create(Path(temporary.name if temporary else run_dir), {"request": request.record()})
         try:

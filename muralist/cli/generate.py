@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -131,6 +131,7 @@ def execute(job: Job, output: Path, run_dir: Path, *, keep_run: bool, json: bool
     plan.check()
     for text in plan.notes:
         note(text)
+    job = replace(job, request=plan.request)  # what the plan has settled, such as the decoder's memory, is part of the run
     with RunDirectory.create(run_dir, job.record(output, run_dir)) as run:
         _paint(job, output, run, json=json)
     if not keep_run:

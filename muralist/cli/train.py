@@ -36,6 +36,7 @@ def command(
     minutes: Annotated[float, typer.Option("--minutes", help="Time budget; the learning rate falls over its last quarter.")] = 30.0,
     device: Device = "auto",
     start: Annotated[str | None, typer.Option("--from", help="What it starts from: the VAE for miniature-base, the model for miniature-uhr.")] = None,
+    init: Annotated[str | None, typer.Option("--init", help="A model whose weights the VAE or the base starts from, such as miniature.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output directory.")] = False,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Directory for weights, checkpoints and the curve. [default: runs/NAME]")] = None,
     debug: Debug = False,
@@ -49,11 +50,12 @@ def command(
     from muralist.cli._show import Interrupted
 
     training = TRAININGS[name]
-    target, earlier, folder = pick_device(device), _earlier(training, start), _folder(output or f"runs/{name}")
+    target, earlier, folder = pick_device(device), _earlier(training, start) | _initial(training, init), _folder(output or f"runs/{name}")
     try:
         result = getattr(importlib.import_module(training.module), training.function)(folder, minutes=minutes, device=target, resume=resume, **earlier)
     except KeyboardInterrupt:
-        again = f"muralist train {name} --minutes {minutes:g} --output {folder} --resume" + (f" --from {start}" if start else "")
+        options = "".join(f" --{option} {value}" for option, value in (("from", start), ("init", init)) if value)
+        again = f"muralist train {name} --minutes {minutes:g} --output {folder} --resume{options}"
         raise Interrupted(f"; go on from the newest checkpoint with: {again}") from None
     print(f"done: {result}")
     return 0
@@ -71,6 +73,17 @@ def _earlier(training: Training, start: str | None) -> dict[str, Path]:
     if not path.is_dir():
         raise UserError(f"no {training.needs} in {path}", where="from", fix=f"give the folder of the {training.needs} that it starts from")
     return {training.needs: path}
+
+
+def _initial(training: Training, init: str | None) -> dict[str, Path]:
+    """The model whose weights are gone on with, checked as any model is."""
+    if init is None:
+        return {}
+    if training.needs == "model":
+        raise UserError("an adapter starts from nothing", where="init", fix="leave it out")
+    from muralist.base import inspect_base
+
+    return {"init": inspect_base(init).folder}
 
 
 def _folder(text: str) -> Path:

@@ -1,6 +1,6 @@
 """What a machine offers: memory, disk, and the rates at which it multiplies and copies. Measured here, or assumed for one that is elsewhere.
 
-`Machine.measure` runs one matrix product and one copy for about 0.2 s; `Machine.of("24GB")` gives the numbers of a card of that memory.
+`Machine.measure` runs one matrix product and one copy, 0.2 to 0.4 s together; `Machine.of("24GB")` gives the numbers of a card of that memory.
 `seconds` turns work into time: FLOPs over an achievable share of the matmul rate plus bytes over the copy rate. The shares are named
 constants with their origin; times are estimates to plan by, while FLOPs are exact.
 """
@@ -76,7 +76,7 @@ class Machine:
 
     @classmethod
     def measure(cls, device: torch.device | str = "cpu", where: Path | str = ".") -> Machine:
-        """This machine, calibrated in about 0.2 s; `where`: a path on the disk that will hold the run (its nearest existing parent counts)."""
+        """This machine, calibrated in 0.2 to 0.4 s; `where`: a path on the disk that will hold the run (its nearest existing parent counts)."""
         device = torch.device(device)
         dtype, cuda = pick_dtype(device), device.type == "cuda"
         return cls(

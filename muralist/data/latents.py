@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from muralist.data.world import Crop, Scene, caption, render_clip, sample_scene
+from muralist.nn.single_frame import single_frame_convolutions
 from muralist.types import Grid
 
 SHARD = 100  # videos
@@ -93,7 +95,8 @@ def encode(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
     """Pixel video [T, H, W, 3] in [0, 1] -> normalised latents [1, C, F, h, w], the posterior's mean."""
     x = rearrange(video, "t h w c -> 1 c t h w").to(vae.dtype) * 2 - 1
     mean, std = latent_statistics(vae, x.device)
-    return (vae.encode(x).latent_dist.mean.float() - mean) / std
+    with single_frame_convolutions() if len(video) == 1 else nullcontext():
+        return (vae.encode(x).latent_dist.mean.float() - mean) / std
 
 
 @torch.inference_mode()

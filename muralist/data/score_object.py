@@ -84,7 +84,7 @@ class _Bank:
 @lru_cache(maxsize=4)
 def _bank(height: int, width: int) -> _Bank:
     margin = math.ceil(1.15 * RADII[-1] * height) + 1  # what a template may overhang without meeting the opposite side
-    padded = tuple(ndimage_fast_size(size + margin) for size in (height, width))
+    padded = tuple(_fast_size(size + margin) for size in (height, width))
     shape, radius, drawn = [], [], []
     for index, name in enumerate(SHAPES):
         for r in RADII:
@@ -95,7 +95,7 @@ def _bank(height: int, width: int) -> _Bank:
     return _Bank(padded, torch.fft.rfft2(drawn).conj(), drawn.sum((2, 3)), torch.tensor(shape), torch.tensor(radius))
 
 
-def ndimage_fast_size(size: int) -> int:
+def _fast_size(size: int) -> int:
     """The next multiple of 8: short transforms without large prime factors."""
     return math.ceil(size / 8) * 8
 

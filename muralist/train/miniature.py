@@ -54,6 +54,13 @@ def new_vae(seed: int = 0) -> AutoencoderKLWan:
         if type(module).__name__ == "WanAttentionBlock":
             nn.init.zeros_(module.proj.weight)
             nn.init.zeros_(module.proj.bias)
+    return channels_last(vae)
+
+
+def _trainable(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """Everything but the attentions that stay at zero."""
+    for module in vae.modules():
+        if type(module).__name__ == "WanAttentionBlock":
             module.requires_grad_(False)
     return channels_last(vae)
 
@@ -66,9 +73,13 @@ def channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
     return vae
 
 
-def train_vae(folder: Path, *, minutes: float, device: torch.device, resume: bool, report: Callable[[str], None] = print) -> Path:
-    """`miniature-vae`: reconstruction of world crops at all scales; writes `folder/vae` in diffusers layout."""
-    objective = Reconstruction(new_vae().to(device), ReconstructionConfig(), device)
+def train_vae(folder: Path, *, minutes: float, device: torch.device, resume: bool, init: Path | None = None, report: Callable[[str], None] = print) -> Path:
+    """`miniature-vae`: reconstruction of world crops at all scales; writes `folder/vae` in diffusers layout.
+
+    `init`: a model folder whose VAE it starts from instead of a fresh one.
+    """
+    vae = new_vae() if init is None else AutoencoderKLWan.from_pretrained(init / "vae", torch_dtype=torch.float32)
+    objective = Reconstruction(_trainable(vae).to(device), ReconstructionConfig(), device)
     vae = fit(objective, Schedule(minutes=minutes, learning_rate=1e-3, decay=0.6), folder, resume=resume, report=report)
     draw_curve(folder)
     mean, std = _latent_statistics(vae, device)
@@ -105,6 +116,14 @@ class TextToVideo(nn.Module):
         self.transformer = MuralTransformer(**TRANSFORMER_CONFIG)
         self.text_encoder = UMT5EncoderModel(UMT5Config(**TEXT_CONFIG))
         self.tokenizer = new_tokenizer()
+
+    @classmethod
+    def of(cls, folder: Path) -> TextToVideo:
+        """The trained pair of a model folder, in float32."""
+        model = cls()
+        model.transformer = MuralTransformer.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+        model.text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+        return model
 
     def embed(self, captions: Sequence[str]) -> torch.Tensor:
         """[B, L, D_text], zeros after the last token of each caption."""
@@ -144,16 +163,20 @@ def train_base(
     device: torch.device,
     resume: bool,
     vae: Path,
+    init: Path | None = None,
     frames: int = 10_000,
     clips: int = 800,
     report: Callable[[str], None] = print,
 ) -> Path:
-    """`miniature-base`: transformer and text encoder on latents of `vae`; writes a whole diffusers folder, `folder/model`."""
+    """`miniature-base`: transformer and text encoder on latents of `vae`; writes a whole diffusers folder, `folder/model`.
+
+    `init`: a model folder whose transformer and text encoder it starts from instead of fresh ones.
+    """
     autoencoder = channels_last(AutoencoderKLWan.from_pretrained(vae)).to(device).eval()
     pools = folder / "latents"
     single = latents.build_pool(autoencoder, latents.PoolConfig(name="frames", count=frames, grid=GRID, frames=1, seed=1), pools, device, report)
     whole = latents.build_pool(autoencoder, latents.PoolConfig(name="clips", count=clips, grid=GRID, seed=2), pools, device, report)
-    model = TextToVideo().to(device)
+    model = (TextToVideo() if init is None else TextToVideo.of(init)).to(device)
     objective = FlowMatching(model, model.transformer, model.embed, Curriculum(single, whole), FlowConfig(), device)
     fit(objective, Schedule(minutes=minutes, learning_rate=1.5e-3, muon=True), folder, resume=resume, report=report)
     draw_curve(folder)

@@ -14,10 +14,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from peft import LoraConfig
-from transformers import UMT5EncoderModel
 
 from muralist.data import latents
-from muralist.nn.transformer import MuralTransformer
 from muralist.train.loop import Schedule, draw_curve, fit
 from muralist.train.miniature import GRID, TextToVideo, channels_last
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
@@ -43,21 +41,12 @@ class Crops:
         return Batch(*pool.take(rng.integers(len(pool.captions), size=self.batch)))
 
 
-def load_model(folder: Path) -> tuple[TextToVideo, AutoencoderKLWan]:
-    """The trained base of a diffusers folder, in float32."""
-    model = TextToVideo()
-    model.transformer = MuralTransformer.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
-    model.text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-    return model, channels_last(AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32)).eval()
-
-
 def train_uhr(
     folder: Path, *, minutes: float, device: torch.device, resume: bool, model: Path, crops: int = 400, report: Callable[[str], None] = print
 ) -> Path:
     """LoRA on every projection of the base in `model`; writes `model/adapters/uhr`."""
-    base, vae = load_model(model)
-    base.to(device).requires_grad_(False)
-    vae.to(device)
+    base = TextToVideo.of(model).to(device).requires_grad_(False)
+    vae = channels_last(AutoencoderKLWan.from_pretrained(model / "vae", torch_dtype=torch.float32)).to(device).eval()
     pools = tuple(latents.build_pool(vae, _pool(height, crops), folder / "latents", device, report) for height in HEIGHTS)
     torch.manual_seed(0)
     base.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS), adapter_name=ADAPTER)

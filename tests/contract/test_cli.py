@@ -30,7 +30,7 @@ OPTIONS = {
     "inspect": "file --decode --json --debug",
     "recipes": "--json",
     "doctor": "--device --json --debug",
-    "train": "name --minutes --device --from --resume --output -o --debug",
+    "train": "name --minutes --device --from --init --resume --output -o --debug",
 }
 SMALL = ("--size", "128x66", "--num-frames", 5, "--seed", 1)
 

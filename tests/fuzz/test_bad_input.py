@@ -83,7 +83,8 @@ COMMAND_LINES = [
     ["resume"], ["resume", "/nowhere"], ["resume", "/dev/null"], ["resume", ""], ["resume", "x" * 5000],
     ["inspect"], ["inspect", "/nowhere.mp4"], ["inspect", "/dev/null"], ["inspect", "."], ["inspect", "x" * 5000],
     ["plan", "--machine", "3GB"], ["plan", "--size", "0x0"],
-    ["train", "miniature-base", "--from", "/nowhere"], ["train", "miniature-uhr", "--from", "/dev/null"], ["train", "miniature-vae", "--from", "."],
+    ["train", "miniature-base", "--from", "/nowhere"], ["train", "miniature-uhr", "--from", "/dev/null"], ["train", "miniature-vae", "--from", "."], 
+    ["train", "miniature-vae", "--init", "/nowhere"],
     ["train"], ["train", "everything"], ["train", "miniature-vae", "--minutes", "nan"], ["train", "miniature-vae", "--minutes", "-1"],
     ["train", "miniature-vae", "--device", "tpu"], ["train", "miniature-vae", "--output", "/dev/null/x"],
 ]  # fmt: skip

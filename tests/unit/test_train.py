@@ -12,12 +12,13 @@ from torch import nn
 
 from muralist.data.latents import LatentPool, PoolConfig, build_pool, decode, encode
 from muralist.errors import UserError
+from muralist.nn.single_frame import single_frame_convolutions
 from muralist.nn.transformer import MuralTransformer
 from muralist.train import state
 from muralist.train.loop import Schedule, draw_curve, fit
 from muralist.train.miniature import Curriculum, TextToVideo, new_tokenizer, new_vae
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
-from muralist.train.objectives.reconstruction import Reconstruction, ReconstructionConfig, band_error, single_frame_convolutions
+from muralist.train.objectives.reconstruction import Reconstruction, ReconstructionConfig, band_error
 from muralist.types import Grid
 
 
