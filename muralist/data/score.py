@@ -61,7 +61,11 @@ class Score:
 
 def score(video: torch.Tensor, scene: Scene) -> Score:
     """Compare `video` [T, H, W, 3] in [0, 1] with what `scene` says. Raises UserError as `measure` does."""
-    seen = measure(video)
+    return compare(measure(video), scene)
+
+
+def compare(seen: Observation, scene: Scene) -> Score:
+    """What of `scene` is in an observation already made."""
     return Score(
         colour=seen.colour == scene.colour,
         shape=seen.shape == scene.shape,

@@ -33,7 +33,7 @@ def distance_and_shade(shape: str, x: torch.Tensor, y: torch.Tensor) -> tuple[to
     if shape == "cube":
         return _polygon_distance(CUBE, x, y), _cube_shade(x, y)
     if shape == "star":
-        return _polygon_distance(STAR, x, y), 0.95 + 0.05 * (y - y.mean()).expand(len(y), x.shape[1]).sign()
+        return _polygon_distance(STAR, x, y), torch.where(y + 0 * x < 0, 0.9, 1.0)
     return _polygon_distance(TRIANGLE, x, y), (1 - 0.1 * (y + x * 0)).clamp(0.85, 1)
 
 

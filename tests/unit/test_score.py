@@ -10,9 +10,9 @@ import torch
 from scipy import ndimage
 
 from muralist.data import world
-from muralist.data.score import Observation, Score, measure, score
+from muralist.data.score import Observation, Score, compare, measure, score
 from muralist.data.score_object import outline
-from muralist.data.world import CAMERAS, SHAPES, Scene, parse, render_clip, sample_scene
+from muralist.data.world import SHAPES, Scene, parse, render_clip, sample_scene
 from muralist.errors import UserError
 from muralist.types import Grid
 
@@ -42,11 +42,11 @@ def test_right_on_true_renders():
 def test_right_on_soft_noisy_renders():
     rng = np.random.default_rng(7)
     torch.manual_seed(7)
-    scenes = [sample_scene(rng, camera_share=0.5) for _ in range(15)]
+    scenes = [sample_scene(rng, camera_share=0.5) for _ in range(10)]
     videos = [blurred(clip(scene), 2.5) for scene in scenes]
     scores = [score(video + 0.03 * torch.randn(video.shape), scene) for video, scene in zip(videos, scenes)]
     for word in WORDS:
-        assert sum(getattr(s, word) for s in scores) >= 13, word
+        assert sum(getattr(s, word) for s in scores) >= 9, word
 
 
 @pytest.mark.slow
@@ -68,10 +68,10 @@ def test_objects_of_the_grounds_own_colour(colour, ground):
 
 def test_a_wrong_caption_is_wrong_only_where_it_is():
     scene = parse("a red ball moves right over grass", seed=2)
-    video = clip(scene)
+    seen = measure(clip(scene))
     wrong = {"colour": "blue", "shape": "star", "ground": "sand", "motion": "falls", "camera": "pans left"}
     for word, value in wrong.items():
-        judged = score(video, dataclasses.replace(scene, **{word: value}))
+        judged = compare(seen, dataclasses.replace(scene, **{word: value}))
         assert {w: getattr(judged, w) for w in WORDS} == {w: w != word for w in WORDS}
         assert not judged.right
 
@@ -89,7 +89,7 @@ def bare(monkeypatch):
 
 
 @pytest.mark.parametrize("ground", ["grass", "lava", "snow"])
-@pytest.mark.parametrize("camera", [None, *CAMERAS])
+@pytest.mark.parametrize("camera", [None, "pans right", "zooms in"])
 def test_bare_ground_shows_no_object(ground, camera, bare):
     seen = measure(bare(Scene(colour="red", shape="ball", motion="falls", ground=ground, camera=camera, seed=21)))
     assert (seen.num_objects, seen.colour, seen.shape, seen.motion) == (0, None, None, None)
