@@ -6,44 +6,38 @@ keyed by the step number, hence a checkpoint needs no generator state.
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+
+from muralist.store import atomic
+from muralist.store.tensors import load_tensors, total_bytes, writer
 
 KEEP = 2
+TENSORS = "state.safetensors"
 
 
 def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], numbers: dict) -> Path:
-    """Write `folder/step-N` and remove all but the newest `KEEP` checkpoints."""
+    """Publish `folder/step-N` and remove all but the newest `KEEP` checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary, final = folder / f"step-{step}.tmp", folder / f"step-{step}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary / "state.safetensors")
-    (temporary / "numbers.json").write_text(json.dumps(numbers))
-    for file in temporary.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
+    final = folder / f"step-{step}"
+    held = {name: tensor.detach() for name, tensor in tensors.items()}
+    atomic.publish_dir(final, {TENSORS: writer(held)}, numbers, needed=total_bytes(held))
     for old in _complete(folder)[:-KEEP]:
-        shutil.rmtree(folder / f"step-{old}")
+        atomic.remove(folder / f"step-{old}")
     return final
 
 
 def load_newest(folder: Path) -> tuple[dict[str, torch.Tensor], dict] | None:
-    """Tensors and numbers of the newest checkpoint, or None where there is none."""
+    """Tensors and numbers of the newest checkpoint, or None where there is none. Raises UserError if it is damaged."""
     steps = _complete(folder)
     if not steps:
         return None
     newest = folder / f"step-{steps[-1]}"
-    return load_file(newest / "state.safetensors"), json.loads((newest / "numbers.json").read_text())
+    manifest = atomic.read_manifest(newest)
+    return load_tensors(newest / TENSORS, manifest["files"][TENSORS]["sha256"]), manifest["info"]
 
 
 def _complete(folder: Path) -> list[int]:
