@@ -51,7 +51,7 @@ def main() -> None:
     for kind in ("448x256", "4K crops"):
         errors, bands = [], []
         for index, (_, video) in enumerate(cases(kind, options.count)):
-            rebuilt = latents.decode(vae, latents.encode(vae, video))
+            rebuilt = latents.decode(vae, latents.encode(vae, video[None]))
             errors.append(-10 * torch.log10((rebuilt - video).square().mean()).item())
             bands.append(band_error(rebuilt.permute(3, 0, 1, 2)[None] * 2, video.permute(3, 0, 1, 2)[None] * 2).item())
             if index < 5:

@@ -24,6 +24,7 @@ from muralist.nn.single_frame import single_frame_convolutions
 from muralist.types import Grid
 
 SHARD = 100  # videos
+BATCH_FRAMES = 24  # encoded at a time: two clips at least, since torch takes its slow convolution for a single small one
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +68,23 @@ def build_pool(vae: AutoencoderKLWan, config: PoolConfig, folder: Path, device: 
 
 def _encode_shard(vae: AutoencoderKLWan, config: PoolConfig, shard: int, path: Path, device: torch.device) -> None:
     rng = np.random.Generator(np.random.Philox(key=[config.seed, shard]))
+    length = config.frames or config.grid.num_frames
     latents, captions = [], []
-    for _ in range(SHARD):
-        scene = sample_scene(rng, camera_share=config.camera_share, duration=config.grid.duration)
-        length = config.frames or config.grid.num_frames
-        first = int(rng.integers(config.grid.num_frames - length + 1))
-        frames = range(first, first + length)
-        video = render_clip(scene, config.grid, crop=random_crop(rng, scene, config), frames=frames)
-        latents.append(encode(vae, video.to(device))[0].half().cpu())
-        captions.append(caption(scene))
+    together = max(BATCH_FRAMES // length, 2)
+    for done in range(0, SHARD, together):
+        scenes, videos = zip(*(_draw(rng, config, length) for _ in range(min(together, SHARD - done))))
+        latents += encode(vae, torch.stack(videos).to(device)).half().cpu()
+        captions += map(caption, scenes)
     temporary = path.with_suffix(".tmp")
     save_file({"z": torch.stack(latents)}, temporary, metadata={"captions": json.dumps(captions)})
     temporary.rename(path)
+
+
+def _draw(rng: np.random.Generator, config: PoolConfig, length: int) -> tuple[Scene, torch.Tensor]:
+    """A scene and `length` consecutive frames of it, [T, H, W, 3]."""
+    scene = sample_scene(rng, camera_share=config.camera_share, duration=config.grid.duration)
+    first = int(rng.integers(config.grid.num_frames - length + 1))
+    return scene, render_clip(scene, config.grid, crop=random_crop(rng, scene, config), frames=range(first, first + length))
 
 
 def random_crop(rng: np.random.Generator, scene: Scene, config: PoolConfig) -> Crop | None:
@@ -92,10 +98,10 @@ def random_crop(rng: np.random.Generator, scene: Scene, config: PoolConfig) -> C
 
 @torch.inference_mode()
 def encode(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
-    """Pixel video [T, H, W, 3] in [0, 1] -> normalised latents [1, C, F, h, w], the posterior's mean."""
-    x = rearrange(video, "t h w c -> 1 c t h w").to(vae.dtype) * 2 - 1
+    """Pixel videos [B, T, H, W, 3] in [0, 1] -> normalised latents [B, C, F, h, w], the posterior's mean."""
+    x = rearrange(video, "b t h w c -> b c t h w").to(vae.dtype) * 2 - 1
     mean, std = latent_statistics(vae, x.device)
-    with single_frame_convolutions() if len(video) == 1 else nullcontext():
+    with single_frame_convolutions() if x.shape[2] == 1 else nullcontext():
         return (vae.encode(x).latent_dist.mean.float() - mean) / std
 
 

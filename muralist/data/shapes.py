@@ -20,6 +20,7 @@ TRIANGLE = tuple((x * 1.15, y * 1.15 + 0.15) for x, y in _polygon((1.0, 1.0, 1.0
 STAR = _polygon((1.12, 0.5) * 5)
 # a box in cabinet projection: a square front, a strip of top and a strip of right side
 CUBE = ((-0.85, 0.85), (-0.85, -0.5), (-0.5, -0.85), (0.85, -0.85), (0.85, 0.5), (0.5, 0.85))
+REACH = 1.12  # no shape goes further from its centre along x or y (the tips of a star)
 
 
 def distance_and_shade(shape: str, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

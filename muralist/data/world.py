@@ -165,7 +165,8 @@ def layout(scene: Scene) -> Layout:
     extent = np.array([ASPECT / 2, 0.5])
     for attempt in range(1000):
         radius *= 0.97 if attempt and attempt % 50 == 0 else 1.0
-        room, last_room = extent - radius, extent - radius * (ZOOM if zoom else 1)
+        reach = shapes.REACH * radius
+        room, last_room = extent - reach, extent - reach * (ZOOM if zoom else 1)
         length = rng.uniform(0.55, 0.75) if direction[0] else rng.uniform(0.85, 0.95) * (room + last_room / (ZOOM if zoom else 1))[1]
         middle = rng.uniform(-room, room)
         start, end = middle - direction * length / 2, middle + direction * length / 2

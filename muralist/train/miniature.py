@@ -91,7 +91,7 @@ def train_vae(folder: Path, *, minutes: float, device: torch.device, resume: boo
 def _latent_statistics(vae: AutoencoderKLWan, device: torch.device, clips: int = 16) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each latent channel over clips of the base's own size."""
     rng = np.random.default_rng(0)
-    z = torch.cat([latents.encode(vae, world.render_clip(world.sample_scene(rng), GRID).to(device)) for _ in range(clips)])
+    z = torch.cat([latents.encode(vae, world.render_clip(world.sample_scene(rng), GRID)[None].to(device)) for _ in range(clips)])
     return z.mean(dim=(0, 2, 3, 4)).tolist(), z.std(dim=(0, 2, 3, 4)).tolist()
 
 
@@ -164,8 +164,8 @@ def train_base(
     resume: bool,
     vae: Path,
     init: Path | None = None,
-    frames: int = 10_000,
-    clips: int = 800,
+    frames: int = 6_000,
+    clips: int = 500,
     report: Callable[[str], None] = print,
 ) -> Path:
     """`miniature-base`: transformer and text encoder on latents of `vae`; writes a whole diffusers folder, `folder/model`.

@@ -185,7 +185,7 @@ def test_encode_and_decode_are_on_the_same_scale():
     video = torch.rand(1, 64, 64, 3)
     with torch.no_grad():
         expected = (vae.decode(vae.encode(video.permute(3, 0, 1, 2)[None] * 2 - 1).latent_dist.mean).sample[0, :, 0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1)
-    assert (decode(vae, encode(vae, video))[0] - expected).abs().max() < 1e-5
+    assert (decode(vae, encode(vae, video[None]))[0] - expected).abs().max() < 1e-5
 
 
 def test_the_tokenizer_knows_every_word_of_the_world_and_nothing_else():

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from muralist.data import world
+from muralist.data import shapes, world
 from muralist.data.world import (
     CAMERAS,
     COLOURS,
@@ -118,8 +118,8 @@ def test_object_stays_within_the_frame(scene, moment):
     scale = world.ZOOM ** (zoom * moment)
     x, y = ((a + (b - a) * moment) for a, b in zip(place.start, place.end))
     x = x - pan * world.PAN * (moment - 0.5)
-    assert abs(x) * scale + place.radius * scale <= world.ASPECT / 2 + 1e-6
-    assert abs(y) * scale + place.radius * scale <= 0.5 + 1e-6
+    assert abs(x) * scale + shapes.REACH * place.radius * scale <= world.ASPECT / 2 + 1e-6
+    assert abs(y) * scale + shapes.REACH * place.radius * scale <= 0.5 + 1e-6
 
 
 @given(scenes)

@@ -18,7 +18,7 @@ from torch import nn
 from muralist.nn.rope import RopeScale
 from muralist.nn.transformer import Graft
 
-SIGMA_FLOOR = 0.1  # below it the weight of the clean sample's error, 1 / sigma^2, is held
+SIGMA_FLOOR = 0.3  # below it the weight of the clean sample's error, 1 / sigma^2, is held
 
 
 @dataclass(frozen=True, slots=True)
