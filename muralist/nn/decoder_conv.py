@@ -47,8 +47,10 @@ class TimeMix:
 
 @cache
 def time_mix(frames: int) -> TimeMix:
-    """Cook-Toom matrices of F(frames, 3) in fp64, `before` scaled to rows of largest entry one."""
+    """Cook-Toom matrices of F(frames, 3) in fp64, `before` scaled to rows of largest entry one; one frame is the plain sum of three taps."""
     n = frames + HISTORY
+    if frames == 1:
+        return TimeMix(torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64), torch.ones(1, n, dtype=torch.float64))
     points = torch.tensor(_POINTS[: n - 1], dtype=torch.float64)
 
     def powers(columns: int) -> torch.Tensor:
@@ -104,7 +106,7 @@ class CausalConv:
         weight, self.bias = conv.weight.detach()[order], conv.bias.detach()[order]
         self.out_channels, self.in_channels = weight.shape[:2]
         self.weight = weight.contiguous(memory_format=torch.channels_last_3d)
-        self.mixed = {t: self._mix(weight, time_mix(t)) for t in (2, 4)} if uses_time_mix(weight) else {}
+        self.mixed = {t: self._mix(weight, time_mix(t)) for t in (1, 2, 4)} if uses_time_mix(weight) else {}
 
     @staticmethod
     def _mix(weight: torch.Tensor, mix: TimeMix) -> list[torch.Tensor]:

@@ -146,9 +146,9 @@ def _tile(decoder: StreamingDecoder, whole: _Walk, tile: Box) -> _Walk:
 
 
 def _weights(decoder: StreamingDecoder) -> int:
-    """Bytes of diffusers' weights, of their copies in this layout and of the kernels mixed over time (4 + 6 planes instead of 3)."""
+    """Bytes of diffusers' weights, of their copies in this layout and of the kernels mixed over time (3 + 4 + 6 planes instead of 3)."""
     convs = [*_convs(decoder.whole + decoder.tiled), decoder.head.conv]
-    return sum(int(conv.weight.numel() * conv.weight.element_size() * (2 + (10 / 3 if conv.mixed else 0))) for conv in convs)
+    return sum(int(conv.weight.numel() * conv.weight.element_size() * (2 + (13 / 3 if conv.mixed else 0))) for conv in convs)
 
 
 def _convs(operators: Iterable[Operator]) -> Iterable[CausalConv]:
