@@ -64,7 +64,7 @@ class Setup:
     """What a metric may need besides frames: paths of weights by name (`lpips`, `inception`, `i3d`, `clip`, `vae`), the device, the prompt."""
 
     weights: dict[str, Path] = field(default_factory=dict)
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     prompts: dict[Path, str] = field(default_factory=dict)  # by file, where none is in the file's metadata
 
 
