@@ -21,7 +21,7 @@ from datetime import date
 from pathlib import Path
 
 CONFIG = dict(
-    base_dim=32, decoder_base_dim=32, z_dim=48, dim_mult=[1, 1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True], is_residual=True,
+    base_dim=32, decoder_base_dim=16, z_dim=48, dim_mult=[1, 1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True], is_residual=True,
     in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16, latents_mean=[0.0] * 48, latents_std=[1.0] * 48,
 )  # fmt: skip
 RESULTS = Path(__file__).parent / "results"

@@ -25,6 +25,7 @@ class Training:
 
 TRAININGS = {
     "miniature-vae": Training("muralist.train.miniature", "train_vae"),
+    "miniature-decoder": Training("muralist.train.miniature", "train_decoder", "vae", "runs/miniature-vae/vae"),
     "miniature-base": Training("muralist.train.miniature", "train_base", "vae", "runs/miniature-vae/vae"),
     "miniature-uhr": Training("muralist.train.uhr", "train_uhr", "model", "runs/miniature-base/model"),
 }

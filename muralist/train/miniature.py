@@ -1,4 +1,4 @@
-"""The three trainings that make the embedded base: its VAE, its transformer with text encoder, and the UHR adapter.
+"""The trainings that make the embedded base: its VAE (or the decoder alone), its transformer with text encoder, and the UHR adapter.
 
 Each is one command, `muralist train NAME --minutes M`, that can be stopped and resumed at any time.
 """
@@ -29,7 +29,7 @@ GRID = Grid(num_frames=29, height=256, width=448, fps=16)
 TEXT_LENGTH = 16  # the longest caption has 11 words
 FLOW_SHIFT = 3.0
 VAE_CONFIG = dict(
-    base_dim=32, decoder_base_dim=32, z_dim=48, dim_mult=[1, 1, 2, 2], num_res_blocks=1, attn_scales=[], temperal_downsample=[False, True, True],
+    base_dim=32, decoder_base_dim=16, z_dim=48, dim_mult=[1, 1, 2, 2], num_res_blocks=1, attn_scales=[], temperal_downsample=[False, True, True],
     is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_temporal=4, scale_factor_spatial=16,
     latents_mean=[0.0] * 48, latents_std=[1.0] * 48,
 )  # fmt: skip
@@ -79,13 +79,35 @@ def train_vae(folder: Path, *, minutes: float, device: torch.device, resume: boo
     `init`: a model folder whose VAE it starts from instead of a fresh one.
     """
     vae = new_vae() if init is None else AutoencoderKLWan.from_pretrained(init / "vae", torch_dtype=torch.float32)
-    objective = Reconstruction(_trainable(vae).to(device), ReconstructionConfig(), device)
-    vae = fit(objective, Schedule(minutes=minutes, learning_rate=1e-3, decay=0.6), folder, resume=resume, report=report)
-    draw_curve(folder)
+    vae = _fit_vae(vae, folder, minutes, device, resume, report)
     mean, std = _latent_statistics(vae, device)
     vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.save_pretrained(folder / "vae")
     return folder / "vae"
+
+
+def train_decoder(
+    folder: Path, *, minutes: float, device: torch.device, resume: bool, vae: Path, init: Path | None = None, report: Callable[[str], None] = print
+) -> Path:
+    """`miniature-decoder`: a decoder for the latents of `vae`, whose encoder stays as it is; writes `folder/vae`.
+
+    What was trained on those latents goes on working. `init`: a model folder whose decoder it starts from instead of a fresh one.
+    """
+    old = AutoencoderKLWan.from_pretrained(vae, torch_dtype=torch.float32)
+    new = new_vae() if init is None else AutoencoderKLWan.from_pretrained(init / "vae", torch_dtype=torch.float32)
+    for part in ("encoder", "quant_conv"):
+        getattr(new, part).load_state_dict(getattr(old, part).state_dict())
+        getattr(new, part).requires_grad_(False)
+    new.register_to_config(latents_mean=old.config.latents_mean, latents_std=old.config.latents_std)
+    _fit_vae(new, folder, minutes, device, resume, report).save_pretrained(folder / "vae")
+    return folder / "vae"
+
+
+def _fit_vae(vae: AutoencoderKLWan, folder: Path, minutes: float, device: torch.device, resume: bool, report: Callable[[str], None]) -> AutoencoderKLWan:
+    objective = Reconstruction(_trainable(vae).to(device), ReconstructionConfig(), device)
+    vae = fit(objective, Schedule(minutes=minutes, learning_rate=1e-3, decay=0.6), folder, resume=resume, report=report)
+    draw_curve(folder)
+    return vae
 
 
 def _latent_statistics(vae: AutoencoderKLWan, device: torch.device, clips: int = 16) -> tuple[list[float], list[float]]:

@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders import autoencoder_kl_wan
 from torch import nn
 
@@ -16,7 +17,7 @@ from muralist.nn.single_frame import single_frame_convolutions
 from muralist.nn.transformer import MuralTransformer
 from muralist.train import state
 from muralist.train.loop import Schedule, draw_curve, fit
-from muralist.train.miniature import Curriculum, TextToVideo, new_tokenizer, new_vae
+from muralist.train.miniature import Curriculum, TextToVideo, new_tokenizer, new_vae, train_decoder
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
 from muralist.train.objectives.reconstruction import Reconstruction, ReconstructionConfig, band_error
 from muralist.types import Grid
@@ -192,3 +193,14 @@ def test_the_tokenizer_knows_every_word_of_the_world_and_nothing_else():
     tokenizer = new_tokenizer()
     assert tokenizer.unk_token_id not in tokenizer("An orange star moves left over lava, camera zooms in")["input_ids"]
     assert tokenizer.unk_token_id in tokenizer("a red dinosaur rises over sand")["input_ids"]
+
+
+def test_a_new_decoder_keeps_the_encoder_and_its_statistics(tmp_path):
+    old = new_vae()
+    old.register_to_config(latents_mean=[0.5] * 48, latents_std=[2.0] * 48)
+    old.save_pretrained(tmp_path / "old")
+    made = train_decoder(tmp_path / "run", minutes=0.01, device=torch.device("cpu"), resume=False, vae=tmp_path / "old", report=lambda line: None)
+    new = AutoencoderKLWan.from_pretrained(made)
+    assert new.config.latents_mean == [0.5] * 48 and new.config.latents_std == [2.0] * 48
+    assert all(torch.equal(p, new.encoder.state_dict()[name]) for name, p in old.encoder.state_dict().items())
+    assert not torch.equal(old.decoder.conv_out.weight, new.decoder.conv_out.weight)

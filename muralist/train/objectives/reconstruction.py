@@ -45,7 +45,7 @@ class ReconstructionConfig:
 
 
 class Reconstruction:
-    """Objective of `miniature-vae`; `module` is a diffusers AutoencoderKLWan."""
+    """Objective of `miniature-vae` and, where the encoder is frozen, of `miniature-decoder`; `module` is a diffusers AutoencoderKLWan."""
 
     def __init__(self, vae: AutoencoderKLWan, config: ReconstructionConfig, device: torch.device):
         self.module, self.config, self.device = vae, config, device
@@ -57,7 +57,8 @@ class Reconstruction:
         video = _batch(rng, c.batch_single if single else c.batch_clip, 1 if single else c.frames, c.side).to(self.device)
         generator = torch.Generator(self.device).manual_seed(c.seed * 1_000_003 + step)
         with single_frame_convolutions() if single else nullcontext():
-            posterior = self.module.encode(video).latent_dist
+            with torch.set_grad_enabled(any(p.requires_grad for p in self.module.encoder.parameters())):
+                posterior = self.module.encode(video).latent_dist
             z = posterior.mean
             target = video
             if step % c.scale_every == 0:
