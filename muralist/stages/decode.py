@@ -45,12 +45,13 @@ Progress = Callable[[int, int], object]
 class TimeMajor:
     """Latent frames outermost: streams, keeps the caches of all tiles. `tile` is the largest tile side in pixels.
 
-    `whole_blocks` upsampling blocks run on the whole frame; caches are saved every `save_every` latent frames if there is a scratch folder.
+    `whole_blocks` upsampling blocks run on the whole frame; caches are saved every `save_every` latent frames if there is a scratch folder:
+    three are the encoder's group of 12 frames, so that a restart decodes no more than it has to encode again.
     """
 
     tile: int
     whole_blocks: int = 0
-    save_every: int = 4
+    save_every: int = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

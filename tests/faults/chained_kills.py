@@ -92,6 +92,24 @@ def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "out.mp4").read_bytes()).hexdigest()
 
 
+def repeated(log: list[list[str]], stage: str) -> int:
+    """Units of a stage that were announced as done more than once."""
+    units = [what for _, name, what in log if name == stage and what.isdigit()]
+    return len(units) - len(set(units))
+
+
+def most_redone(log: list[list[str]], stage: str) -> int:
+    """The most units that one attempt had to do again, for a stage that begins by announcing how many it found finished."""
+    worst, reached, seen = 0, 0, set()
+    for process, name, what in log:
+        if name == stage and what.isdigit():
+            if process not in seen:
+                worst = max(worst, reached - int(what))
+                seen.add(process)
+            reached = max(reached, int(what))
+    return worst
+
+
 def main() -> None:
     model, folder, kills, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     asked, info = request(model)
@@ -114,18 +132,14 @@ def main() -> None:
             (folder / "killed").mkdir()
     if not (folder / "killed" / "out.mp4").exists():
         assert attempt(asked, info, folder / "killed", None) == 0, (folder / "killed" / "error").read_text()
-    # decoding announces tiles that it finds finished as done, so its repeats are counted by its own tests; here the denoising steps count
-    logs = [p.read_text().splitlines() for p in folder.glob("*/log") if p.parent.name != "whole"]
-    repeated = sum(
-        len(lines) - len({line.split(" ", 1)[1] for line in lines})
-        for lines in ([e for e in log if e.split()[1] in ("proxy", "refine") and e.split()[2].isdigit()] for log in logs)
-    )
+    logs = [[line.split() for line in p.read_text().splitlines()] for p in folder.glob("*/log") if p.parent.name != "whole"]
     print(
         json.dumps(
             {
                 "kills": done,
                 "same": digest(folder / "killed") == digest(folder / "whole"),
-                "repeated": repeated,
+                "repeated": sum(repeated(log, stage) for log in logs for stage in ("proxy", "refine")),
+                "decoded_again": max(most_redone(log, "decode") for log in logs),
                 "playable": [s for s in seen if s is not None],
                 "seconds": length,
             }

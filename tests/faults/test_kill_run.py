@@ -23,3 +23,6 @@ def test_a_run_that_is_killed_at_random_times_ends_in_the_same_file(flavour, req
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["same"] and result["kills"] == kills
     assert result["repeated"] <= kills, "more than one unit of work was done twice per kill"
+    # frames: a group of pictures (12) that was not complete, and the latent frame (4) that its first one lies in
+    assert result["decoded_again"] <= 16
+    assert all(frames is not None for frames in result["playable"])
