@@ -28,14 +28,14 @@ WAN_NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
     "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
-_NUMBERS = ("num_inference_steps", "max_sequence_length", "guidance_scale", "flow_shift")  # of `Defaults`; the first two are whole
+_NUMBERS = ("num_inference_steps", "max_sequence_length", "refine_steps", "guidance_scale", "flow_shift")  # of `Defaults`; the first three are whole
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 CLASSES = {"transformer": "WanTransformer3DModel", "transformer_2": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """The numbers a base was made for: its own grid, sampling, and text length."""
+    """The numbers a base was made for: its own grid, sampling, and text length. `refine_steps`: of the schedule on a guide's target grid."""
 
     grid: Grid
     num_inference_steps: int
@@ -43,6 +43,7 @@ class Defaults:
     flow_shift: float
     negative_prompt: str
     max_sequence_length: int
+    refine_steps: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,18 +129,21 @@ def _defaults(folder: Path, geometry: Geometry) -> Defaults:
     if (folder / "muralist.json").is_file():
         values = weights.read_config(folder / "muralist.json")
         try:
+            values = {"refine_steps": values["num_inference_steps"]} | values
             defaults = Defaults(grid=Grid(**values["grid"]), **{k: values[k] for k in Defaults.__dataclass_fields__ if k != "grid"})
             if not isinstance(defaults.negative_prompt, str):
                 raise TypeError("negative_prompt")
             numbers = (*(getattr(defaults, k) for k in _NUMBERS), *(getattr(defaults.grid, k) for k in Grid.__dataclass_fields__))
-            if any(type(n) not in (int, float) or n <= 0 for n in numbers) or any(type(getattr(defaults, k)) is not int for k in _NUMBERS[:2]):
+            if any(type(n) not in (int, float) or n <= 0 for n in numbers) or any(type(getattr(defaults, k)) is not int for k in _NUMBERS[:3]):
                 raise TypeError("a number")
             return defaults
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / 'muralist.json'} lacks or misnames {error}", where="model", fix="restore the file") from None
     small = geometry.channels == 16
     grid = Grid(num_frames=81, height=480, width=832, fps=16) if small else Grid(num_frames=121, height=704, width=1280, fps=24)
-    return Defaults(grid=grid, num_inference_steps=50, guidance_scale=5.0, flow_shift=5.0, negative_prompt=WAN_NEGATIVE, max_sequence_length=512)
+    return Defaults(
+        grid=grid, num_inference_steps=50, guidance_scale=5.0, flow_shift=5.0, negative_prompt=WAN_NEGATIVE, max_sequence_length=512, refine_steps=50
+    )
 
 
 def pick_device(name: str) -> torch.device:

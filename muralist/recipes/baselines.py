@@ -31,10 +31,10 @@ def cascade(base: BaseInfo) -> Config:
         height=d.grid.height, width=d.grid.width, num_inference_steps=d.num_inference_steps, guidance_scale=d.guidance_scale, flow_shift=d.flow_shift
     )
     refine = Refine(
-        num_inference_steps=d.num_inference_steps,
+        num_inference_steps=d.refine_steps,
         guidance_scale=d.guidance_scale,
         flow_shift=d.flow_shift,
-        skip_steps=round(SKIP_SHARE * d.num_inference_steps),
+        skip_steps=round(SKIP_SHARE * d.refine_steps),
         attention=Windows(tokens=512),
         adapter=UHR if UHR in base.adapters else None,
     )

@@ -66,7 +66,7 @@ def counter() -> FlopCounterMode:
 
 def base(transformer_config: dict = TINY, vae_config: dict = SMALL_21, *, trained: Grid | None = None, **sizes: int) -> BaseInfo:
     trained = trained or Grid(num_frames=17, height=480, width=832)
-    defaults = Defaults(grid=trained, num_inference_steps=4, guidance_scale=5.0, flow_shift=5.0, negative_prompt="", max_sequence_length=6)
+    defaults = Defaults(grid=trained, num_inference_steps=4, guidance_scale=5.0, flow_shift=5.0, negative_prompt="", max_sequence_length=6, refine_steps=4)
     geometry = Geometry(spatial_factor=vae_config["scale_factor_spatial"], temporal_factor=4, channels=16, patch=(1, 2, 2))
     return BaseInfo(
         name="test", folder=Path("nowhere"), geometry=geometry, defaults=defaults, transformer_config=transformer_config, vae_config=vae_config,
