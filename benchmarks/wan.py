@@ -26,7 +26,9 @@ class Size:
     def info(self, name: str) -> BaseInfo:
         """As `inspect_base` would report the published folder."""
         channels = self.vae["z_dim"]
-        defaults = Defaults(grid=self.grid, num_inference_steps=50, guidance_scale=5.0, flow_shift=5.0, negative_prompt="", max_sequence_length=512, refine_steps=50)
+        defaults = Defaults(
+            grid=self.grid, num_inference_steps=50, guidance_scale=5.0, flow_shift=5.0, negative_prompt="", max_sequence_length=512, refine_steps=50
+        )
         geometry = Geometry(spatial_factor=self.vae["scale_factor_spatial"], temporal_factor=4, channels=channels, patch=(1, 2, 2))
         return BaseInfo(
             name=name, folder=Path(name), geometry=geometry, defaults=defaults, transformer_config=self.transformer, vae_config=self.vae,
