@@ -10,6 +10,8 @@ share one reading of the file and none holds a whole video:
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +32,7 @@ class VideoMeter(Protocol):
     """Measures one video."""
 
     def add(self, frame: torch.Tensor) -> None:
-        """The next frame [H, W, 3], float32 in [0, 1]."""
+        """The next frame [H, W, 3], float32 in [0, 1], on the device of `Setup`. Other meters see the same tensor: read only."""
 
     def result(self) -> dict[str, float]:
         """Named values, the first one the metric's own; after the last frame."""
@@ -73,7 +75,8 @@ class Metric:
     """An entry of the registry.
 
     `name` as typed (`psnr`, `hd_mse`, `fid_patch[mural]`); `origin` names paper and equation; `start` makes a meter for a source (for
-    `set` metrics: once for all sources, with None) and raises `Unavailable` if something that it needs is not there.
+    `set` metrics: once for all sources, with None) and raises `Unavailable` if something that it needs is not there. `needs` says what
+    must be given for it (`--weights lpips=FILE`); a metric that needs nothing is measured unless others are asked for.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Metric:
     better: Better
     origin: str
     start: Callable[[Setup, Source | None], VideoMeter | PairMeter | SetMeter]
+    needs: str = ""
 
 
 REGISTRY: dict[str, Metric] = {}
@@ -94,3 +98,12 @@ def register(metric: Metric) -> Metric:
         raise ValueError(f"two metrics are called {metric.name}")
     REGISTRY[metric.name] = metric
     return metric
+
+
+def available() -> dict[str, Metric]:
+    """Every metric of `muralist.eval.metrics`, by name: each module there registers its own."""
+    from muralist.eval import metrics
+
+    for module in pkgutil.iter_modules(metrics.__path__, metrics.__name__ + "."):
+        importlib.import_module(module.name)
+    return dict(sorted(REGISTRY.items()))

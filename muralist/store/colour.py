@@ -60,7 +60,9 @@ def planes_to_rgb(Y: torch.Tensor, Cb: torch.Tensor, Cr: torch.Tensor, bit_depth
     y = (Y.float() - black) / white
     chroma = (torch.stack((Cb, Cr)).float() - 128 * s) / span
     if chroma.shape[-2:] != y.shape:
-        chroma = F.interpolate(chroma[None], size=y.shape, mode="bilinear", align_corners=False)[0]
+        # an odd size has a last chroma sample of which half lies outside: enlarged by whole factors, the surplus cut
+        whole = [size * -(-full // size) for size, full in zip(chroma.shape[-2:], y.shape)]
+        chroma = F.interpolate(chroma[None], size=whole, mode="bilinear", align_corners=False)[0][:, : y.shape[0], : y.shape[1]]
     kr, kb = KR_KB[matrix]
     cb, cr = chroma
     R = y + 2 * (1 - kr) * cr
