@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import write
-from diffusers import AutoencoderKLWan
 from PIL import Image
 
 from muralist.base import inspect_base
 from muralist.data import latents, world
-from muralist.train.miniature import channels_last
+from muralist.train.miniature import load_vae
 from muralist.train.objectives.reconstruction import band_error
 from muralist.types import Grid
 
@@ -46,7 +45,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=16)
     parser.add_argument("--sheet", type=Path, default=Path("vae.png"))
     options = parser.parse_args()
-    vae = channels_last(AutoencoderKLWan.from_pretrained(inspect_base(options.model).folder / "vae", torch_dtype=torch.float32)).eval()
+    vae = load_vae(inspect_base(options.model).folder / "vae").eval()
     rows, sheet = [], []
     for kind in ("448x256", "4K crops"):
         errors, bands = [], []

@@ -109,10 +109,9 @@ class Video:
 
     def __iter__(self) -> Iterator[FrameChunk]:
         """Chunks of consecutive frames [t, H, W, 3] in [0, 1], in order."""
-        from muralist.stages.decode import decode, plan_decode
+        from muralist.pipeline import frames
 
-        plan = plan_decode(self._base.info.vae_config, self.latent.grid, self.request.config.decode, dtype=self._base.dtype)
-        return decode(self.latent, self._base.vae(), plan, crop=self.grid)
+        return frames(self.latent, self.request, self._base)
 
     def save(self, path: str | Path, *, observer: Observer | None = None) -> Path:
         """Decode into an .mp4 as frames come, with prompt, seed, recipe and versions inside and in a JSON beside it."""

@@ -5,6 +5,7 @@ Each stage's result stands in the run directory before the next one starts; what
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from muralist.stages.proxy import make_proxy
 from muralist.stages.refine import refine
 from muralist.stages.upsample import upsample
 from muralist.store.run import RunDirectory
-from muralist.types import LatentVideo, TextCond
+from muralist.types import FrameChunk, LatentVideo, TextCond
 
 SAVE_EVERY = 1  # denoising steps between two snapshots
 
@@ -75,15 +76,20 @@ def _refine(text: TextCond, guide: LatentVideo | None, request: Request, base: B
 
 def paint(latent: LatentVideo, request: Request, base: Base, run: RunDirectory, output: Path, observer: Observer) -> Path:
     """Decode and encode in one stream: frames go into the file as they come."""
-    plan = plan_decode(base.info.vae_config, latent.grid, request.config.decode, dtype=base.dtype)
     with measured(observer, "decode", latent.grid.num_frames):
-        chunks = decode(
-            latent, base.vae(), plan, crop=request.grid, first_frame=next_frame(run), scratch=run.scratch("decode"),
+        chunks = frames(
+            latent, request, base, first_frame=next_frame(run), scratch=run.scratch("decode"),
             on_tile=lambda done, total: observer.advance("decode", done * latent.grid.num_frames // total),
         )  # fmt: skip
         path = encode(chunks, request.grid, output, request.config.encode, run, metadata(request, base))
     run.drop_scratch("decode")
     return path
+
+
+def frames(latent: LatentVideo, request: Request, base: Base, **options: Any) -> Iterator[FrameChunk]:
+    """The decoded video in chunks, of exactly the size that was asked for; `options` are those of `stages.decode.decode`."""
+    plan = plan_decode(base.info.vae_config, latent.grid, request.config.decode, dtype=base.dtype)
+    return decode(latent, base.vae(), plan, crop=request.grid, **options)
 
 
 def metadata(request: Request, base: Base) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def new_vae(seed: int = 0) -> AutoencoderKLWan:
         if type(module).__name__ == "WanAttentionBlock":
             nn.init.zeros_(module.proj.weight)
             nn.init.zeros_(module.proj.bias)
-    return channels_last(vae)
+    return _channels_last(vae)
 
 
 def _trainable(vae: AutoencoderKLWan) -> AutoencoderKLWan:
@@ -62,11 +62,15 @@ def _trainable(vae: AutoencoderKLWan) -> AutoencoderKLWan:
     for module in vae.modules():
         if type(module).__name__ == "WanAttentionBlock":
             module.requires_grad_(False)
-    return channels_last(vae)
+    return vae
 
 
-def channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
-    """Convolution weights in the layout that the CPU's kernels want."""
+def load_vae(folder: Path) -> AutoencoderKLWan:
+    """In float32, its convolution weights in the layout that the CPU's kernels want."""
+    return _channels_last(AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32))
+
+
+def _channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
@@ -78,7 +82,7 @@ def train_vae(folder: Path, *, minutes: float, device: torch.device, resume: boo
 
     `init`: a model folder whose VAE it starts from instead of a fresh one.
     """
-    vae = new_vae() if init is None else AutoencoderKLWan.from_pretrained(init / "vae", torch_dtype=torch.float32)
+    vae = new_vae() if init is None else load_vae(init / "vae")
     vae = _fit_vae(vae, folder, minutes, device, resume, report)
     mean, std = _latent_statistics(vae, device)
     vae.register_to_config(latents_mean=mean, latents_std=std)
@@ -93,8 +97,8 @@ def train_decoder(
 
     What was trained on those latents goes on working. `init`: a model folder whose decoder it starts from instead of a fresh one.
     """
-    old = AutoencoderKLWan.from_pretrained(vae, torch_dtype=torch.float32)
-    new = new_vae() if init is None else AutoencoderKLWan.from_pretrained(init / "vae", torch_dtype=torch.float32)
+    old = load_vae(vae)
+    new = new_vae() if init is None else load_vae(init / "vae")
     for part in ("encoder", "quant_conv"):
         getattr(new, part).load_state_dict(getattr(old, part).state_dict())
         getattr(new, part).requires_grad_(False)
@@ -194,7 +198,7 @@ def train_base(
 
     `init`: a model folder whose transformer and text encoder it starts from instead of fresh ones.
     """
-    autoencoder = channels_last(AutoencoderKLWan.from_pretrained(vae)).to(device).eval()
+    autoencoder = load_vae(vae).to(device).eval()
     pools = folder / "latents"
     single = latents.build_pool(autoencoder, latents.PoolConfig(name="frames", count=frames, grid=GRID, frames=1, seed=1), pools, device, report)
     whole = latents.build_pool(autoencoder, latents.PoolConfig(name="clips", count=clips, grid=GRID, seed=2), pools, device, report)

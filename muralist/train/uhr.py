@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan
 from peft import LoraConfig
 
 from muralist.data import latents
 from muralist.train.loop import Schedule, draw_curve, fit
-from muralist.train.miniature import GRID, TextToVideo, channels_last
+from muralist.train.miniature import GRID, TextToVideo, load_vae
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
 from muralist.types import Grid
 
@@ -46,7 +45,7 @@ def train_uhr(
 ) -> Path:
     """LoRA on every projection of the base in `model`; writes `model/adapters/uhr`."""
     base = TextToVideo.of(model).to(device).requires_grad_(False)
-    vae = channels_last(AutoencoderKLWan.from_pretrained(model / "vae", torch_dtype=torch.float32)).to(device).eval()
+    vae = load_vae(model / "vae").to(device).eval()
     pools = tuple(latents.build_pool(vae, _pool(height, crops), folder / "latents", device, report) for height in HEIGHTS)
     torch.manual_seed(0)
     base.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS), adapter_name=ADAPTER)
