@@ -15,19 +15,22 @@ from muralist.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """Where a training's function is (imported when it is asked for), and which earlier result it starts from: its argument and usual place."""
+    """Where a training's function is (imported when it is asked for), which earlier result it starts from (its argument and usual place), and
+    whether it can go on from a model's weights (`--init`)."""
 
     module: str
     function: str
     needs: str | None = None
     place: str = ""
+    init: bool = True
 
 
 TRAININGS = {
+    "features": Training("muralist.train.features", "train_features", init=False),
     "miniature-vae": Training("muralist.train.miniature", "train_vae"),
     "miniature-decoder": Training("muralist.train.miniature", "train_decoder", "vae", "runs/miniature-vae/vae"),
     "miniature-base": Training("muralist.train.miniature", "train_base", "vae", "runs/miniature-vae/vae"),
-    "miniature-uhr": Training("muralist.train.uhr", "train_uhr", "model", "runs/miniature-base/model"),
+    "miniature-uhr": Training("muralist.train.uhr", "train_uhr", "model", "runs/miniature-base/model", init=False),
 }
 MAX_MINUTES = 60 * 24 * 30
 
@@ -80,8 +83,8 @@ def _initial(training: Training, init: str | None) -> dict[str, Path]:
     """The model whose weights are gone on with, checked as any model is."""
     if init is None:
         return {}
-    if training.needs == "model":
-        raise UserError("an adapter starts from nothing", where="init", fix="leave it out")
+    if not training.init:
+        raise UserError("this training starts from nothing", where="init", fix="leave it out")
     from muralist.base import inspect_base
 
     return {"init": inspect_base(init).folder}

@@ -1,0 +1,64 @@
+"""What goes wrong with pictures, at a known strength: blur, noise, enlargement, compression.
+
+All take and give [B, 3, H, W] in [0, 1]. A feature network learns to tell them apart and how strong they are; tests plant them.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+# strength from barely visible to gross: standard deviation in pixels, standard deviation of the values, factor, 100 - JPEG quality
+RANGES = {"blur": (0.35, 6.0), "noise": (0.004, 0.16), "enlargement": (1.15, 6.0), "compression": (8.0, 92.0)}
+
+
+def degrade(x: torch.Tensor, kind: str, strength: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """One kind of damage at a strength within `RANGES`; `generator` is for noise."""
+    if kind == "noise":
+        return (x + strength * torch.randn(x.shape, generator=generator)).clamp(0, 1)
+    return {"blur": blur, "enlargement": enlarge, "compression": compress}[kind](x, strength)
+
+
+def blur(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gaussian blur, borders mirrored."""
+    radius = min(math.ceil(3 * sigma), min(x.shape[-2:]) - 1)
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).expand(x.shape[1], 1, 1, -1)
+    padded = F.pad(x, (radius,) * 4, mode="reflect")
+    return F.conv2d(F.conv2d(padded, kernel, groups=x.shape[1]), kernel.transpose(2, 3), groups=x.shape[1])
+
+
+def enlarge(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """Shrunk by `factor` with an antialiased bicubic filter and enlarged again to its size by bicubic interpolation."""
+    size = x.shape[-2:]
+    small = F.interpolate(x, [max(round(side / factor), 1) for side in size], mode="bicubic", antialias=True)
+    return F.interpolate(small, size, mode="bicubic").clamp(0, 1)
+
+
+def compress(x: torch.Tensor, loss: float) -> torch.Tensor:
+    """Through JPEG at quality 100 - `loss`, one image at a time."""
+    return torch.stack([_jpeg(image, round(100 - loss)) for image in x])
+
+
+def _jpeg(image: torch.Tensor, quality: int) -> torch.Tensor:
+    pixels = (image * 255).round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "jpeg", quality=quality)
+    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1).float() / 255
+
+
+def grade(kind: str, strength: float) -> float:
+    """Strength on a scale from 0 (the weakest of `RANGES`) to 1 (the strongest): logarithmic, but for compression."""
+    low, high = RANGES[kind]
+    return (strength - low) / (high - low) if kind == "compression" else math.log(strength / low) / math.log(high / low)
+
+
+def of_grade(kind: str, u: float) -> float:
+    """The inverse of `grade`."""
+    low, high = RANGES[kind]
+    return low + u * (high - low) if kind == "compression" else low * (high / low) ** u
