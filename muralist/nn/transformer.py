@@ -8,6 +8,7 @@ What a graft changes:
 - attention in windows: tokens are put into window-major order once, positions travel with them by index, and odd layers may use
   the shifted partition (one permutation where the order changes); the small projected output is put back into raster order;
 - rotary positions at any scale (`rope.py`);
+- frequency experts beside attention and FFN (`experts.py`), where the blocks have them;
 - `token_chunk`: everything that treats tokens alone (norms, modulation, projections, cross-attention, FFN) runs on chunks, as
   does window attention on whole windows, so that live memory is one residual stream and one chunk (with full attention also the
   keys and values of the sequence). Without gradients the residual stream is updated in place.
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
@@ -34,6 +35,8 @@ from einops import rearrange
 
 from muralist.errors import UserError
 from muralist.nn.attention import FullAttention, WindowAttention, attend_full, attend_windows
+from muralist.nn.chunked import join_chunks, map_chunks
+from muralist.nn.experts import Branch, Place
 from muralist.nn.rope import RopeScale, RotaryTable, interleaved, rotary_table, rotate
 from muralist.nn.windows import Chunk, Partition, Shape, chunks, partition, reorder, spans
 
@@ -44,12 +47,13 @@ TEXT_LENGTH = 512  # diffusers' fixed number of text tokens; image tokens stand 
 class Graft:
     """What differs from the stock model. The default: nothing.
 
-    `token_chunk`: tokens computed at a time where tokens are independent (>= 1); None: all at once.
+    `token_chunk`: tokens computed at a time where tokens are independent (>= 1); None: all at once. `experts`: names of those at work.
     """
 
     attention: FullAttention | WindowAttention = field(default_factory=FullAttention)
     rope: RopeScale = field(default_factory=RopeScale)
     token_chunk: int | None = None
+    experts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.token_chunk is not None and self.token_chunk < 1:
@@ -57,8 +61,8 @@ class Graft:
 
     @property
     def keeps_stock_blocks(self) -> bool:
-        """Stock blocks can serve: full attention, all tokens at once."""
-        return isinstance(self.attention, FullAttention) and self.token_chunk is None
+        """Stock blocks can serve: full attention, all tokens at once, no experts."""
+        return isinstance(self.attention, FullAttention) and self.token_chunk is None and not self.experts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,16 +71,18 @@ class Layer:
 
     `levels` [B, N], in the partition's order: the row of the timestep embedding that a token takes; None: its sample's row.
     `windows`: chunks of whole windows; `spans`: plain chunks. `attend`: the self-attention of a block.
-    `in_place`: no gradient is wanted, tensors may be overwritten.
+    `in_place`: no gradient is wanted, tensors may be overwritten. `experts`: names of those at work.
     """
 
     partition: Partition
+    raster: Partition
     rope: RotaryTable
     levels: torch.Tensor | None
     windows: tuple[Chunk, ...]
     spans: tuple[Chunk, ...]
-    attend: Callable[[MuralBlock, torch.Tensor, torch.Tensor, Layer], torch.Tensor]
+    attend: Callable[[MuralBlock, torch.Tensor, torch.Tensor, Layer, Branch | None], torch.Tensor]
     in_place: bool
+    experts: tuple[str, ...]
 
 
 class MuralBlock(WanTransformerBlock):
@@ -88,8 +94,13 @@ class MuralBlock(WanTransformerBlock):
         Without gradients `hidden_states` may be overwritten: the result is the same storage.
         """
         table = self.scale_shift_table + temb.float()
-        hidden_states = layer.attend(self, hidden_states, table, layer)
-        return _per_token(self, hidden_states, _text_keys(self.attn2, encoder_hidden_states), table, layer)
+        hidden_states = layer.attend(self, hidden_states, table, layer, self._branch("attention", layer))
+        return _per_token(self, hidden_states, _text_keys(self.attn2, encoder_hidden_states), table, layer, self._branch("ffn", layer))
+
+    def _branch(self, place: Place, layer: Layer) -> Branch | None:
+        """The expert at work beside the attention or the FFN."""
+        found = [expert for name in layer.experts if (expert := self.experts[name]).place == place]
+        return Branch(found[0], layer.partition, layer.raster) if found else None
 
 
 class MuralTransformer(WanTransformer3DModel):
@@ -186,7 +197,7 @@ class MuralTransformer(WanTransformer3DModel):
         temb6 = temb6.unflatten(-1, (6, -1))  # [B or levels, 6, D]
         context = text if image is None else torch.cat([image, text], dim=1)
         raster = partition(token_shape, token_shape).to(latents.device)
-        layers = self._layers(token_shape, levels, latents.device)
+        layers = self._layers(raster, levels, latents.device)
 
         tokens = self.patch_embedding(latents).flatten(2).transpose(1, 2)  # [B, N, D]
         order = raster
@@ -195,9 +206,9 @@ class MuralTransformer(WanTransformer3DModel):
             tokens = self._run(block, tokens.contiguous(), context, temb6, layer)
         return reorder(self._output(tokens, temb, layer), order, raster)
 
-    def _layers(self, token_shape: Shape, levels: torch.Tensor | None, device: torch.device) -> list[Layer]:
+    def _layers(self, raster: Partition, levels: torch.Tensor | None, device: torch.device) -> list[Layer]:
         """One for each partition of the token grid."""
-        graft = self.graft
+        graft, token_shape = self.graft, raster.token_shape
         rope = rotary_table(graft.rope, token_shape, self.config.attention_head_dim, device)
         layers = []
         for cut in graft.attention.partitions(token_shape):
@@ -205,12 +216,14 @@ class MuralTransformer(WanTransformer3DModel):
             layers.append(
                 Layer(
                     partition=cut,
+                    raster=raster,
                     rope=rope,
                     levels=None if levels is None else levels[:, cut.order],
                     windows=chunks(cut.groups, graft.token_chunk),
                     spans=spans(cut.num_tokens, graft.token_chunk),
                     attend=_SELF_ATTENTION[type(graft.attention)],
                     in_place=not torch.is_grad_enabled(),
+                    experts=graft.experts,
                 )
             )
         return layers
@@ -223,7 +236,7 @@ class MuralTransformer(WanTransformer3DModel):
             shift, scale = _rows(table, layer.levels, chunk)
             return self.proj_out(_modulated(self.norm_out, x, shift, scale))
 
-        return _join(project, tokens, layer.spans, layer.in_place)
+        return join_chunks(project, tokens, layer.spans, layer.in_place)
 
     def _rotary(self, latents: torch.Tensor, token_shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin), each [1, N, 1, d] float32. Positions within reach of diffusers' table come from its own module, so that hooks on it stay alive."""
@@ -247,21 +260,21 @@ def _refuse_hooks(modules: Sequence[torch.nn.Module]) -> None:
 # -- Self-attention: x [B, N, D] in the layer's order, table [B or levels, 6, D] -> x + gate * attention, [B, N, D] --
 
 
-def _window_attention(block: MuralBlock, x: torch.Tensor, table: torch.Tensor, layer: Layer) -> torch.Tensor:
+def _window_attention(block: MuralBlock, x: torch.Tensor, table: torch.Tensor, layer: Layer, branch: Branch | None) -> torch.Tensor:
     """A chunk holds whole windows, so queries, keys and values of the full sequence never exist together."""
     attn = block.attn1
 
     def update(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         shift, scale, gate, *_ = _rows(table, layer.levels, chunk)
-        normed = _modulated(block.norm1, part, shift, scale)
+        normed = _seen(_modulated(block.norm1, part, shift, scale), branch)
         rope = layer.rope.at(layer.partition.order[chunk.span])
         query, key, value = _query(attn, normed, rope), _key(attn, normed, rope), _value(attn, normed)
         return _gated(part, _project(attn, attend_windows(query, key, value, chunk.runs)), gate)
 
-    return _map(update, x, layer.windows, layer.in_place)
+    return _with_branch(map_chunks(update, x, layer.windows, layer.in_place), branch, table, layer, gate=2)
 
 
-def _full_attention(block: MuralBlock, x: torch.Tensor, table: torch.Tensor, layer: Layer) -> torch.Tensor:
+def _full_attention(block: MuralBlock, x: torch.Tensor, table: torch.Tensor, layer: Layer, branch: Branch | None) -> torch.Tensor:
     """Keys and values of the full sequence first, then queries chunk by chunk."""
     attn = block.attn1
 
@@ -275,10 +288,11 @@ def _full_attention(block: MuralBlock, x: torch.Tensor, table: torch.Tensor, lay
 
     def update(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         normed, rope, gate = prepare(part, chunk)
+        _seen(normed, branch)
         return _gated(part, _project(attn, attend_full(_query(attn, normed, rope), key, value)), gate)
 
-    key, value = _join(keys_and_values, x, layer.spans, layer.in_place).unbind(2)
-    return _map(update, x, layer.spans, layer.in_place)
+    key, value = join_chunks(keys_and_values, x, layer.spans, layer.in_place).unbind(2)
+    return _with_branch(map_chunks(update, x, layer.spans, layer.in_place), branch, table, layer, gate=2)
 
 
 _SELF_ATTENTION = {FullAttention: _full_attention, WindowAttention: _window_attention}
@@ -308,15 +322,35 @@ def _project(attn: WanAttention, x: torch.Tensor) -> torch.Tensor:
 # -- Work that treats every token alone --
 
 
-def _per_token(block: MuralBlock, x: torch.Tensor, texts: Sequence[tuple[torch.Tensor, torch.Tensor]], table: torch.Tensor, layer: Layer) -> torch.Tensor:
+def _per_token(
+    block: MuralBlock, x: torch.Tensor, texts: Sequence[tuple[torch.Tensor, torch.Tensor]], table: torch.Tensor, layer: Layer, branch: Branch | None
+) -> torch.Tensor:
     """Cross-attention and FFN of a block, chunk by chunk: [B, N, D] -> [B, N, D]."""
 
     def update(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         *_, shift, scale, gate = _rows(table, layer.levels, chunk)
         part = part + _cross_attention(block.attn2, block.norm2(part.float()).type_as(part), texts)
-        return _gated(part, block.ffn(_modulated(block.norm3, part, shift, scale)).float(), gate)
+        return _gated(part, block.ffn(_seen(_modulated(block.norm3, part, shift, scale), branch)).float(), gate)
 
-    return _map(update, x, layer.spans, layer.in_place)
+    return _with_branch(map_chunks(update, x, layer.spans, layer.in_place), branch, table, layer, gate=5)
+
+
+def _seen(normed: torch.Tensor, branch: Branch | None) -> torch.Tensor:
+    if branch is not None:
+        branch.see(normed)
+    return normed
+
+
+def _with_branch(x: torch.Tensor, branch: Branch | None, table: torch.Tensor, layer: Layer, gate: int) -> torch.Tensor:
+    """x + gate * what the expert adds, [B, N, D]; `gate` is the row of the table that belongs to the layer beside it."""
+    if branch is None:
+        return x
+    filtered = branch.filtered()
+
+    def update(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        return _gated(part, branch.update(filtered[:, chunk.span]), _rows(table, layer.levels, chunk)[gate])
+
+    return map_chunks(update, x, layer.spans, layer.in_place)
 
 
 def _text_keys(attn: WanAttention, context: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -347,34 +381,3 @@ def _rows(table: torch.Tensor, levels: torch.Tensor | None, chunk: Chunk) -> tup
     """The modulation vectors of a chunk: table [B, m, D] -> m tensors [B, 1, D]; with levels table [levels, m, D] -> m tensors [B, n, D]."""
     rows = table.unsqueeze(1) if levels is None else table[levels[:, chunk.span]]
     return rows.unbind(2)
-
-
-# -- Chunks --
-
-Work = Callable[[torch.Tensor, Chunk], torch.Tensor]
-
-
-def _map(work: Work, x: torch.Tensor, parts: Sequence[Chunk], in_place: bool) -> torch.Tensor:
-    """x with every chunk replaced by work(chunk), which has its shape."""
-    if len(parts) == 1 or not in_place:
-        return _join(work, x, parts, in_place)
-    for chunk in parts:
-        x[:, chunk.span] = work(x[:, chunk.span], chunk)
-    return x
-
-
-def _join(work: Work, x: torch.Tensor, parts: Sequence[Chunk], in_place: bool) -> torch.Tensor:
-    """work(chunk) [B, n, ...] of all chunks, side by side: [B, N, ...]. Without gradients nothing exists twice."""
-    if len(parts) == 1:
-        return work(x, parts[0])
-    results = (work(x[:, chunk.span], chunk) for chunk in parts)
-    return _write(results, parts) if in_place else torch.cat(list(results), dim=1)
-
-
-def _write(results: Iterator[torch.Tensor], parts: Sequence[Chunk]) -> torch.Tensor:
-    joined = None
-    for chunk, result in zip(parts, results):
-        if joined is None:
-            joined = result.new_empty(len(result), parts[-1].stop, *result.shape[2:])
-        joined[:, chunk.span] = result
-    return joined

@@ -1,0 +1,130 @@
+"""Filters have the transfer function they name, and experts add what the formula says, in any token order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from muralist.errors import UserError
+from muralist.nn.attention import WindowAttention
+from muralist.nn.experts import FrequencyExpert
+from muralist.nn.filters import RadialFilter
+from muralist.nn.transformer import Graft, MuralTransformer
+
+GRID = (2, 6, 10)
+
+
+def cosine(height, width, ky, kx):
+    y, x = torch.arange(height)[:, None] / height, torch.arange(width) / width
+    return torch.cos(2 * torch.pi * (ky * y + kx * x)).expand(2, height, width).reshape(1, -1, 1)
+
+
+@pytest.mark.parametrize("height, width", [(6, 10), (7, 9), (1, 5), (68, 120)])
+def test_low_and_high_are_the_whole(height, width):
+    low = RadialFilter(band="low", cutoff=0.4, edge=0.2)
+    x = torch.randn(2, 3 * height * width, 4)
+    assert (low(x, (3, height, width)) + low.complement(x, (3, height, width)) - x).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("ky, kx", [(0, 0), (1, 0), (0, 3), (3, 5), (8, 12)])
+def test_a_wave_comes_out_times_the_transfer_function(ky, kx):
+    height, width = 24, 40
+    low = RadialFilter(band="low", cutoff=0.5, edge=0.3)
+    radius = 2 * ((ky / height) ** 2 + (kx / width) ** 2) ** 0.5
+    gain = 1.0 if radius < 0.35 else 0.0 if radius > 0.65 else 0.5 - 0.5 * torch.sin(torch.pi * torch.tensor((radius - 0.5) / 0.3)).item()
+    wave = cosine(height, width, ky, kx)
+    assert (low(wave, (2, height, width)) - gain * wave).abs().max() < 1e-5
+    assert low.transfer(height, width)[ky, kx].item() == pytest.approx(gain, abs=1e-6)
+
+
+def test_a_sharp_mask_is_a_projection():
+    sharp = RadialFilter(band="high", cutoff=0.5, edge=0.0)
+    x = torch.randn(1, 60, 3)
+    once = sharp(x, (1, 6, 10))
+    assert (sharp(once, (1, 6, 10)) - once).abs().max() < 1e-5 and once.mean(dim=1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("wrong", [dict(band="middle"), dict(band="low", cutoff=0.0), dict(band="low", cutoff=2.0), dict(band="low", edge=-1.0)])
+def test_filters_that_cannot_be_are_refused(wrong):
+    with pytest.raises(UserError):
+        RadialFilter(**wrong)
+
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    transformer = MuralTransformer(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=8, ffn_dim=32, num_layers=2
+    )
+    for block in transformer.blocks:
+        block.experts = nn.ModuleDict(
+            {
+                "low": FrequencyExpert(24, "attention", RadialFilter(band="low", cutoff=0.5), rank=3, alpha=3.0),
+                "high": FrequencyExpert(24, "ffn", RadialFilter(band="high", cutoff=0.5), rank=3, alpha=6.0),
+            }
+        )
+    return transformer.eval()
+
+
+def waken(transformer):
+    for block in transformer.blocks:
+        for expert in block.experts.values():
+            nn.init.normal_(expert.up.weight)
+    return transformer
+
+
+def run(transformer, graft, batch=2):
+    generator = torch.Generator().manual_seed(1)
+    latents, text = torch.randn(batch, 4, 2, 12, 20, generator=generator), torch.randn(batch, 5, 8, generator=generator)
+    transformer.configure(graft)
+    return transformer(latents, torch.full((batch,), 500.0), text, return_dict=False)[0]
+
+
+@torch.no_grad()
+def test_a_new_expert_changes_nothing():
+    transformer = model()
+    assert torch.equal(run(transformer, Graft(experts=("low", "high"), token_chunk=1000)), run(transformer, Graft(token_chunk=1000)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("names", [("low",), ("high",), ("low", "high")])
+def test_experts_add_the_filtered_branch_of_the_formula(names):
+    """Against hooks on stock modules: Attention(x) + LoRA(filter(x)), filtered at full width."""
+    transformer = waken(model())
+    got = run(transformer, Graft(experts=names))
+
+    def beside(expert):
+        return lambda module, arguments, output: output + expert.up(expert.down(expert.band(arguments[0], GRID))) * expert.scale
+
+    hooks = [
+        module.register_forward_hook(beside(block.experts[name]))
+        for block in transformer.blocks
+        for name, module in (("low", block.attn1), ("high", block.ffn))
+        if name in names
+    ]
+    expected = run(transformer, Graft())
+    for hook in hooks:
+        hook.remove()
+    assert (expected - run(transformer, Graft())).abs().max() > 1e-2
+    assert (got - expected).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_experts_are_the_same_in_window_order_and_in_chunks():
+    transformer = waken(model())
+    whole = run(transformer, Graft(experts=("low", "high"), attention=WindowAttention((2, 4, 4))))
+    for chunk in (1, 40):
+        assert (run(transformer, Graft(experts=("low", "high"), attention=WindowAttention((2, 4, 4)), token_chunk=chunk)) - whole).abs().max() < 1e-5
+    full = run(transformer, Graft(experts=("low", "high")))
+    one_window = run(transformer, Graft(experts=("low", "high"), attention=WindowAttention(GRID)))
+    assert (full - one_window).abs().max() < 1e-5
+
+
+def test_gradients_reach_the_expert_through_chunks():
+    transformer = waken(model())
+    grads = []
+    for chunk in (None, 30):
+        run(transformer, Graft(experts=("low", "high"), token_chunk=chunk)).square().mean().backward()
+        grads.append([p.grad.clone() for block in transformer.blocks for p in block.experts.parameters()])
+        transformer.zero_grad()
+    assert all(g.abs().max() > 0 and torch.allclose(g, h, atol=1e-6) for g, h in zip(*grads))
