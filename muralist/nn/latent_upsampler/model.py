@@ -1,0 +1,82 @@
+"""The video latent upsampler (VLUer; LUVE, section 3.2 and appendix C): a small latent video in, the latent of the same video at a larger size out.
+
+    z_up = decode(coarse) + coarse,    coarse = implicit(encode(z)) + bilinear(z)
+
+In pixels this would cost decoding, resizing and encoding; interpolating the latent alone costs detail. Latents are the base's normalised ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from muralist.errors import UserError
+from muralist.nn.latent_upsampler.implicit import ImplicitUpsampler
+from muralist.nn.latent_upsampler.vrt import Vrt, VrtConfig
+
+MULTIPLE = 8  # VRT halves three times
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentUpsamplerConfig:
+    """Encoder, hidden widths of the implicit function, decoder (None: the coarse latent is the result, an ablation of LUVE's Table 12)."""
+
+    encoder: VrtConfig
+    hidden: tuple[int, ...]
+    decoder: VrtConfig | None
+
+    @property
+    def channels(self) -> int:
+        return self.encoder.in_channels
+
+
+def paper(channels: int = 16) -> LatentUpsamplerConfig:
+    """LUVE's own (appendix C.2)."""
+    return LatentUpsamplerConfig(
+        encoder=VrtConfig(in_channels=channels, dim=120, depth=8, refine_dim=180, refine_depth=4, groups=6),
+        hidden=(512, 512, 256, 256),
+        decoder=VrtConfig(in_channels=channels, dim=24, depth=1, refine_dim=48, refine_depth=1, groups=3),
+    )
+
+
+def miniature(channels: int = 48) -> LatentUpsamplerConfig:
+    """For the embedded base: the same parts within 2 M parameters."""
+    return LatentUpsamplerConfig(
+        encoder=VrtConfig(in_channels=channels, dim=48, depth=2, mutual_share=0.5, refine_dim=72, refine_depth=2, groups=3, heads=3, still_groups=1),
+        hidden=(256, 128),
+        decoder=VrtConfig(in_channels=channels, dim=48, depth=1, refine_dim=48, refine_depth=1, groups=2, heads=3, still_groups=1),
+    )
+
+
+class LatentUpsampler(nn.Module):
+    """[B, C, F, h, w] -> [B, C, F, H, W] for any H >= h, W >= w."""
+
+    def __init__(self, config: LatentUpsamplerConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Vrt(config.encoder)
+        self.implicit = ImplicitUpsampler(config.encoder.dim, config.channels, config.hidden)
+        self.decoder = None if config.decoder is None else Vrt(config.decoder)
+        self.conv = None if config.decoder is None else nn.Conv2d(config.decoder.dim, config.channels, 1)
+
+    def forward(self, z: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """`size` (H, W) in latent positions. Raises UserError if it is smaller than the input."""
+        if size[0] < z.shape[-2] or size[1] < z.shape[-1]:
+            raise UserError(f"{z.shape[-1]}x{z.shape[-2]} to {size[1]}x{size[0]}", where="latent upsampling", fix="ask for a factor of at least 1")
+        video = z.permute(0, 2, 3, 4, 1)
+        smooth = F.interpolate(video.permute(0, 1, 4, 2, 3).flatten(0, 1), size=size, mode="bilinear", align_corners=False)
+        coarse = self.implicit(_fully(self.encoder, video), size) + smooth.unflatten(0, z.shape[:1] + z.shape[2:3]).permute(0, 1, 3, 4, 2)
+        if self.decoder is not None:
+            coarse = coarse + F.linear(_fully(self.decoder, coarse), self.conv.weight.flatten(1), self.conv.bias)
+        return coarse.permute(0, 4, 1, 2, 3)
+
+
+def _fully(network: Vrt, video: torch.Tensor) -> torch.Tensor:
+    """`network` on a video of any size: continued by its border to multiples of 8, and cut again."""
+    height, width = video.shape[2:4]
+    down, right = (-side % MULTIPLE for side in (height, width))
+    grown = F.pad(video.permute(0, 4, 1, 2, 3), (0, right, 0, down, 0, 0), mode="replicate") if down or right else video.permute(0, 4, 1, 2, 3)
+    return network(grown.permute(0, 2, 3, 4, 1))[:, :, :height, :width]

@@ -1,0 +1,110 @@
+"""The latent upsampler's parts against their plain definitions: the implicit function query by query, shifted windows by masked attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from muralist.errors import UserError
+from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig, paper
+from muralist.nn.latent_upsampler.implicit import ImplicitUpsampler
+from muralist.nn.latent_upsampler.tmsa import MutualSelfAttention, TmsaBlock, fitted, shift_mask, sine_positions
+
+SMALL = VrtConfig(in_channels=4, dim=12, depth=2, mutual_share=0.5, refine_dim=12, refine_depth=2, groups=2, heads=3, window=(2, 4, 4), still_groups=1)
+
+
+def small(decoder=SMALL):
+    torch.manual_seed(0)
+    return LatentUpsampler(LatentUpsamplerConfig(encoder=SMALL, hidden=(16, 8), decoder=decoder)).eval()
+
+
+def test_the_paper_configuration_has_the_papers_size():
+    with torch.device("meta"):
+        model = LatentUpsampler(paper())
+    assert 21.5e6 < sum(p.numel() for p in model.parameters()) < 22.5e6
+    assert model.implicit.imnet.layers[0].in_features == 3246
+    names = set(model.state_dict())
+    expected = ("encoder.stage1.residual_group1.blocks.0.attn.qkv_mut.weight", "encoder.stage2.reshape.2.weight", "encoder.stage8.0.2.weight")
+    assert {*expected, "encoder.stage8.6.residual_group.blocks.3.mlp.fc11.bias", "decoder.conv_after_body.weight", "conv.weight"} <= names
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(5, 6), (8, 9), (15, 18), (11, 17)])
+def test_the_implicit_function_is_that_of_each_query(size):
+    torch.manual_seed(1)
+    module = ImplicitUpsampler(5, 3, (16, 8))
+    features = torch.randn(1, 3, 5, 6, 5)
+    got = module(features, size)
+    padded = F.pad(features, (0, 0, 1, 1, 1, 1, 1, 1))
+    for t, y, x in [(0, 0, 0), (1, 2, 3), (2, size[0] - 1, size[1] - 1), (1, size[0] - 1, 0), (2, 1, size[1] // 2)]:
+        coordinate = [-1 + (2 * i + 1) / n for i, n in zip((t, y, x), (3, *size))]
+        centres = [[-1 + (2 * i + 1) / n for i in range(n)] for n in (3, 5, 6)]
+        nearest = [min(range(len(axis)), key=lambda i, axis=axis, at=at: (round(abs(axis[i] - at), 9), -i)) for axis, at in zip(centres, coordinate)]
+        offset = [(at - axis[i]) * n for at, axis, i, n in zip(coordinate, centres, nearest, (3, 5, 6))]
+        cell = [2 / n * m for n, m in zip((3, *size), (3, 5, 6))]
+        a, b, c = nearest
+        patch = padded[0, a : a + 3, b : b + 3, c : c + 3].permute(0, 3, 1, 2).flatten()  # (time, channel, row, column)
+        expected = module.imnet.layers(torch.cat([patch, torch.tensor(offset + cell, dtype=torch.float32)]))
+        assert (got[0, t, y, x] - expected).abs().max() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mutual", [False, True])
+@pytest.mark.parametrize("size", [(4, 8, 8), (6, 8, 12), (2, 4, 4)])
+def test_shifted_windows_are_attention_of_the_cells_that_the_shift_cuts(size, mutual):
+    """Cut the unrolled video at the shifted borders: every cell attends to itself alone (checked for the plain branch, cell by cell)."""
+    torch.manual_seed(2)
+    block = TmsaBlock(12, (2, 4, 4), 3, 2.0, shifted=True, mutual=mutual).eval()
+    x = torch.randn(1, *size, 12)
+    window, shift = fitted(size, block.window, True)
+    base = block._windows(x)
+    borders = [[0, *range(s, n, w), n] if s else [*range(0, n, w), n] for n, w, s in zip(size, window, shift)]
+    cells = [slice(a, b) for a, b in zip(borders[1][:-1], borders[1][1:])]
+    for rows in cells:
+        changed = x.clone()
+        changed[:, :, rows] += 1.0
+        moved = (block._windows(changed) - base).abs().amax(dim=(0, 1, 3, 4)) > 1e-6
+        assert moved[rows].all() and not moved[[i for i in range(size[1]) if not rows.start <= i < rows.stop]].any()
+
+
+@torch.no_grad()
+def test_a_frame_takes_from_its_neighbour_in_mutual_attention():
+    torch.manual_seed(3)
+    attention = MutualSelfAttention(12, (2, 2, 2), 3, mutual=True)
+    attention.proj.weight[:, 12:] = 0  # the mutual half alone
+    x = torch.randn(1, 8, 12)
+    query, key, value = attention._split(attention.qkv_mut(x + attention.position_bias.repeat(1, 2, 1)))
+    expected = F.scaled_dot_product_attention(query[:, :, 4:], key[:, :, :4], value[:, :, :4]).transpose(1, 2).flatten(2)
+    assert (attention(x, None)[:, :4] - F.linear(expected, attention.proj.weight[:, :12], attention.proj.bias)).abs().max() < 1e-5
+
+
+def test_the_mask_parts_what_only_the_roll_brings_together():
+    mask = shift_mask((1, 1, 8), (1, 1, 4), (0, 0, 2))
+    assert (mask[0] == 0).all()
+    assert (mask[1][:2, :2] == 0).all() and (mask[1][:2, 2:] < -50).all()
+
+
+def test_positions_differ_everywhere():
+    places = sine_positions((4, 4), 6)[0]
+    assert places.shape == (16, 12) and len(torch.unique(places.round(decimals=4), dim=0)) == 16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoder", [SMALL, None], ids=["decoder", "none"])
+@pytest.mark.parametrize("size, target", [((8, 8), (16, 16)), ((7, 10), (11, 21)), ((9, 9), (9, 9))])
+def test_any_size_to_any_size(size, target, decoder):
+    z = torch.randn(2, 4, 3, *size)
+    assert small(decoder)(z, target).shape == (2, 4, 3, *target)
+
+
+@torch.no_grad()
+def test_batches_do_not_mix():
+    z = torch.randn(2, 4, 3, 8, 10)
+    model = small()
+    assert (model(z, (13, 17))[1:] - model(z[1:], (13, 17))).abs().max() < 1e-5
+
+
+def test_smaller_is_refused():
+    with pytest.raises(UserError, match="at least 1"):
+        small()(torch.randn(1, 4, 2, 8, 8), (7, 16))
