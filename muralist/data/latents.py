@@ -51,6 +51,63 @@ class PoolConfig:
     seed: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class LatentPairs:
+    """The same videos twice: `low` [n, C, F, h, w] and `high` [n, C, F, H, W], in half precision."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairConfig:
+    """Crops of `side` pixels of scenes at the size `low`, and the same part of the scene `scale` times larger; `side * scale` must be legal."""
+
+    name: str
+    count: int
+    low: Grid
+    scale: float
+    side: int = 128
+    frames: int = 9
+    seed: int = 1
+
+
+def build_pairs(vae: AutoencoderKLWan, config: PairConfig, folder: Path, device: torch.device, report: Callable[[str], None] = print) -> LatentPairs:
+    """As `build_pool`: load the shards from `folder`, encoding those that are missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    low, high = [], []
+    for shard in range((config.count + SHARD - 1) // SHARD):
+        path = folder / f"{config.name}-{shard:04d}.safetensors"
+        if not path.is_file():
+            rng = np.random.Generator(np.random.Philox(key=[config.seed, shard]))
+            pairs = [_pair(vae, config, rng, device) for _ in range(SHARD)]
+            _save(path, {name: torch.cat(tensors) for name, tensors in zip(("low", "high"), zip(*pairs))}, {})
+            report(f"{config.name}: {min((shard + 1) * SHARD, config.count)} of {config.count} pairs encoded")
+        with safe_open(path, "pt") as file:
+            low.append(file.get_tensor("low"))
+            high.append(file.get_tensor("high"))
+    return LatentPairs(torch.cat(low)[: config.count], torch.cat(high)[: config.count])
+
+
+def _pair(vae: AutoencoderKLWan, config: PairConfig, rng: np.random.Generator, device: torch.device) -> list[torch.Tensor]:
+    scene, grid, side = sample_scene(rng, duration=config.low.duration), config.low, config.side
+    first = int(rng.integers(grid.num_frames - config.frames + 1))
+    top, left = (int(rng.integers(whole - side + 1)) for whole in (grid.height, grid.width))
+    result = []
+    for scale in (1, config.scale):
+        at = [round(value * scale) for value in (top, left, side, side)]
+        large = grid.resized(height=round(grid.height * scale), width=round(grid.width * scale))
+        video = render_clip(scene, large, crop=Crop(*at), frames=range(first, first + config.frames))
+        result.append(encode(vae, video[None].to(device)).half().cpu())
+    return result
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata=metadata)
+    temporary.rename(path)
+
+
 def build_pool(vae: AutoencoderKLWan, config: PoolConfig, folder: Path, device: torch.device, report: Callable[[str], None] = print) -> LatentPool:
     """Load the pool's shards from `folder`, encoding those that are missing."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,9 +132,7 @@ def _encode_shard(vae: AutoencoderKLWan, config: PoolConfig, shard: int, path: P
         scenes, videos = zip(*(_draw(rng, config, length) for _ in range(min(together, SHARD - done))))
         latents += encode(vae, torch.stack(videos).to(device)).half().cpu()
         captions += map(caption, scenes)
-    temporary = path.with_suffix(".tmp")
-    save_file({"z": torch.stack(latents)}, temporary, metadata={"captions": json.dumps(captions)})
-    temporary.rename(path)
+    _save(path, {"z": torch.stack(latents)}, {"captions": json.dumps(captions)})
 
 
 def _draw(rng: np.random.Generator, config: PoolConfig, length: int) -> tuple[Scene, torch.Tensor]:

@@ -8,6 +8,7 @@ In pixels this would cost decoding, resizing and encoding; interpolating the lat
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,12 @@ class LatentUpsamplerConfig:
     @property
     def channels(self) -> int:
         return self.encoder.in_channels
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> LatentUpsamplerConfig:
+        """Back from `dataclasses.asdict`, also after a trip through JSON."""
+        networks = {name: record[name] and VrtConfig(**record[name] | {"window": tuple(record[name]["window"])}) for name in ("encoder", "decoder")}
+        return cls(hidden=tuple(record["hidden"]), **networks)
 
 
 def paper(channels: int = 16) -> LatentUpsamplerConfig:

@@ -27,10 +27,10 @@ class MutualSelfAttention(nn.Module):
         super().__init__()
         self.heads, self.mutual = heads, mutual
         self.relative_position_bias_table = nn.Parameter(torch.zeros(math.prod(2 * side - 1 for side in window), heads))
-        self.register_buffer("relative_position_index", _relative_index(window))
+        self.register_buffer("relative_position_index", _relative_index(window), persistent=False)
         self.qkv_self = nn.Linear(dim, 3 * dim)
         if mutual:
-            self.register_buffer("position_bias", sine_positions(window[1:], dim // 2))
+            self.register_buffer("position_bias", sine_positions(window[1:], dim // 2), persistent=False)
             self.qkv_mut = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(2 * dim if mutual else dim, dim)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)

@@ -1,0 +1,71 @@
+"""The latent upsampler's training: pairs show the same thing twice, both loss phases lower the loss, and the part loads as what it is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from muralist.data import latents
+from muralist.data.latents import LatentPairs, PairConfig, build_pairs
+from muralist.errors import UserError
+from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig
+from muralist.store.parts import load_part, save_part
+from muralist.train.loop import Schedule, fit
+from muralist.train.miniature import GRID, new_vae
+from muralist.train.objectives.latent_upsample import LatentUpsample, LatentUpsampleConfig
+
+CPU = torch.device("cpu")
+SMALL = VrtConfig(in_channels=48, dim=12, depth=1, refine_dim=12, refine_depth=1, groups=1, heads=3, window=(2, 4, 4), still_groups=0)
+CONFIG = LatentUpsamplerConfig(encoder=SMALL, hidden=(16,), decoder=None)
+
+
+def network():
+    torch.manual_seed(0)
+    return LatentUpsampler(CONFIG)
+
+
+def test_a_pair_shows_the_same_part_of_the_scene_at_two_sizes(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(latents, "SHARD", 2)
+    monkeypatch.setattr(latents, "encode", lambda vae, video: seen.append(video[0]) or torch.zeros(1, 48, 1, 1, 1))
+    config = PairConfig(name="p", count=2, low=GRID, scale=2.0, side=64, frames=5)
+    pairs = build_pairs(None, config, tmp_path, CPU, report=lambda line: None)
+    assert len(pairs.low) == len(pairs.high) == 2
+    for low, high in zip(seen[::2], seen[1::2]):
+        assert low.shape == (5, 64, 64, 3) and high.shape == (5, 128, 128, 3)
+        reduced = high.unflatten(1, (64, 2)).unflatten(3, (64, 2)).mean(dim=(2, 4))
+        assert -10 * torch.log10((reduced - low).square().mean()) > 30
+    again = build_pairs(None, config, tmp_path, CPU, report=lambda line: pytest.fail("encoded again"))
+    assert torch.equal(again.low, pairs.low)
+
+
+@pytest.mark.parametrize("pixels_from", [1.1, 0.0], ids=["latents", "pixels"])
+def test_training_lowers_the_loss(pixels_from, tmp_path):
+    torch.manual_seed(0)
+    low = torch.randn(4, 48, 2, 4, 6)
+    high = torch.nn.functional.interpolate(low.flatten(1, 2), scale_factor=2, mode="nearest").unflatten(1, (48, 2))  # bilinear is wrong by a learnable rule
+    objective = LatentUpsample(network(), new_vae(), [LatentPairs(low.half(), high.half())], LatentUpsampleConfig(pixels_from=pixels_from, patch=4), CPU)
+    before = objective.loss(0, 1.0)[0].item()
+    fit(objective, Schedule(steps=40, learning_rate=5e-3, warmup=5), tmp_path, resume=False, report=lambda line: None)
+    assert objective.loss(0, 1.0)[0].item() < 0.9 * before
+
+
+def test_a_part_comes_back_as_it_was(tmp_path):
+    model = network()
+    save_part(tmp_path / "part", "latent_upsampler", asdict(CONFIG), dict(model.named_parameters()))
+    record, tensors = load_part(tmp_path / "part", "latent_upsampler")
+    assert LatentUpsamplerConfig.of(record) == CONFIG
+    assert set(tensors) == set(dict(model.named_parameters())) and all(torch.equal(tensors[n], p) for n, p in model.named_parameters())
+
+
+def test_a_part_of_another_kind_or_with_foreign_weights_is_refused(tmp_path):
+    folder = save_part(tmp_path / "part", "latent_upsampler", asdict(CONFIG), {"x": torch.zeros(1)})
+    with pytest.raises(UserError, match="experts"):
+        load_part(folder, "experts")
+    record = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(record | {"hidden": [32]}))
+    with pytest.raises(UserError, match="belong together"):
+        load_part(folder, "latent_upsampler")
