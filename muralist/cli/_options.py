@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
@@ -74,17 +74,18 @@ class VideoOptions:
     memory_limit: MemoryLimit = None
 
 
-def takes_video_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command, whose last parameter is `video: VideoOptions`, the fields of that class as options of its own."""
+def takes_video_options(command: Callable[..., Any], without: Collection[str] = ()) -> Callable[..., Any]:
+    """Give a command, whose last parameter is `video: VideoOptions`, the fields of that class as options of its own, but those `without`."""
     hints = typing.get_type_hints(VideoOptions, include_extras=True)
     own_hints = typing.get_type_hints(command, include_extras=True)
     keyword = inspect.Parameter.KEYWORD_ONLY
-    shared = [inspect.Parameter(f.name, keyword, default=f.default, annotation=hints[f.name]) for f in fields(VideoOptions)]
+    taken = [f for f in fields(VideoOptions) if f.name not in without]
+    shared = [inspect.Parameter(f.name, keyword, default=f.default, annotation=hints[f.name]) for f in taken]
     own = [p.replace(kind=keyword, annotation=own_hints[name]) for name, p in inspect.signature(command).parameters.items() if name != "video"]
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> Any:
-        video = VideoOptions(**{f.name: values.pop(f.name) for f in fields(VideoOptions)})
+        video = VideoOptions(**{f.name: values.pop(f.name) for f in taken})
         return command(**values, video=video)
 
     wrapper.__signature__ = inspect.Signature(own + shared)

@@ -29,6 +29,7 @@ OPTIONS = {
     "plan": f"prompt {VIDEO} --machine --json --debug",
     "inspect": "file --decode --json --debug",
     "recipes": "--json",
+    "compare": f"files {VIDEO.replace('--seed ', '').replace('--recipe ', '')} --recipes --prompts --seeds --output -o --metrics --reference --json --debug",
     "doctor": "--device --json --debug",
     "train": "name --minutes --device --from --init --resume --output -o --debug",
 }

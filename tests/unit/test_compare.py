@@ -1,0 +1,443 @@
+"""Comparisons: the grid and what it costs, the table, the report; on tiny random pipelines."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from muralist.compare import child, grid, media, table
+from muralist.compare.journal import Costs, Journal, StageCost, read_costs
+from muralist.compare.page import render
+from muralist.compare.seams import decode_borders
+from muralist.compare.table import Entry, Scene
+from muralist.errors import UserError
+from muralist.eval.registry import Metric
+from muralist.eval.source import open_source
+from muralist.stages.encode import EncodeOptions, encode
+from muralist.store.video_read import VideoInfo
+from muralist.types import FrameChunk, Grid
+from tests import inside
+from tests.shell import muralist
+
+PROMPTS = 'a red ball moves right\n\n# a comment\n</script><script>alert("1")</script> & a blue star\n'
+SIZE = ("--size", "160x96", "--num-frames", 5)
+
+
+class Brightness:
+    """A metric for these tests."""
+
+    def __init__(self):
+        self.means = []
+
+    def add(self, frame):
+        self.means.append(frame.mean().item())
+
+    def result(self):
+        return {"brightness": sum(self.means) / len(self.means), "frames": len(self.means)}
+
+
+BRIGHTNESS = Metric(name="brightness", kind="video", summary="mean", unit="", better="higher", origin="this test", start=lambda setup, source: Brightness())
+
+
+@pytest.fixture(autouse=True)
+def one_metric(monkeypatch):
+    monkeypatch.setattr("muralist.eval.measure.available", lambda: {"brightness": BRIGHTNESS})
+
+
+def compare(*arguments):
+    return muralist("compare", *arguments)
+
+
+@pytest.fixture(scope="module")
+def grid_folder(tiny22, tmp_path_factory):
+    """A finished comparison of two recipes on two prompts: (directory, command)."""
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "prompts.txt").write_text(PROMPTS)
+    command = ("--recipes", "cascade,direct", "--prompts", folder / "prompts.txt", "--model", tiny22, *SIZE, "--output", folder / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(child, "run", inside.run)
+        patch.setattr("muralist.eval.measure.available", lambda: {"brightness": BRIGHTNESS})
+        answer = compare(*command)
+    assert answer.code == 0, answer.err
+    return folder / "out", command
+
+
+def write_video(path: Path, frames: torch.Tensor, **options) -> Path:
+    """[T, H, W, 3] in [0, 1]."""
+    shape = Grid(num_frames=len(frames), height=frames.shape[1], width=frames.shape[2], fps=8)
+    return encode(iter([FrameChunk(frames, 0)]), shape, path, EncodeOptions(**options))
+
+
+# --- the grid ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_grid_holds_every_recipe_on_every_scene(grid_folder):
+    results = json.loads((grid_folder[0] / "results.json").read_text())
+    assert results["sides"] == ["cascade", "direct"] and len(results["scenes"]) == 2 and len(results["cells"]) == 4
+    for cell in results["cells"]:
+        assert cell["failure"] is None and cell["attempts"] == 1 and cell["values"]["peak_rss"] > 1e6 and math.isfinite(cell["values"]["brightness"])
+        assert [stage["stage"] for stage in cell["stages"]] == ["prompt", *(["proxy"] if cell["side"] == "cascade" else []), "refine", "decode"]
+        assert cell["values"]["seconds"] == pytest.approx(sum(stage["seconds"] for stage in cell["stages"]))
+        assert (grid_folder[0] / cell["path"] / "run" / "request.json").is_file()
+    assert results["summary"]["direct"]["seconds"]["n"] == 2 and results["best"]["seconds"]["sides"]
+
+
+def test_the_command_of_a_cell_makes_its_video_again(grid_folder, tmp_path, monkeypatch):
+    import shlex
+
+    cell = json.loads((grid_folder[0] / "results.json").read_text())["cells"][2]
+    monkeypatch.chdir(tmp_path)
+    assert muralist(*shlex.split(cell["command"])[1:]).code == 0
+    assert (tmp_path / "video.mp4").read_bytes() == (grid_folder[0] / cell["path"] / "video.mp4").read_bytes()
+
+
+def test_a_second_start_runs_and_measures_nothing_again(grid_folder, monkeypatch):
+    monkeypatch.setattr(child, "run", lambda *_: pytest.fail("a finished cell ran again"))
+    monkeypatch.setattr(Brightness, "add", lambda *_: pytest.fail("a measured file was measured again"))
+    before = json.loads((grid_folder[0] / "results.json").read_text())
+    assert compare(*grid_folder[1]).code == 0
+    assert json.loads((grid_folder[0] / "results.json").read_text()) == before
+
+
+def test_another_seed_joins_the_finished_cells(grid_folder, monkeypatch):
+    ran = []
+    monkeypatch.setattr(child, "run", lambda arguments, folder, on_event: ran.append(folder.name) or "not now")
+    answer = compare(*grid_folder[1], "--seeds", "0-1", "--json")
+    assert len(ran) == 4 and all("-s1-" in name for name in ran)
+    assert answer.code == 0 and answer.events[-1]["failed"] == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(child, "run", lambda *_: pytest.fail("ran"))
+        assert compare(*grid_folder[1]).code == 0
+
+
+def test_a_failed_cell_is_told_and_does_not_stop_the_grid(tiny22, tmp_path, monkeypatch):
+    def sometimes(arguments, folder, on_event):
+        return "memory: the memory does not suffice; use less" if "cascade" in folder.name else inside.run(arguments, folder, on_event)
+
+    monkeypatch.setattr(child, "run", sometimes)
+    (tmp_path / "p.txt").write_text("a ball\n")
+    answer = compare("--recipes", "cascade,direct", "--prompts", tmp_path / "p.txt", "--model", tiny22, *SIZE, "--output", tmp_path / "out")
+    assert answer.code == 0 and "failed: memory: the memory does not suffice" in answer.err
+    cells = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]
+    assert [cell["failure"] for cell in cells] == ["memory: the memory does not suffice; use less", None]
+    assert "does not suffice" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_when_nothing_succeeds_the_first_reason_is_the_line(tiny22, tmp_path, monkeypatch):
+    monkeypatch.setattr(child, "run", lambda *_: "the disk is full")
+    (tmp_path / "p.txt").write_text("a ball\n")
+    answer = compare("--recipes", "direct", "--prompts", tmp_path / "p.txt", "--model", tiny22, *SIZE, "--output", tmp_path / "out", "--json")
+    assert answer.code == 2 and "no run succeeded (the disk is full)" in answer.err
+
+
+@pytest.mark.parametrize("text", ["0", "0,1", "3-5", " 7 , 7,1"])
+def test_seeds(text):
+    assert grid.read_seeds(text) == {"0": [0], "0,1": [0, 1], "3-5": [3, 4, 5], " 7 , 7,1": [7, 1]}[text]
+
+
+# --- what a run cost --------------------------------------------------------------------------------------------------------------
+
+
+def test_costs_add_up_over_attempts(tmp_path, monkeypatch):
+    path, now = tmp_path / "journal.jsonl", [100.0]
+    monkeypatch.setattr("muralist.compare.journal.time.monotonic", lambda: now[0])
+
+    def at(moment, journal, **event):
+        now[0] = moment
+        journal(event)
+
+    first = Journal(path)
+    at(101, first, event="begin", stage="prompt", total=1)
+    at(103, first, event="end", stage="prompt", seconds=2.0, peak_rss=500, peak_device=0)
+    at(103, first, event="begin", stage="refine", total=4)
+    at(107, first, event="advance", stage="refine", done=1)  # killed after this
+    with open(path, "a") as handle:
+        handle.write('{"event": "adva')  # in the middle of a line
+    now[0] = 200.0
+    second = Journal(path)
+    at(201, second, event="begin", stage="refine", total=4)
+    at(210, second, event="end", stage="refine", seconds=9.0, peak_rss=700, peak_device=9)
+    costs = read_costs(path)
+    assert costs.attempts == 2 and (costs.seconds, costs.peak_rss, costs.peak_device) == (2 + 4 + 9, 700, 9)
+    assert [stage.stage for stage in costs.stages] == ["prompt", "refine"]
+    assert read_costs(tmp_path / "none").stages == ()
+
+
+@pytest.mark.parametrize(
+    ("code", "errors", "told"),
+    [
+        (2, "muralist: note: x\nmuralist: error: size: 3 pixels; use more\n", "size: 3 pixels; use more"),
+        (1, "Traceback\n  File x\nZeroDivisionError: division by zero\nmuralist: this is a bug\n", "ZeroDivisionError: division by zero"),
+        (-9, "", "killed by signal SIGKILL (out of memory?)"),
+        (3, "", "exit code 3"),
+        (1, "bell \x07 \x1b[31m", "bell    [31m"),
+    ],
+)
+def test_a_failure_has_one_line(code, errors, told):
+    assert child.reason(code, errors) == told
+
+
+def test_a_run_in_a_process_of_its_own_hands_over_its_events(tmp_path):
+    events = []
+    assert child.run(["recipes", "--json"], tmp_path, events.append) is None
+    assert {event["name"] for event in events} >= {"cascade", "direct"}
+    assert "no such option" in child.run(["recipes", "--nonsense"], tmp_path, events.append).lower()
+
+
+# --- the table --------------------------------------------------------------------------------------------------------------------
+
+
+def entries(**sides):
+    """Entries of a measure `q` by side and scene; None: failed."""
+    return [Entry(side=side, scene=i, values={} if q is None else {"q": q}) for side, values in sides.items() for i, q in enumerate(values)]
+
+
+def row(better):
+    return {"q": table.Measure(label="q", group="Quality", unit="", better=better, summary="")}
+
+
+def test_means_are_over_the_scenes_that_all_have():
+    summary = table.summarise(entries(a=[1.0, 9.0], b=[2.0, None]), ["a", "b"], ["q"])
+    assert summary["a"]["q"] == {"mean": 1.0, "error": None, "n": 1} and summary["b"]["q"]["mean"] == 2.0
+    summary = table.summarise(entries(a=[1.0, 3.0], b=[None, None]), ["a", "b"], ["q"])
+    assert summary["a"]["q"]["mean"] == 2.0 and summary["b"] == {}
+
+
+@pytest.mark.parametrize(("better", "sides"), [("higher", ["b"]), ("lower", ["a"]), ("neither", None)])
+def test_the_best_goes_by_the_direction(better, sides):
+    found = entries(a=[1.0], b=[2.0])
+    winners = table.best(found, table.summarise(found, ["a", "b"], ["q"]), row(better))
+    assert winners.get("q", {}).get("sides") == sides
+
+
+def test_a_lead_within_the_noise_is_not_clear():
+    for values, clear in (({"a": [1.0, 2.0, 3.0], "b": [1.1, 1.9, 3.1]}, False), ({"a": [1.0, 2.0, 3.0], "b": [1.5, 2.5, 3.6]}, True)):
+        found = entries(**values)
+        assert table.best(found, table.summarise(found, ["a", "b"], ["q"]), row("higher"))["q"] == {"sides": ["b"], "clear": clear}
+    found = entries(a=[1.0, 2.0], b=[1.0, 2.0])
+    assert table.best(found, table.summarise(found, ["a", "b"], ["q"]), row("higher")) == {}
+
+
+def test_csv_cannot_be_taken_for_formulas(tmp_path):
+    costs = Costs((StageCost(stage="refine", seconds=2.0, peak_rss=3, peak_device=0),), 1)
+    entry = Entry(side="a", scene=0, costs=costs, values={"q": 1.5}, failure='=HYPERLINK("x")')
+    (line,) = csv.DictReader(table.csv_text([entry], [Scene("@SUM(1)\n,", 3)]).splitlines(keepends=True))
+    assert (
+        line["prompt"] == "'@SUM(1)\n," and line["failure"].startswith("'=") and line["q"] == "1.5" and line["seconds.refine"] == "2.0" and line["seed"] == "3"
+    )
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_files_are_compared_and_10_bit_h265_gets_a_preview(tmp_path):
+    frames = torch.rand(5, 64, 96, 3, generator=torch.Generator().manual_seed(0))
+    a = write_video(tmp_path / "a.mp4", frames, codec="h265", bit_depth=10)
+    b = write_video(tmp_path / "b.mp4", frames * 0.5)
+    answer = compare(a, b, "--output", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["best"]["brightness"] == {"sides": ["a"], "clear": True} and results["sides"] == ["a", "b"]
+    folders = sorted((tmp_path / "out" / "media").iterdir())
+    preview = open_source(folders[0] / "preview.mp4")
+    assert (preview.info.codec, preview.info.bit_depth, preview.info.width, preview.info.num_frames) == ("h264", 8, 96, 5)
+    assert (folders[1] / "original.mp4").read_bytes() == b.read_bytes()
+    middle = list(open_source(a).frames())[2]
+    still = torch.from_numpy(np.array(Image.open(folders[0] / "still.png"))) / 255
+    assert (still - middle).abs().max() <= 0.5 / 255 + 1e-6
+
+
+def test_files_of_the_same_name_keep_their_paths_apart(tmp_path):
+    frames = torch.zeros(5, 32, 32, 3)
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        write_video(tmp_path / folder / "v.mp4", frames)
+    assert compare(tmp_path / "x", tmp_path / "y", "--output", tmp_path / "out").code == 0
+    assert len(set(json.loads((tmp_path / "out" / "results.json").read_text())["sides"])) == 2
+
+
+def test_the_spectrum_of_white_noise_is_its_variance():
+    spectrum = media.Spectrum()
+    noise = torch.randn(200, 300, 1, generator=torch.Generator().manual_seed(1)) * 0.1
+    spectrum.add(noise.expand(-1, -1, 3))
+    curve = spectrum.result()
+    assert all(0 < x < 0.5 for x, _ in curve) and np.mean([p for x, p in curve if x > 0.05]) == pytest.approx(0.01, rel=0.03)
+
+
+def test_the_spectrum_peaks_where_a_wave_is():
+    spectrum = media.Spectrum()
+    wave = 0.5 + 0.4 * torch.sin(2 * math.pi * 0.2 * torch.arange(240.0))
+    spectrum.add(wave[None, :, None].expand(160, -1, 3))
+    assert max(spectrum.result(), key=lambda point: point[1])[0] == pytest.approx(0.2, abs=0.005)
+
+
+def test_tile_borders_are_those_of_the_decoder(grid_folder, tiny22):
+    cell = json.loads((grid_folder[0] / "results.json").read_text())["cells"][0]
+    metadata = open_source(grid_folder[0] / cell["path"] / "video.mp4").info.metadata
+    assert cell["borders"] == {"x": [], "y": []}
+    metadata["request"]["config"]["decode"] |= {"order": "tile", "tile": 64}
+    assert decode_borders(metadata, str(tiny22)) == {"x": [48, 96], "y": [48]}
+    assert decode_borders({}) is None and decode_borders({"request": {"prompt": 1}}) is None
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------------------
+
+
+class Structure(HTMLParser):
+    """Open elements, ids, and every attribute that could load something."""
+
+    VOID = ("meta", "link", "img", "input", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.loads, self.text = [], [], [], {}
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.ids += [values["id"]] if "id" in values else []
+        self.loads += [values[name] for name in ("src", "href") if name in values]
+        if tag not in self.VOID:
+            self.open.append((tag, values.get("id")))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        self.text[self.open[-1] if self.open else None] = data
+
+
+def test_the_page_is_whole_and_asks_nothing_of_the_network(grid_folder):
+    text = (grid_folder[0] / "report.html").read_text()
+    page = Structure(text)
+    assert len(page.ids) == len(set(page.ids))
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.loads)
+    assert "default-src 'none'" in text and "http" not in text.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
+    data = json.loads(page.text["script", "data"])
+    assert data["scenes"][1]["prompt"] == '</script><script>alert("1")</script> & a blue star'
+    assert all((grid_folder[0] / cell["media"][name]).is_file() for cell in data["cells"] for name in ("video", "still"))
+    assert all(cell["media"]["thumb"].startswith("data:image/png;base64,") for cell in data["cells"])
+
+
+def test_every_id_that_the_script_asks_for_is_in_the_page():
+    import re
+
+    folder = Path(child.__file__).parent
+    ids = set(Structure((folder / "page.html").read_text()).ids)
+    script = (folder / "page.js").read_text()
+    asked = set(re.findall(r'\$\("([a-z-]+)"\)', script)) | {f"{stem}-{side}" for stem in re.findall(r"\$\(`([a-z]+)-\$\{which\}`\)", script) for side in "ab"}
+    assert asked <= ids, asked - ids
+    assert "innerHTML" not in script and "eval(" not in script and "document.write" not in script
+
+
+def test_no_text_can_leave_its_place():
+    results = {"cells": [], "sides": ["/*{script}*/ </script> \u2028 <!--"]}
+    page = Structure(render(results, []))
+    assert json.loads(page.text["script", "data"])["sides"] == results["sides"]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser")
+def test_a_browser_draws_it_without_a_complaint(grid_folder, tmp_path):
+    import subprocess
+
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path}",
+        "--virtual-time-budget=3000",
+    ]
+    done = subprocess.run([*command, "--dump-dom", (grid_folder[0] / "report.html").as_uri()], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    for told in ("brightness", "Time by stage", "Spectra", "2 recipes × 2 prompts × 1 seed"):
+        assert told in done.stdout
+    assert done.stdout.count("&lt;/script&gt;&lt;script&gt;alert") >= 2
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def typed(tmp_path):
+    """Files that can be typed by mistake."""
+    files = {
+        "empty": b"",
+        "comments": b"# nothing\n\n",
+        "binary": bytes(range(256)),
+        "control": b"a ball\x00\x1b[0m\n",
+        "long": b"a" * 5000,
+        "good": b"a ball\n",
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "letter.txt").write_text("hands off")
+    return tmp_path
+
+
+MISTAKES = [
+    ["--recipes", "nonsense", "--prompts", "good"], ["--recipes", "", "--prompts", "good"], ["--recipes", "cascade,,direct", "--prompts", "good"],
+    *(["--recipes", "direct", "--prompts", name] for name in ("empty", "comments", "binary", "control", "long", "missing", "folder", "/dev/zero", "x" * 5000)),
+    *(["--recipes", "direct", "--prompts", "good", "--seeds", text] for text in ("", "-1", "1.5", "a", "3-1", "0-99999", "1" * 40, "99999999999999999999")),
+    *(["--recipes", "direct", "--prompts", "good", "--output", name] for name in ("good", "used", "good/x", "/dev/null/x", "/proc/x", "x" * 5000)),
+    *(["--recipes", "direct", "--prompts", "good", *more] for more in (["--metrics", "nonsense"], ["--size", "0x0"], ["--model", "nowhere"], ["--seed", "1"])),
+    [], ["--recipes", "direct"], ["--prompts", "good"], ["good"], ["missing.mp4"], ["folder"], ["good", "--recipes", "direct"], ["--reference", "folder"],
+    ["--recipes", "direct", "--prompts", "good", "--reference", "folder"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", MISTAKES, ids=lambda arguments: " ".join(arguments)[:50] or "nothing")
+def test_mistakes_are_one_line(arguments, typed, tiny22, monkeypatch):
+    monkeypatch.chdir(typed)
+    monkeypatch.setattr(child, "run", lambda *_: pytest.fail("a run was started"))
+    model = [] if "--model" in arguments or "--recipes" not in arguments else ["--model", tiny22]
+    assert compare(*arguments, *model).error
+    assert not (typed / "compare").exists() and sorted(path.name for path in (typed / "used").iterdir()) == ["letter.txt"]
+
+
+def test_a_directory_of_another_kind_is_refused(grid_folder, tmp_path):
+    run = next((grid_folder[0] / "cells").glob("*/run"))
+    assert "this run was started with comparison = null" in compare(*grid_folder[1], "--output", run).error
+
+
+def test_prompts_may_have_a_byte_order_mark_and_windows_lines(tmp_path):
+    (tmp_path / "p").write_bytes("\ufeffa ball\r\na ball\r\n ein grüner Stern \r\n".encode())
+    assert grid.read_prompts(tmp_path / "p") == ["a ball", "ein grüner Stern"]
+
+
+def test_a_file_cut_between_checks_is_a_failure_of_its_own(tmp_path, monkeypatch):
+    frames = torch.rand(5, 32, 32, 3)
+    files = [write_video(tmp_path / name, frames) for name in ("a.mp4", "b.mp4")]
+
+    def cut(source, root, name, make=media.make_media):
+        if source.path.name == "a.mp4":
+            raise UserError("not a readable video (cut)", where=str(source.path), fix="write it again")
+        return make(source, root, name)
+
+    monkeypatch.setattr("muralist.compare.report.make_media", cut)
+    assert compare(*files, "--output", tmp_path / "out").code == 0
+    cells = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]
+    assert "cut" in cells[0]["failure"] and cells[1]["failure"] is None
+
+
+def test_what_browsers_play():
+    def info(codec, pixel_format):
+        known = {name: "" for name in VideoInfo.__dataclass_fields__ if name not in ("metadata", "tags")}
+        return VideoInfo(**known | {"codec": codec, "pixel_format": pixel_format})
+
+    assert media.plays_in_browsers(Path("a.mp4"), info("h264", "yuv420p"))
+    for path, codec, pixels in (("a.mkv", "h264", "yuv420p"), ("a.mp4", "h265", "yuv420p"), ("a.mp4", "h264", "yuv420p10le"), ("a.mp4", "h264", "yuv444p")):
+        assert not media.plays_in_browsers(Path(path), info(codec, pixels))
