@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+BAND = 32  # rows
 LUMA = (0.2126, 0.7152, 0.0722)  # BT.709
 
 
@@ -32,6 +33,16 @@ def once_a_frame(compute: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[t
 def luma(frame: torch.Tensor) -> torch.Tensor:
     """BT.709 luma [H, W] in [0, 1] of a frame [H, W, 3]."""
     return frame @ torch.tensor(LUMA, device=frame.device, dtype=frame.dtype)
+
+
+def squared_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean squared difference, band by band: the difference of two 4K frames would be another 100 MB, and out of the cache."""
+    return sum((x - y).square_().sum().item() for x, y in zip(a.split(BAND), b.split(BAND))) / a.numel()
+
+
+def absolute_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean absolute difference."""
+    return sum((x - y).abs_().sum().item() for x, y in zip(a.split(BAND), b.split(BAND))) / a.numel()
 
 
 def mean(values: list[float]) -> float:

@@ -14,17 +14,17 @@ before (the paper's later code shrinks large frames first; at 4K that would hide
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
-import torch.nn.functional as F
 
-from muralist.eval.metrics._shared import luma, mean
+from muralist.eval.metrics._linear import BLOCK, Banded, convolution
+from muralist.eval.metrics._shared import luma, mean, squared_error
 from muralist.eval.registry import Metric, Unavailable, register
 
 CEILING = 100.0
 WINDOW, SIGMA, C1, C2 = 11, 1.5, 0.01**2, 0.03**2
-_BAND = 128  # rows of the map computed at once: five maps of a 4K frame would be 200 MB, and out of the cache
 
 
 class Psnr:
@@ -34,7 +34,7 @@ class Psnr:
         self._errors: list[float] = []
 
     def add(self, frame: torch.Tensor, reference: torch.Tensor) -> None:
-        self._errors.append(F.mse_loss(frame, reference).item())
+        self._errors.append(squared_error(frame, reference))
 
     def result(self) -> dict[str, float]:
         return {"psnr": mean([psnr_of(error) for error in self._errors]), "psnr.mse": mean(self._errors)}
@@ -59,31 +59,32 @@ class Ssim:
 
 
 def ssim(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Mean SSIM of two pictures [H, W] in [0, 1], H and W at least 11."""
-    rows = x.shape[0] - WINDOW + 1
-    if rows < 1 or x.shape[1] < WINDOW:
+    """Mean SSIM of two pictures [H, W] in [0, 1]; Unavailable below 11x11."""
+    rows, columns = (side - WINDOW + 1 for side in x.shape)
+    if min(rows, columns) < 1:
         raise Unavailable(f"a frame of {x.shape[1]}x{x.shape[0]} pixels is smaller than the window of {WINDOW}x{WINDOW}")
-    bands = (slice(top, min(top + _BAND, rows) + WINDOW - 1) for top in range(0, rows, _BAND))
-    return sum(_ssim_map(x[band], y[band]).sum(dtype=torch.float64).item() for band in bands) / (rows * (x.shape[1] - WINDOW + 1))
+    blur = _blur(x.shape[1], str(x.device))
+    bands = (slice(top, min(top + BLOCK, rows) + WINDOW - 1) for top in range(0, rows, BLOCK))
+    return sum(_ssim_map(x[band], y[band], blur).sum().item() for band in bands) / (rows * columns)
 
 
-def _ssim_map(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """[rows - 10, columns - 10]."""
+def _ssim_map(x: torch.Tensor, y: torch.Tensor, across: Banded) -> torch.Tensor:
+    """[rows - 10, columns - 10]; `across` blurs the columns."""
     # moments about the middle grey: variances are then small differences of small numbers, which float32 can hold
     x, y = x - 0.5, y - 0.5
-    mx, my, xx, yy, xy = _blur(torch.stack((x, y, x * x, y * y, x * y)))
+    down = _blur(len(x), str(x.device))
+    mx, my, xx, yy, xy = across.columns(down.all_rows(torch.stack((x, y, x * x, y * y, x * y))))
     vx, vy, cov = xx - mx * mx, yy - my * my, xy - mx * my
     mx, my = mx + 0.5, my + 0.5
     return (2 * mx * my + C1) * (2 * cov + C2) / ((mx * mx + my * my + C1) * (vx + vy + C2))
 
 
-def _blur(planes: torch.Tensor) -> torch.Tensor:
-    """Gaussian means [n, H - 10, W - 10] of planes [n, H, W]."""
+@functools.lru_cache(8)
+def _blur(size: int, device: str) -> Banded:
+    """The Gaussian window as a map of `size` samples to size - 10."""
     offset = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
-    weights = torch.exp(-(offset**2) / (2 * SIGMA**2))
-    weights = (weights / weights.sum()).to(planes)
-    columns = F.conv2d(planes[:, None], weights.view(1, 1, 1, -1))
-    return F.conv2d(columns, weights.view(1, 1, -1, 1))[:, 0]
+    window = torch.exp(-(offset**2) / (2 * SIGMA**2))
+    return Banded(convolution(size, window / window.sum()), device)
 
 
 register(
