@@ -17,7 +17,7 @@ import torch
 
 from muralist.errors import UserError
 from muralist.sampling import flow
-from muralist.store import weights
+from muralist.store import parts, weights
 from muralist.types import Geometry, Grid, TextCond
 
 if TYPE_CHECKING:  # diffusers takes seconds to import: only what computes pays for it, not what checks a request
@@ -30,6 +30,7 @@ WAN_NEGATIVE = (
 )
 _NUMBERS = ("num_inference_steps", "max_sequence_length", "refine_steps", "guidance_scale", "flow_shift")  # of `Defaults`; the first three are whole
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+UPSAMPLER = "latent_upsampler"  # a kind of part
 CLASSES = {"transformer": "WanTransformer3DModel", "transformer_2": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
 
 
@@ -51,6 +52,7 @@ class BaseInfo:
     """A checked model folder.
 
     `boundary`: sigma from which the first of two transformers serves (Wan2.2-A14B), None where there is one.
+    `parts`: the networks of ours that stand beside it in `parts/`, by kind.
     `prediction`: what the transformer's output is, `flow` (velocity; every Wan model) or `sample` (clean latent; the embedded base).
     """
 
@@ -63,7 +65,13 @@ class BaseInfo:
     boundary: float | None
     prediction: str
     adapters: tuple[str, ...]
+    parts: tuple[str, ...]
     component_bytes: dict[str, int]
+
+    def require_part(self, kind: str) -> None:
+        """UserError with what to do if the base has no such part (`store/parts.py`)."""
+        if kind not in self.parts:
+            raise UserError(f"the base {self.name} has no part {kind!r}", where="recipe", fix=f"train it: muralist train {kind.replace('_', '-')}")
 
 
 def inspect_base(model: str, revision: str | None = None) -> BaseInfo:
@@ -78,7 +86,9 @@ def inspect_base(model: str, revision: str | None = None) -> BaseInfo:
     if not any((folder / "tokenizer" / name).is_file() for name in ("tokenizer.json", "spiece.model")):
         raise UserError(f"no tokenizer in {folder / 'tokenizer'}", where="model", fix="give a complete diffusers folder")
     geometry = _geometry(configs["transformer"], configs["vae"])
-    adapters = tuple(sorted(p.name for p in (folder / "adapters").iterdir() if p.is_dir())) if (folder / "adapters").is_dir() else ()
+    adapters, kinds = (_folders_in(folder / place) for place in ("adapters", "parts"))
+    for kind in kinds:
+        parts.read_part(folder / "parts" / kind, kind)
     return BaseInfo(
         name=model,
         folder=folder,
@@ -89,8 +99,15 @@ def inspect_base(model: str, revision: str | None = None) -> BaseInfo:
         boundary=float(index.get("boundary_ratio") or 0.875) if two else None,
         prediction=_prediction(folder),
         adapters=adapters,
-        component_bytes=sizes | {f"adapter {name}": weights.check_component(folder / "adapters" / name) for name in adapters},
+        parts=kinds,
+        component_bytes=sizes
+        | {f"adapter {name}": weights.check_component(folder / "adapters" / name) for name in adapters}
+        | {f"part {kind}": weights.check_component(folder / "parts" / kind) for kind in kinds},
     )
+
+
+def _folders_in(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir())) if folder.is_dir() else ()
 
 
 def _component_config(folder: Path, name: str) -> dict[str, Any]:
@@ -186,6 +203,10 @@ class Base:
 
         return self._component("vae", lambda: AutoencoderKLWan.from_pretrained(self.info.folder / "vae", torch_dtype=self.dtype).to(self.device).eval())
 
+    def latent_upsampler(self):
+        """The network that enlarges latents, in float32."""
+        return self._component(UPSAMPLER, lambda: _latent_upsampler(self.info.folder / "parts" / UPSAMPLER).to(self.device).eval())
+
     def transformer(self, sigma: float = 1.0) -> MuralTransformer:
         """The transformer that serves noise level sigma; of two, the other one is let go."""
         name, other = "transformer", "transformer_2"
@@ -245,6 +266,15 @@ def select_adapter(transformer: MuralTransformer, adapter: str | None) -> None:
     else:
         transformer.enable_adapters()
         transformer.set_adapters([adapter])
+
+
+def _latent_upsampler(folder: Path):
+    from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig
+
+    record, tensors = parts.load_part(folder, UPSAMPLER)
+    network = LatentUpsampler(LatentUpsamplerConfig.of(record))
+    network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    return network
 
 
 def _auto_tokenizer(folder: Path):

@@ -13,7 +13,7 @@ from muralist.errors import UserError
 from muralist.stages.decode_options import DecodeOptions
 from muralist.stages.proxy import LowResolutionProxy
 from muralist.stages.refine import Refine
-from muralist.stages.upsample import LatentInterpolation
+from muralist.stages.upsample import Upsampling
 from muralist.store.video_write import EncodeOptions
 from muralist.types import Grid
 
@@ -27,7 +27,7 @@ class Config:
     """One part a stage, in the order of the data flow. No proxy: refinement starts from pure noise and nothing is upsampled."""
 
     proxy: LowResolutionProxy | None
-    upsample: LatentInterpolation | None
+    upsample: Upsampling | None
     refine: Refine
     decode: DecodeOptions = field(default_factory=DecodeOptions)
     encode: EncodeOptions = field(default_factory=EncodeOptions)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from muralist.base import Base
+from muralist.base import UPSAMPLER, Base
 from muralist.config import Request
 from muralist.progress import Observer, measured
 from muralist.stages.decode import decode, plan_decode
@@ -19,7 +19,7 @@ from muralist.stages.encode import encode, next_frame
 from muralist.stages.prompt import encode_prompt
 from muralist.stages.proxy import make_proxy
 from muralist.stages.refine import refine
-from muralist.stages.upsample import upsample
+from muralist.stages.upsample import pieces, upsample
 from muralist.store.run import RunDirectory
 from muralist.types import FrameChunk, LatentVideo, TextCond
 
@@ -33,10 +33,9 @@ def generate(request: Request, base: Base, run: RunDirectory, output: Path, obse
 
 def denoise(request: Request, base: Base, run: RunDirectory, observer: Observer) -> LatentVideo:
     """The first four stages: from the prompt to the finished latent video."""
-    grid = base.info.geometry.legal(request.grid)
     text = _text(request, base, run, observer)
     proxy = _proxy(text, request, base, run, observer)
-    guide = proxy and upsample(proxy, grid, base.info.geometry, request.config.upsample)
+    guide = _guide(proxy, request, base, run, observer)
     return _refine(text, guide, request, base, run, observer)
 
 
@@ -61,6 +60,18 @@ def _proxy(text: TextCond, request: Request, base: Base, run: RunDirectory, obse
             latent = make_proxy(base, text, config, request.grid, seed=request.seed, saved=saved, after_step=after_step)
             _finish(run, "proxy", latent)
     return LatentVideo(run.load("proxy")[0]["latent"].to(base.device), grid)
+
+
+def _guide(proxy: LatentVideo | None, request: Request, base: Base, run: RunDirectory, observer: Observer) -> LatentVideo | None:
+    if proxy is None:
+        return None
+    config, grid = request.config.upsample, base.info.geometry.legal(request.grid)
+    if not run.has("upsample"):
+        with measured(observer, "upsample", pieces(config, proxy.grid, base.info.geometry)):
+            latent = upsample(proxy, grid, base, config, on_piece=lambda done, total: observer.advance("upsample", done))
+            _finish(run, "upsample", latent)
+        base.release(UPSAMPLER)
+    return LatentVideo(run.load("upsample")[0]["latent"].to(base.device), grid)
 
 
 def _refine(text: TextCond, guide: LatentVideo | None, request: Request, base: Base, run: RunDirectory, observer: Observer) -> LatentVideo:

@@ -148,7 +148,7 @@ def _paint(job: Job, output: Path, run: RunDirectory, *, json: bool) -> None:
 
     _show.notes()
     _show.quiet()
-    stages = ["prompt", *(["proxy"] if job.request.config.proxy else []), "refine", "decode"]
+    stages = ["prompt", *(["proxy", "upsample"] if job.request.config.proxy else []), "refine", "decode"]
     with resumable(run.root), JsonLines() if json else Bars(stages) as observer:
         generate(job.request, Base(job.info, job.device), run, output, observer)
     if json:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from muralist.base import BaseInfo
+from muralist.base import UPSAMPLER, BaseInfo
 from muralist.config import Request
-from muralist.cost import decoding, text, transformer
+from muralist.cost import decoding, text, transformer, upsampling
 from muralist.cost.decoding import DecodeNeed
 from muralist.cost.machine import Machine
 from muralist.errors import UserError
@@ -21,7 +21,7 @@ from muralist.nn.attention import FullAttention
 from muralist.nn.transformer import Graft
 from muralist.stages.proxy import LowResolutionProxy
 from muralist.stages.refine import Refine
-from muralist.stages.upsample import LatentInterpolation
+from muralist.stages.upsample import LatentInterpolation, LearnedUpsampling
 from muralist.store import weights
 from muralist.store.video_write import EncodeOptions
 from muralist.types import Grid
@@ -162,17 +162,37 @@ def _denoising(setting: Setting, stage: str, grid: Grid, graft: Graft, steps: in
     )
 
 
-def _upsample(part: LatentInterpolation, setting: Setting) -> StagePlan:
-    latent, machine = setting.latent_bytes(setting.grid), setting.machine
-    # The transformer of the proxy stage stays for the refinement; the source is small beside the result and its permuted copy.
-    held = transformer.parameters(setting.dimensions) * machine.itemsize
+def _interpolation(part: LatentInterpolation, setting: Setting) -> StagePlan:
+    latent = setting.latent_bytes(setting.grid)
     return StagePlan(
         stage="upsample",
         work=f"latent {part.mode}",
-        memory_bytes=PROCESS_BYTES + held + 3 * latent,
-        seconds=machine.seconds(traffic=8 * latent),
+        memory_bytes=PROCESS_BYTES + _held_transformer(setting) + 3 * latent,
+        disk_bytes=latent,
+        seconds=setting.machine.seconds(traffic=8 * latent),
         action=f"to {_size(setting.grid)}",
     )
+
+
+def _learned_upsampling(part: LearnedUpsampling, setting: Setting) -> StagePlan:
+    setting.info.require_part(UPSAMPLER)
+    source = setting.info.geometry.latent_shape(setting.info.geometry.legal(setting.request.config.proxy.grid(setting.request.grid)))[1:]
+    need = upsampling.measure(setting.info.folder / "parts" / UPSAMPLER, part, source, setting.info.geometry.latent_shape(setting.grid)[1:])
+    stored, latent = setting.info.component_bytes[f"part {UPSAMPLER}"], setting.latent_bytes(setting.grid)
+    return StagePlan(
+        stage="upsample",
+        work=f"{need.pieces} pieces",
+        flops=need.flops,
+        memory_bytes=PROCESS_BYTES + _held_transformer(setting) + 2 * stored + need.live_bytes + 3 * latent,
+        disk_bytes=latent,
+        seconds=setting.machine.seconds(linear=need.flops, read=stored),
+        action=f"to {_size(setting.grid)}",
+    )
+
+
+def _held_transformer(setting: Setting) -> int:
+    """The transformer of the proxy stage stays for the refinement."""
+    return transformer.parameters(setting.dimensions) * setting.machine.itemsize
 
 
 def settle(setting: Setting) -> Setting:
@@ -245,4 +265,9 @@ def _attention(graft: Graft) -> str:
     return f"windows of {frames}x{rows}x{columns} tokens" + (", shifted every other layer" if graft.attention.shift else "")
 
 
-ESTIMATES: dict[type, Callable[[Any, Setting], StagePlan]] = {LowResolutionProxy: _proxy, LatentInterpolation: _upsample, Refine: _refine}
+ESTIMATES: dict[type, Callable[[Any, Setting], StagePlan]] = {
+    LowResolutionProxy: _proxy,
+    LatentInterpolation: _interpolation,
+    LearnedUpsampling: _learned_upsampling,
+    Refine: _refine,
+}

@@ -1,0 +1,48 @@
+"""What learned latent upsampling costs: its own modules run on the meta device under a counter, so the numbers follow the code."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig
+from muralist.nn.latent_upsampler.tiles import Tile, pieces
+from muralist.stages.upsample import LearnedUpsampling
+from muralist.store import parts
+
+FLOAT = 4
+# Tensors of a block's width alive at once: the skips, the block's input, its norm, queries, keys and values, the gated hidden layer (measured: 11 to 13)
+LIVE = 13
+
+
+@dataclass(frozen=True, slots=True)
+class UpsamplingCost:
+    """Pieces, FLOPs of all of them, and bytes alive in one of them."""
+
+    pieces: int
+    flops: int
+    live_bytes: int
+
+
+def measure(folder: Path, part: LearnedUpsampling, source: Tile, target: Tile) -> UpsamplingCost:
+    """For latents of `source` (F, h, w) enlarged to `target` (F, H, W) by the part in `folder`."""
+    config = LatentUpsamplerConfig.of(parts.read_part(folder, "latent_upsampler"))
+    spans = pieces(source, part.tile, part.overlap)
+    frames, height, width = (len(axis[0]) for axis in spans)
+    size = (round(height * target[1] / source[1]), round(width * target[2] / source[2]))
+    with torch.device("meta"), torch.no_grad():
+        network, z = LatentUpsampler(config), torch.empty(1, config.channels, frames, height, width)
+        with FlopCounterMode(display=False) as counter:
+            network(z, size)
+    count = math.prod(len(axis) for axis in spans)
+    inner, outer = frames * height * width, frames * math.prod(size)
+    live = max(inner * _width(config.encoder), outer * _width(config.decoder)) * LIVE * FLOAT
+    return UpsamplingCost(count, counter.get_total_flops() * count, live)
+
+
+def _width(network: VrtConfig | None) -> int:
+    return max(network.dim, network.refine_dim) if network else 0

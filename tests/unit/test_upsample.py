@@ -1,0 +1,82 @@
+"""The upsampling stage: interpolation and the learned network, pieces that blend to the whole, and what the plan says of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from muralist.base import UPSAMPLER, Base, inspect_base
+from muralist.cost.upsampling import measure
+from muralist.errors import UserError
+from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig
+from muralist.nn.latent_upsampler.tiles import upsample_in_tiles
+from muralist.stages.upsample import LatentInterpolation, LearnedUpsampling, pieces, upsample
+from muralist.store.parts import save_part
+from muralist.types import Grid, LatentVideo
+from tests.tiny import save_pipeline
+
+SMALL, LARGE = Grid(num_frames=5, height=64, width=96), Grid(num_frames=5, height=128, width=224)
+
+
+def config(channels):
+    network = VrtConfig(in_channels=channels, dim=12, depth=1, refine_dim=12, refine_depth=1, groups=1, heads=3, window=(2, 4, 4), still_groups=0)
+    return LatentUpsamplerConfig(encoder=network, hidden=(16,), decoder=network)
+
+
+@pytest.fixture(scope="module", params=["2.1", "2.2"])
+def base(request, tmp_path_factory):
+    folder = save_pipeline(tmp_path_factory.mktemp("upsample") / request.param, request.param)
+    torch.manual_seed(0)
+    shape = config(16 if request.param == "2.1" else 48)
+    save_part(folder / "parts" / UPSAMPLER, UPSAMPLER, asdict(shape), dict(LatentUpsampler(shape).named_parameters()))
+    return Base(inspect_base(str(folder)), torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("method", [LatentInterpolation(), LearnedUpsampling()], ids=["interpolation", "learned"])
+def test_the_guide_has_the_targets_shape(base, method):
+    geometry = base.info.geometry
+    proxy = LatentVideo(torch.randn(1, *geometry.latent_shape(SMALL)), SMALL)
+    guide = upsample(proxy, LARGE, base, method)
+    assert guide.z.shape == (1, *geometry.latent_shape(LARGE)) and guide.grid == LARGE
+
+
+@torch.no_grad()
+def test_pieces_of_a_pointwise_network_are_the_whole():
+    """With every window of one position and no decoder only the interpolation looks around; inside the overlap the blend of equals is equal."""
+    torch.manual_seed(0)
+    network = LatentUpsampler(config(4)).eval()
+    z = torch.randn(1, 4, 3, 8, 8)
+    whole = network(z, (16, 16))
+    assert torch.equal(upsample_in_tiles(network, z, (16, 16), (3, 8, 8), (0, 0, 0)), whole)
+    told = []
+    cut = upsample_in_tiles(network, z.repeat(1, 1, 1, 2, 3), (32, 48), (2, 8, 8), (1, 4, 4), lambda *n: told.append(n))
+    assert cut.shape == (1, 4, 3, 32, 48) and torch.isfinite(cut).all()
+    assert told[-1][0] == told[-1][1] == len(told) == 2 * 3 * 5
+    constant = torch.ones(1, 4, 3, 16, 24)
+    flat = upsample_in_tiles(lambda z, size: torch.ones(1, 4, z.shape[2], *size), constant, (37, 55), (2, 8, 8), (1, 4, 4))
+    assert (flat - 1).abs().max() < 1e-6
+
+
+def test_the_plan_counts_the_network_itself(base):
+    folder, geometry = base.info.folder / "parts" / UPSAMPLER, base.info.geometry
+    part = LearnedUpsampling(tile=(2, 4, 4), overlap=(0, 0, 0))
+    source, target = geometry.latent_shape(SMALL)[1:], geometry.latent_shape(LARGE)[1:]
+    assert measure(folder, part, source, target).pieces == pieces(part, SMALL, geometry)
+    assert measure(folder, LearnedUpsampling(), source, target).flops > 0
+
+
+def test_a_base_without_the_part_says_how_to_get_it(tmp_path):
+    with pytest.raises(UserError, match="muralist train latent-upsampler"):
+        inspect_base(str(save_pipeline(tmp_path / "m", "2.1"))).require_part(UPSAMPLER)
+
+
+def test_a_damaged_part_is_found_before_any_weight_is_loaded(base, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(base.info.folder, tmp_path / "copy")
+    weights = folder / "parts" / UPSAMPLER / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(UserError, match="bytes instead of"):
+        inspect_base(str(folder))
