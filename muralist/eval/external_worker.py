@@ -32,7 +32,8 @@ def run_vbench(request):
     import vbench
 
     with tempfile.TemporaryDirectory() as folder:
-        bench = vbench.VBench(torch.device("cuda"), str(Path(vbench.__file__).parent / "VBench_full_info.json"), folder)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        bench = vbench.VBench(device, str(Path(vbench.__file__).parent / "VBench_full_info.json"), folder)
         bench.evaluate(videos_path=request["video"], name="one", dimension_list=[request["metric"]], mode="custom_input")
         results = json.loads((Path(folder) / "one_eval_results.json").read_text())
     return results[request["metric"]][0], f"vbench {version('vbench')}"

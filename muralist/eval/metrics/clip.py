@@ -108,10 +108,10 @@ def _clip(setup: Setup) -> Clip:
 
 
 def _start_text(setup: Setup, source: Source) -> TextAlignment:
-    prompt = source.prompt or setup.prompts.get(source.path)
+    clip, prompt = _clip(setup), source.prompt or setup.prompts.get(source.path)
     if not prompt:
         raise Unavailable(f"{source.path.name} does not say its prompt")
-    return TextAlignment(_clip(setup), prompt, source.info.num_frames)
+    return TextAlignment(clip, prompt, source.info.num_frames)
 
 
 def _start_temporal(setup: Setup, source: Source) -> Steadiness:

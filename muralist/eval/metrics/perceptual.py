@@ -19,11 +19,11 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from muralist.eval.features.lpips import MIN_SIDE, Network, distances, load_lpips
 from muralist.eval.features.mural import load_mural
 from muralist.eval.features.patches import spread
+from muralist.eval.metrics._linear import area, linear
 from muralist.eval.metrics._shared import mean, once_a_frame
 from muralist.eval.registry import Metric, Setup, Unavailable, register
 from muralist.eval.source import Source
@@ -33,10 +33,16 @@ FRAMES = 16
 
 
 def rebuilt(x: torch.Tensor, k: int) -> torch.Tensor:
-    """R_k: x [3, H, W] as area means over 2^k x 2^k pixels, enlarged again to its size by bilinear interpolation."""
-    height, width = x.shape[1:]
-    small = F.interpolate(x[None], [max(round(side / 2**k), 1) for side in (height, width)], mode="area")
-    return F.interpolate(small, (height, width), mode="bilinear")[0]
+    """R_k: x [3, H, W] as area means, round(side / 2^k) of them, enlarged again to its size by linear interpolation; the R_k of HD-MSE."""
+    (down, up), (down_x, up_x) = (_resampling(side, k, x.device) for side in x.shape[1:])
+    return up @ (down @ x @ down_x.T) @ up_x.T
+
+
+@lru_cache(maxsize=12)
+def _resampling(side: int, k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Matrices that reduce and enlarge one dimension."""
+    smaller = max(round(side / 2**k), 1)
+    return area(side, smaller).float().to(device), linear(smaller, side).float().to(device)
 
 
 def detail(network: Network, frame: torch.Tensor) -> torch.Tensor:

@@ -23,13 +23,14 @@ UNKNOWN = -100  # cross_entropy's word for "no answer asked"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FactorsConfig:
-    """Crop side in pixels, crops and views of each in a batch, and how often a view suffers each kind of damage."""
+    """Crop side in pixels, crops and views of each in a batch, how often a view suffers each kind of damage, and of which scenes."""
 
     side: int = 96
     crops: int = 16
     views: int = 4
     rate: float = 0.35
     seed: int = 0
+    held_out: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +72,28 @@ class TellApart:
         return sum(errors.values()), {name: error.item() for name, error in errors.items()}
 
 
+@torch.inference_mode()
+def judge(reader: Reader, config: FactorsConfig, device: torch.device, batches: int = 16) -> dict[str, float]:
+    """Share of right answers for every word where one is asked for, and the mean absolute error of the grades of damage, undamaged ones included."""
+    right: dict[str, list[bool]] = {name: [] for name in reader.words}
+    errors = []
+    for step in range(batches):
+        x, factors, grades = batch(config, step)
+        features = reader.network(x.to(device))
+        errors.append((reader.grades(features).cpu() - grades).abs().mean().item())
+        for name, read in reader.words.items():
+            told = read(features).argmax(dim=1).tolist()
+            right[name] += [t == getattr(f, name) for t, f in zip(told, factors) if getattr(f, name) != UNKNOWN]
+    return {name: sum(answers) / max(len(answers), 1) for name, answers in right.items()} | {"grade_error": sum(errors) / batches}
+
+
 def batch(config: FactorsConfig, step: int) -> tuple[torch.Tensor, list[Factors], torch.Tensor]:
     """Views [B, 3, side, side] in [0, 1], their factors, and their grades of damage [B, kinds], 0 for none."""
     rng = np.random.Generator(np.random.Philox(key=[config.seed, step]))
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     views, factors, grades = [], [], []
     for _ in range(config.crops):
-        image, known = world_crop(rng, config.side)
+        image, known = world_crop(rng, config.side, held_out=config.held_out)
         for _ in range(config.views):
             view, grade = _damaged(rng, image[None], config.rate, generator)
             views.append(view)
