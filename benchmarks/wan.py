@@ -32,7 +32,7 @@ class Size:
         geometry = Geometry(spatial_factor=self.vae["scale_factor_spatial"], temporal_factor=4, channels=channels, patch=(1, 2, 2))
         return BaseInfo(
             name=name, folder=Path(name), geometry=geometry, defaults=defaults, transformer_config=self.transformer, vae_config=self.vae,
-            boundary=None, prediction="flow", adapters=(),
+            boundary=None, prediction="flow", adapters=(), parts=(),
             component_bytes={"transformer": 2 * self.parameters, "text_encoder": TEXT_ENCODER_BYTES, "vae": 500_000_000},
         )  # fmt: skip
 

@@ -70,7 +70,7 @@ def base(transformer_config: dict = TINY, vae_config: dict = SMALL_21, *, traine
     geometry = Geometry(spatial_factor=vae_config["scale_factor_spatial"], temporal_factor=4, channels=16, patch=(1, 2, 2))
     return BaseInfo(
         name="test", folder=Path("nowhere"), geometry=geometry, defaults=defaults, transformer_config=transformer_config, vae_config=vae_config,
-        boundary=None, prediction="flow", adapters=(), component_bytes={"transformer": 1000, "text_encoder": 1000, "vae": 1000, **sizes},
+        boundary=None, prediction="flow", adapters=(), parts=(), component_bytes={"transformer": 1000, "text_encoder": 1000, "vae": 1000, **sizes},
     )  # fmt: skip
 
 
