@@ -34,11 +34,13 @@ def command(
     output: Annotated[str, typer.Option("--output", "-o", help="Directory of the runs, results.json, results.csv and report.html.")] = "compare",
     metrics: Annotated[str | None, typer.Option("--metrics", help="Names, separated by commas. [default: all that need nothing but the video]")] = None,
     reference: Annotated[str | None, typer.Option("--reference", metavar="DIR", help="Videos for metrics that compare with references.")] = None,
+    weights: Annotated[list[str] | None, typer.Option(metavar="NAME=PATH", help="Weights of a network, as for `muralist eval`. Repeatable.")] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> int:
     """Compare recipes or files. Stopped at any time, the same command goes on where it was."""
     from muralist.base import pick_device
+    from muralist.cli.eval import _weights as given_weights
     from muralist.compare import quality
     from muralist.compare.report import Ruler
     from muralist.eval.registry import Setup
@@ -50,7 +52,9 @@ def command(
         raise UserError("nothing to compare", where="files", fix="name files, or give --recipes and --prompts")
     root, chosen = typed_path(output, "output"), quality.pick(metrics, reference=reference is not None)
     subject = _sources(files) if files else cells(recipes, prompts, seeds, video)
-    ruler = Ruler(tuple(chosen), Setup(device=pick_device(video.device)), tuple(_sources([reference]) if reference else ()))
+    ruler = Ruler(
+        tuple(chosen), Setup(weights=given_weights(weights or []), device=pick_device(video.device)), tuple(_sources([reference]) if reference else ())
+    )
     return _execute(subject, root, ruler, video.model, json=json)
 
 

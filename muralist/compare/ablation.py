@@ -308,6 +308,9 @@ def _plot(study: Study, outcomes: Sequence[Outcome]) -> bytes:
 
 
 def _bars(axes: Any, names: Sequence[str], values: Sequence[tuple[float | None, float | None]], title: str) -> None:
+    if all(value is None for value, _ in values):
+        axes.set_axis_off()
+        return
     for place, (value, error) in enumerate(values):
         if value is not None:
             axes.barh(place, value, xerr=error, color=f"C{place}", height=0.7)

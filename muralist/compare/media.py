@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
 from muralist.errors import UserError
+from muralist.eval.metrics.spectrum import CENTRES, Spectrum
 from muralist.eval.source import Source
 from muralist.stages.encode import encode, sidecar_path
 from muralist.store import atomic
@@ -29,17 +30,14 @@ from muralist.store.video_read import VideoInfo
 from muralist.store.video_write import EncodeOptions
 from muralist.types import FrameChunk, Grid
 
-FORMAT = 1  # of facts.json: another number makes everything anew
+FORMAT = 2  # of facts.json: another number makes everything anew
 PREVIEW = EncodeOptions(codec="h264", bit_depth=8, crf=14, preset="veryfast")
 THUMB, CROP = 360, 224  # pixels: width of the small picture, side of the native crop that stands in the page itself
-SPECTRA = 5  # frames, evenly spaced, whose spectra are averaged
-BANDS = 96  # of the curve
-LUMA = (0.2126, 0.7152, 0.0722)
 
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """Paths relative to the report's directory, pictures as data URIs, and the spectrum: (cycles per pixel, power) by band."""
+    """Paths relative to the report's directory, pictures as data URIs, and the spectrum: (cycles per pixel, decibels) by band."""
 
     video: str
     still: str
@@ -77,15 +75,13 @@ def plays_in_browsers(path: Path, info: VideoInfo) -> bool:
 
 
 def _read_once(source: Source, folder: Path) -> dict[str, Any]:
-    info, spectrum = source.info, Spectrum()
-    wanted = {round(i * (info.num_frames - 1) / max(SPECTRA - 1, 1)) for i in range(SPECTRA)}
+    info, spectrum = source.info, Spectrum(source.info.num_frames)
 
     def frames() -> Iterator[torch.Tensor]:
         for number, frame in enumerate(source.frames()):
             if number == info.num_frames // 2:
                 _write_still(frame, folder / "still.png")
-            if number in wanted:
-                spectrum.add(frame)
+            spectrum.add(frame)
             yield frame
 
     preview = not plays_in_browsers(source.path, info) and min(info.width, info.height) >= 16
@@ -94,7 +90,8 @@ def _read_once(source: Source, folder: Path) -> dict[str, Any]:
     else:
         for _ in frames():
             pass
-    return {"preview": preview, "spectrum": spectrum.result()}
+    levels = zip(CENTRES, spectrum.levels().tolist())
+    return {"preview": preview, "spectrum": [(centre, level) for centre, level in levels if math.isfinite(level)]}
 
 
 def _encode_preview(frames: Iterator[torch.Tensor], info: VideoInfo, path: Path) -> None:
@@ -170,31 +167,3 @@ def data_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "png", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-# --- spectrum ---------------------------------------------------------------------------------------------------------------------
-
-
-class Spectrum:
-    """Radially averaged power of luma, mean over the frames that were added.
-
-    P(f) = mean over |k| in band f of |FFT2(w (Y - mean Y))|^2 / sum(w^2), w a Hann window over both axes (a frame's edges are no detail),
-    f in cycles per pixel from 0 to 0.5 (Nyquist limit). White noise of variance v has P = v at every f.
-    """
-
-    def __init__(self):
-        self._sums, self._frames, self._counts = np.zeros(BANDS), 0, np.zeros(BANDS)
-
-    def add(self, frame: torch.Tensor) -> None:
-        """A frame [H, W, 3] in [0, 1]."""
-        luma = (frame.float() @ torch.tensor(LUMA)).numpy()
-        window = np.outer(np.hanning(luma.shape[0] + 2)[1:-1], np.hanning(luma.shape[1] + 2)[1:-1]).astype(np.float32)
-        power = np.abs(np.fft.rfft2((luma - luma.mean()) * window)) ** 2 / (window**2).sum()
-        radius = np.hypot(np.fft.fftfreq(luma.shape[0])[:, None], np.fft.rfftfreq(luma.shape[1])[None, :])
-        band = np.minimum((radius * 2 * BANDS).astype(int), BANDS)  # the corners beyond the Nyquist limit go into a band of their own
-        self._sums += np.bincount(band.ravel(), power.ravel(), minlength=BANDS + 1)[:BANDS]
-        self._counts += np.bincount(band.ravel(), minlength=BANDS + 1)[:BANDS]
-
-    def result(self) -> list[tuple[float, float]]:
-        """(middle of the band in cycles per pixel, power), bands without a frequency (small frames) left out."""
-        return [((i + 0.5) / (2 * BANDS), float(s / n)) for i, (s, n) in enumerate(zip(self._sums, self._counts)) if n]

@@ -310,29 +310,29 @@ function stageBars() {
   $("stages").append(el("h3", {}, "Time by stage"), legend(stages, stages.map((_, i) => colour(i))), draw("svg", { class: "plot", viewBox: `0 0 860 ${14 + 32 * sides.length}` }, rows));
 }
 
-// Mean over scenes of log power. The axis counts cycles per picture height, so that files of different sizes can be laid over one another.
+// Mean over scenes of the level in decibels. The axis counts cycles per picture height, so that files of different sizes can be laid over one another.
 function spectra() {
   const curves = D.sides.map((side) => [side, meanSpectrum(D.cells.filter((cell) => cell.side === side && cell.spectrum))]).filter(([, curve]) => curve.length > 1);
   if (!curves.length) return;
   const points = curves.flatMap(([, curve]) => curve), xs = points.map((p) => p[0]), ys = points.map((p) => p[1]);
-  const [x0, x1] = [Math.min(...xs), Math.max(...xs)], [y0, y1] = [Math.floor(Math.min(...ys)), Math.ceil(Math.max(...ys))];
+  const [x0, x1] = [Math.min(...xs), Math.max(...xs)], [y0, y1] = [10 * Math.floor(Math.min(...ys) / 10), 10 * Math.ceil(Math.max(...ys) / 10)];
   const X = (x) => 60 + (780 * (x - x0)) / (x1 - x0), Y = (y) => 300 - (280 * (y - y0)) / (y1 - y0 || 1);
   const grid = [];
-  for (let y = y0; y <= y1; y += Math.max(1, Math.round((y1 - y0) / 8))) grid.push(draw("path", { class: "axis", d: `M60 ${Y(y)}H840` }), draw("text", { class: "soft", x: 52, y: Y(y) + 4, "text-anchor": "end" }, `1e${y}`));
+  for (let y = y0; y <= y1; y += 10) grid.push(draw("path", { class: "axis", d: `M60 ${Y(y)}H840` }), draw("text", { class: "soft", x: 52, y: Y(y) + 4, "text-anchor": "end" }, `${y} dB`));
   for (const tick of [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 4000]) {
     const x = Math.log10(tick);
     if (x >= x0 && x <= x1) grid.push(draw("path", { class: "axis", d: `M${X(x)} 20V300` }), draw("text", { class: "soft", x: X(x), y: 316, "text-anchor": "middle" }, String(tick)));
   }
   const lines = curves.map(([side, curve]) => draw("path", { d: "M" + curve.map(([x, y]) => `${X(x).toFixed(1)} ${Y(y).toFixed(1)}`).join("L"), fill: "none", stroke: sideColour(side), "stroke-width": 1.8 }, draw("title", {}, side)));
-  $("spectra").append(el("h3", { title: "Radially averaged power of luma, Hann window, mean over scenes" }, "Spectra: power over cycles per picture height"),
+  $("spectra").append(el("h3", { title: "Radially averaged power of luma, Hann window, mean over frames and scenes" }, "Spectra: power over cycles per picture height"),
     legend(curves.map(([side]) => side), curves.map(([side]) => sideColour(side))), draw("svg", { class: "plot", viewBox: "0 0 860 324" }, grid, lines));
 }
 
 function meanSpectrum(cells) {
   const sums = new Map();
-  for (const cell of cells) for (const [f, power] of cell.spectrum) {
+  for (const cell of cells) for (const [f, level] of cell.spectrum) {
     const x = Math.log10(f * cell.video.height), [sum, count] = sums.get(x) || [0, 0];
-    sums.set(x, [sum + Math.log10(Math.max(power, 1e-14)), count + 1]);
+    sums.set(x, [sum + level, count + 1]);
   }
   return [...sums].sort((p, q) => p[0] - q[0]).map(([x, [sum, count]]) => [x, sum / count]);
 }

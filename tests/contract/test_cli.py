@@ -23,13 +23,16 @@ VIDEO = (
     "--size --width --height --num-frames --duration --fps --seed --model --revision --recipe --negative-prompt --num-inference-steps --guidance-scale "
     "--flow-shift --skip-steps --device --memory-limit"
 )
+COMMON = VIDEO.replace("--seed ", "").replace("--recipe ", "")
 OPTIONS = {
     "generate": f"prompt {VIDEO} --output -o --run-dir --keep-run --dry-run --json --debug",
     "resume": "run_dir --device --keep-run --json --debug",
     "plan": f"prompt {VIDEO} --machine --json --debug",
     "inspect": "file --decode --json --debug",
+    "eval": "files --metrics --reference --output -o --weights --list --device --json --debug",
+    "diagnose": "file --proxy --tile --html --json --debug",
     "recipes": "--json",
-    "compare": f"files {VIDEO.replace('--seed ', '').replace('--recipe ', '')} --recipes --prompts --seeds --output -o --metrics --reference --json --debug",
+    "compare": f"files {COMMON} --recipes --prompts --seeds --output -o --metrics --reference --weights --json --debug",
     "doctor": "--device --json --debug",
     "train": "name --minutes --device --from --init --resume --output -o --debug",
 }
