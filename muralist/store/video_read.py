@@ -242,7 +242,7 @@ def _rgb(planes: list[torch.Tensor], record: dict[str, Any], info: VideoInfo) ->
     if form == "rgb48le":
         return (planes[0].view(torch.uint16)[:, : 3 * width].float() / 65535).unflatten(1, (width, 3))
     planes = [(plane if bits == 8 else plane.view(torch.uint16))[:, :columns] for plane, (_, columns, _) in zip(planes, record["planes"])]
-    full = info.range == "full" or form.startswith("yuvj")
+    full = info.range == "full" or form.startswith("yuvj") or (form.startswith("gray") and info.range != "limited")
     if len(planes) < 3:  # grey
         planes = [planes[0], *2 * [torch.full((1, 1), 1 << (bits - 1), dtype=torch.int32)]]
     matrix = info.matrix if info.matrix in ("bt601", "bt2020") else "bt709"
