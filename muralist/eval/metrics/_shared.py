@@ -14,7 +14,7 @@ LUMA = (0.2126, 0.7152, 0.0722)  # BT.709
 
 
 def once_a_frame(compute: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Remember `compute`'s results for the last two frames (a frame and its reference), for as long as those live."""
+    """Remember `compute`'s results for the last two frames: a frame and its reference."""
     known: deque[tuple[weakref.ref, torch.Tensor]] = deque(maxlen=2)
 
     @functools.wraps(compute)
