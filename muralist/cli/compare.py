@@ -162,6 +162,7 @@ def _print_summary(results: dict[str, Any]) -> None:
         return text + (" *" if side in results["best"].get(name, {}).get("sides", ()) else "")
 
     sides = results["sides"]
-    rows = [[row["label"], *(cell(side, name, row["unit"]) for side in sides)] for name, row in results["measures"].items()]
+    found = {name for values in results["summary"].values() for name in values}
+    rows = [[row["label"], *(cell(side, name, row["unit"]) for side in sides)] for name, row in results["measures"].items() if name in found]
     print(f"{results['subtitle']} (* best)")
     _show.table("", ["", *sides], rows, numbers=sides)

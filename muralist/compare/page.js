@@ -29,7 +29,7 @@ function format(value, unit) {
   if (unit === "s" && value >= 5400) return `${(value / 3600).toFixed(1)} h`;
   if (unit === "s" && value >= 90) return `${(value / 60).toFixed(1)} min`;
   const size = Math.abs(value);
-  const text = size >= 1e6 || (size > 0 && size < 1e-3) ? value.toExponential(2) : String(Number(value.toPrecision(4)));
+  const text = size >= 1e6 || (size > 0 && size < 1e-5) ? value.toExponential(2) : String(Number(value.toPrecision(4)));
   return unit ? `${text} ${unit}` : text;
 }
 const arrow = (better) => ({ higher: "↑", lower: "↓" })[better] || "";
@@ -121,7 +121,6 @@ function chooseSides() {
 function loadSides() {
   pause();
   const cells = here();
-  $("trouble").textContent = "";
   for (const which of ["a", "b"]) {
     const cell = (player[which] = cells[Number($(`side-${which}`).value)]);
     if (!cell) { $("stage").hidden = true; return; }
@@ -152,13 +151,15 @@ function showModes() {
     video(which).hidden = picture(which) !== video(which);
   }
   const known = ["a", "b"].filter((which) => player[which].borders && player[which].borders.x.length + player[which].borders.y.length);
-  if ($("seams").checked && !known.length) $("trouble").textContent = "No tile borders here: decoded in one piece, or not known for these files.";
+  const failed = ["a", "b"].filter((which) => video(which).dataset.failed).map((which) => player[which].media.video);
+  const told = failed.length ? [`This browser does not play ${failed.join(" and ")}; the middle frame is shown instead.`] : [];
+  if ($("seams").checked && !known.length) told.push("No tile borders here: decoded in one piece, or not known for these files.");
+  $("trouble").textContent = told.join(" ");
   setWipe(player.wipe);
 }
 
 function troubled(which) {
   video(which).dataset.failed = "1";
-  $("trouble").textContent = `This browser does not play ${player[which].media.video}; its middle frame is shown instead.`;
   showModes();
 }
 
@@ -250,7 +251,7 @@ function loupe() {
 // One pixel of the video is `zoom` pixels of the screen: nothing is resampled, whatever the size of the window.
 function magnify(which, zoom) {
   const canvas = $(`loupe-${which}`), source = picture(which), cell = player[which], { width, height } = cell.video;
-  const side = Math.round(300 * (window.devicePixelRatio || 1));
+  const side = Math.round(canvas.clientWidth * (window.devicePixelRatio || 1));
   if (canvas.width !== side || canvas.height !== side) canvas.width = canvas.height = side;
   const context = canvas.getContext("2d"), seen = Math.floor(side / zoom);
   const left = clamp(Math.round(player.u * width - seen / 2), 0, Math.max(width - seen, 0));
@@ -363,7 +364,7 @@ function facts(cell) {
 }
 
 function notes() {
-  const items = Object.values(D.measures).map((m) => [el("dt", {}, `${m.label} ${arrow(m.better)}`), el("dd", {}, `${m.summary}${m.unit && m.unit !== "B" && m.unit !== "s" ? `, in ${m.unit}` : ""}${m.origin ? `. ${m.origin}` : ""}`)]);
+  const items = measured().map(([, m]) => [el("dt", {}, `${m.label} ${arrow(m.better)}`), el("dd", {}, `${m.summary}${m.unit && m.unit !== "B" && m.unit !== "s" ? `, in ${m.unit}` : ""}${m.origin ? `. ${m.origin}` : ""}`)]);
   const skipped = Object.entries(D.skipped).map(([name, reason]) => [el("dt", {}, `${name}: not measured`), el("dd", {}, reason)]);
   $("definitions").append(el("dl", {}, items, skipped), el("p", { class: "hint" }, Object.entries(D.versions).map(([name, version]) => `${name} ${version}`).join(", "), ` · ${D.machine}`));
 }

@@ -19,7 +19,7 @@ from muralist.compare.media import Media
 from muralist.eval.registry import Better, Metric
 from muralist.store.video_read import VideoInfo
 
-TIE = 1e-9  # relative; values that agree so far are equally good
+TIE = 5e-4  # relative; values that agree in the digits that are shown are equally good
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +119,7 @@ def best(entries: Sequence[Entry], summary: dict[str, dict[str, Any]], rows: dic
         if row.better == "neither" or len(means) < 2:
             continue
         top = (max if row.better == "higher" else min)(means.values())
-        leaders = [side for side, mean in means.items() if math.isclose(mean, top, rel_tol=TIE, abs_tol=TIE**2)]
+        leaders = [side for side, mean in means.items() if math.isclose(mean, top, rel_tol=TIE, abs_tol=1e-12)]
         if len(leaders) < len(means):
             found = {side: {e.scene: e.values[name] for e in entries if e.side == side and name in e.values} for side in means}
             others = means.keys() - set(leaders)
