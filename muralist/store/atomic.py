@@ -108,10 +108,13 @@ def pending_path(final: Path) -> Path:
     return final.with_name(final.name + PENDING)
 
 
-def write_file(final: Path, payload: Payload) -> dict[str, Any]:
-    """Publish one file, replacing an older one. Returns its manifest line. Raises UserError when the disk is full or refuses."""
+def write_file(final: Path, payload: Payload, *, needed: int | None = None) -> dict[str, Any]:
+    """Publish one file, replacing an older one. Returns its manifest line. Raises UserError when the disk is full or refuses.
+
+    `needed`: bytes, for the message when the disk is full, where the payload is a function.
+    """
     pending = pending_path(final)
-    with reported(final, needed=_size_of(payload)), _abandoned_on_error(pending):
+    with reported(final, needed=needed or _size_of(payload)), _abandoned_on_error(pending):
         remove(pending)
         entry = _write_new(pending, payload)
         publish(pending, final)

@@ -36,7 +36,7 @@ _DTYPES = {
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Publish tensors (any shape, device and layout) as one safetensors file. Returns its sha256, to be given to `load_tensors`."""
-    return atomic.write_file(path, writer(tensors, metadata))["sha256"]
+    return atomic.write_file(path, writer(tensors, metadata), needed=total_bytes(tensors))["sha256"]
 
 
 def load_tensors(path: Path, sha256: str | None = None, *, device: str = "cpu") -> dict[str, torch.Tensor]:
