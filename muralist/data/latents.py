@@ -1,26 +1,31 @@
 """World videos encoded once and kept: normalised latents with their captions, in memory and on disk.
 
 A clip of 29 frames costs about a second to render and encode and is then used many times. Shards are safetensors with the
-captions in the header; a cache that was interrupted goes on where it stopped, and a shard is a pure function of its number.
+captions in the header; a cache that was interrupted goes on where it stopped, and a shard is a pure function of its number, of the
+encoder and of the configuration. It says in its header which (`stamp`), and one that does not fit is refused: latents of another encoder
+would train without a word and be worth nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from einops import rearrange
-from safetensors import safe_open
-from safetensors.torch import save_file
 
+from muralist.data import world
 from muralist.data.world import Crop, Scene, caption, render_clip, sample_scene
+from muralist.errors import UserError
 from muralist.nn.single_frame import single_frame_convolutions
+from muralist.store import weights
+from muralist.store.tensors import load_tensors, save_tensors
 from muralist.types import Grid
 
 SHARD = 100  # videos
@@ -72,20 +77,48 @@ class PairConfig:
     seed: int = 1
 
 
+def stamp(vae: AutoencoderKLWan, config: PoolConfig | PairConfig) -> dict[str, str]:
+    """What a shard's header says of its origin: `encoder`, a sha256, and `config`, JSON.
+
+    The hash covers the encoder, `quant_conv` and the statistics that normalise the latents; the decoder makes no latents. `name` and
+    `count` are left out of the configuration: a pool may grow.
+    """
+    digest = hashlib.sha256(json.dumps([list(vae.config.latents_mean), list(vae.config.latents_std), str(vae.dtype)]).encode())
+    for part in ("encoder", "quant_conv"):
+        for name, tensor in sorted(getattr(vae, part).state_dict().items()):
+            digest.update(f"{part}.{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    fields = {name: value for name, value in asdict(config).items() if name not in ("name", "count")}
+    return {"encoder": digest.hexdigest(), "config": json.dumps(fields | {"world": world.VERSION}, sort_keys=True)}
+
+
+def _read(path: Path, origin: dict[str, str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a shard; UserError if it is damaged or not of this origin."""
+    try:
+        found = weights.check_safetensors(path).get("__metadata__") or {}
+    except UserError as error:
+        raise UserError(error.what, where=str(path.parent), fix=f"remove {path.name}: it is encoded again") from None
+    for name, what in (("encoder", "a VAE with another encoder"), ("config", "another configuration")):
+        if found.get(name) != origin[name]:
+            made = f"was made by {what}" if name in found else f"does not say which {name} made it"
+            raise UserError(f"{path.name} {made}", where=str(path.parent), fix="remove this folder, or name another --output")
+    return load_tensors(path), found
+
+
 def build_pairs(vae: AutoencoderKLWan, config: PairConfig, folder: Path, device: torch.device, report: Callable[[str], None] = print) -> LatentPairs:
     """As `build_pool`: load the shards from `folder`, encoding those that are missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    low, high = [], []
+    low, high, origin = [], [], stamp(vae, config)
     for shard in range((config.count + SHARD - 1) // SHARD):
         path = folder / f"{config.name}-{shard:04d}.safetensors"
         if not path.is_file():
             rng = np.random.Generator(np.random.Philox(key=[config.seed, shard]))
             pairs = [_pair(vae, config, rng, device) for _ in range(SHARD)]
-            _save(path, {name: torch.cat(tensors) for name, tensors in zip(("low", "high"), zip(*pairs))}, {})
+            save_tensors(path, {name: torch.cat(tensors) for name, tensors in zip(("low", "high"), zip(*pairs))}, origin)
             report(f"{config.name}: {min((shard + 1) * SHARD, config.count)} of {config.count} pairs encoded")
-        with safe_open(path, "pt") as file:
-            low.append(file.get_tensor("low"))
-            high.append(file.get_tensor("high"))
+        tensors, _ = _read(path, origin)
+        low.append(tensors["low"])
+        high.append(tensors["high"])
     return LatentPairs(torch.cat(low)[: config.count], torch.cat(high)[: config.count])
 
 
@@ -102,28 +135,26 @@ def _pair(vae: AutoencoderKLWan, config: PairConfig, rng: np.random.Generator, d
     return result
 
 
-def _save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata=metadata)
-    temporary.rename(path)
-
-
 def build_pool(vae: AutoencoderKLWan, config: PoolConfig, folder: Path, device: torch.device, report: Callable[[str], None] = print) -> LatentPool:
-    """Load the pool's shards from `folder`, encoding those that are missing."""
+    """Load the pool's shards from `folder`, encoding those that are missing.
+
+    Raises UserError for a shard of another encoder or configuration, a damaged one, and a full disk.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    latents, captions = [], []
+    latents, captions, origin = [], [], stamp(vae, config)
     for shard in range((config.count + SHARD - 1) // SHARD):
         path = folder / f"{config.name}-{shard:04d}.safetensors"
         if not path.is_file():
-            _encode_shard(vae, config, shard, path, device)
+            z, made = _encode_shard(vae, config, shard, device)
+            save_tensors(path, {"z": z}, {"captions": json.dumps(made), **origin})
             report(f"{config.name}: {min((shard + 1) * SHARD, config.count)} of {config.count} videos encoded")
-        with safe_open(path, "pt") as file:
-            latents.append(file.get_tensor("z"))
-            captions += json.loads(file.metadata()["captions"])
+        tensors, metadata = _read(path, origin)
+        latents.append(tensors["z"])
+        captions += json.loads(metadata["captions"])
     return LatentPool(torch.cat(latents)[: config.count], captions[: config.count])
 
 
-def _encode_shard(vae: AutoencoderKLWan, config: PoolConfig, shard: int, path: Path, device: torch.device) -> None:
+def _encode_shard(vae: AutoencoderKLWan, config: PoolConfig, shard: int, device: torch.device) -> tuple[torch.Tensor, list[str]]:
     rng = np.random.Generator(np.random.Philox(key=[config.seed, shard]))
     length = config.frames or config.grid.num_frames
     latents, captions = [], []
@@ -132,7 +163,7 @@ def _encode_shard(vae: AutoencoderKLWan, config: PoolConfig, shard: int, path: P
         scenes, videos = zip(*(_draw(rng, config, length) for _ in range(min(together, SHARD - done))))
         latents += encode(vae, torch.stack(videos).to(device)).half().cpu()
         captions += map(caption, scenes)
-    _save(path, {"z": torch.stack(latents)}, {"captions": json.dumps(captions)})
+    return torch.stack(latents), captions
 
 
 def _draw(rng: np.random.Generator, config: PoolConfig, length: int) -> tuple[Scene, torch.Tensor]:

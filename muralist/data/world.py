@@ -22,6 +22,7 @@ from muralist.data import shapes
 from muralist.errors import UserError
 from muralist.types import Grid
 
+VERSION = 1  # raise it when the same scene would be painted otherwise: encoded videos of another version are refused
 ASPECT = 1.75  # of 448x256, the size at which the embedded base thinks
 
 COLOURS = {
