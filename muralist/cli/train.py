@@ -15,22 +15,25 @@ from muralist.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """Where a training's function is (imported when it is asked for), which earlier result it starts from (its argument and usual place), and
-    whether it can go on from a model's weights (`--init`)."""
+    """Where a training's function is (imported when it is asked for), which earlier result it starts from (its argument and usual place),
+    whether it can go on from a model's weights (`--init`), and where in a model's folder its result serves."""
 
     module: str
     function: str
     needs: str | None = None
     place: str = ""
     init: bool = True
+    serves: str = ""
 
 
+MODEL = "runs/miniature-base/model"
 TRAININGS = {
     "features": Training("muralist.train.features", "train_features", init=False),
     "miniature-vae": Training("muralist.train.miniature", "train_vae"),
     "miniature-decoder": Training("muralist.train.miniature", "train_decoder", "vae", "runs/miniature-vae/vae"),
     "miniature-base": Training("muralist.train.miniature", "train_base", "vae", "runs/miniature-vae/vae"),
-    "miniature-uhr": Training("muralist.train.uhr", "train_uhr", "model", "runs/miniature-base/model", init=False),
+    "miniature-uhr": Training("muralist.train.uhr", "train_uhr", "model", MODEL, init=False, serves="adapters/uhr"),
+    "latent-upsampler": Training("muralist.train.latent_upsampler", "train_latent_upsampler", "model", MODEL, init=False, serves="parts/latent_upsampler"),
 }
 MAX_MINUTES = 60 * 24 * 30
 
@@ -39,9 +42,14 @@ def command(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(TRAININGS)}.")],
     minutes: Annotated[float, typer.Option("--minutes", help="Time budget; the learning rate falls over its last quarter.")] = 30.0,
     device: Device = "auto",
-    start: Annotated[str | None, typer.Option("--from", help="What it starts from: the VAE for miniature-base, the model for miniature-uhr.")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", help="The folder it starts from: a VAE (miniature-base, miniature-decoder) or a model (miniature-uhr, latent-upsampler)."),
+    ] = None,
     init: Annotated[str | None, typer.Option("--init", help="A model whose weights the VAE or the base starts from, such as miniature.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output directory.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output directory; without it, a directory with checkpoints is refused.")
+    ] = False,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Directory for weights, checkpoints and the curve. [default: runs/NAME]")] = None,
     debug: Debug = False,
 ) -> int:
@@ -52,31 +60,50 @@ def command(
         raise UserError(f"{minutes} minutes", where="minutes", fix="use a number above 0, such as 30")
     from muralist.base import pick_device
     from muralist.cli._show import Interrupted
+    from muralist.train.loop import begin
 
     training = TRAININGS[name]
     target, earlier, folder = pick_device(device), _earlier(training, start) | _initial(training, init), _folder(output or f"runs/{name}")
+    begin(folder, resume=resume)
     try:
         result = getattr(importlib.import_module(training.module), training.function)(folder, minutes=minutes, device=target, resume=resume, **earlier)
     except KeyboardInterrupt:
         options = "".join(f" --{option} {value}" for option, value in (("from", start), ("init", init)) if value)
         again = f"muralist train {name} --minutes {minutes:g} --output {folder} --resume{options}"
         raise Interrupted(f"; go on from the newest checkpoint with: {again}") from None
-    print(f"done: {result}")
+    print(f"done: {result}" + (f"; a model uses it once it is copied to MODEL/{training.serves}" if training.serves else ""))
     return 0
 
 
 def _earlier(training: Training, start: str | None) -> dict[str, Path]:
-    """The earlier result as an argument, checked to be there."""
+    """The earlier result as an argument, checked from names and headers."""
+    from muralist.base import inspect_base
     from muralist.store.paths import typed_path
+    from muralist.store.weights import EMBEDDED
 
     if training.needs is None:
         if start is not None:
             raise UserError("this training starts from nothing", where="from", fix="leave it out")
         return {}
     path = typed_path(start or training.place, "from")
-    if not path.is_dir():
+    if not path.is_dir() and not (training.needs == "model" and start in EMBEDDED):
         raise UserError(f"no {training.needs} in {path}", where="from", fix=f"give the folder of the {training.needs} that it starts from")
-    return {training.needs: path}
+    try:
+        return {training.needs: inspect_base(start or training.place).folder if training.needs == "model" else _vae(path)}
+    except UserError as error:
+        raise UserError(error.what, where="from", fix=f"give the folder of a {training.needs}: {error.fix}") from None
+
+
+def _vae(folder: Path) -> Path:
+    """The folder, if a VAE is in it."""
+    from muralist.base import CLASSES
+    from muralist.store.weights import check_component, read_config
+
+    kind = read_config(folder / "config.json").get("_class_name")
+    if kind != CLASSES["vae"]:
+        raise UserError(f"{folder} holds a {str(kind)!r:.40}", where="from", fix=f"a {CLASSES['vae']} of diffusers")
+    check_component(folder)
+    return folder
 
 
 def _initial(training: Training, init: str | None) -> dict[str, Path]:

@@ -18,8 +18,8 @@ def train_features(folder: Path, *, minutes: float, device: torch.device, resume
     torch.manual_seed(0)
     reader = Reader(Mural(), WIDTH).to(device, memory_format=torch.channels_last)
     fit(TellApart(reader, FactorsConfig(), device), Schedule(minutes=minutes, learning_rate=2e-3, decay=0.5), folder, resume=resume, report=report)
-    draw_curve(folder)
     report("  ".join(f"{name} {value:.3f}" for name, value in judge(reader, FactorsConfig(held_out=True, seed=1), device).items()))
     path = folder / "mural.safetensors"
     save_tensors(path, reader.network.state_dict())
+    draw_curve(folder)
     return path

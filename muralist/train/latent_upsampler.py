@@ -11,7 +11,7 @@ import torch
 from muralist.data.latents import PairConfig, build_pairs
 from muralist.nn.latent_upsampler import LatentUpsampler, miniature
 from muralist.store.parts import save_part
-from muralist.train.loop import Schedule, draw_curve, fit
+from muralist.train.loop import Schedule, begin, draw_curve, fit
 from muralist.train.miniature import GRID, load_vae
 from muralist.train.objectives.latent_upsample import LatentUpsample, LatentUpsampleConfig
 
@@ -22,10 +22,11 @@ SCALES = (1.5, 2.0, 3.0, 8.5)  # LUVE's three, and the step from the base's own 
 def train_latent_upsampler(
     folder: Path, *, minutes: float, device: torch.device, resume: bool, model: Path, pairs: int = 200, report: Callable[[str], None] = print
 ) -> Path:
-    """Learn to enlarge the latents of the base in `model`; writes `model/parts/latent_upsampler`.
+    """Learn to enlarge the latents of the base in `model`; writes `folder/parts/latent_upsampler`. A copy of it in `model/parts` puts it to use.
 
     Adam at 2e-4 falling along one cosine (LUVE restarts it after 400,000 steps and stops at 135,000).
     """
+    begin(folder, resume=resume)
     vae = load_vae(model / "vae").to(device).eval()
     configs = [PairConfig(name=f"pairs-{scale:g}", count=pairs, low=GRID, scale=scale, seed=round(10 * scale)) for scale in SCALES]
     pools = [build_pairs(vae, config, folder / "latents", device, report) for config in configs]
@@ -34,6 +35,7 @@ def train_latent_upsampler(
     objective = LatentUpsample(network, vae, pools, LatentUpsampleConfig(), device)
     schedule = Schedule(minutes=minutes, learning_rate=2e-4, decay=1.0, weight_decay=0.0, betas=(0.9, 0.999))
     network = fit(objective, schedule, folder, resume=resume, report=report)
-    draw_curve(folder)
     weights = {name: parameter.detach().half() for name, parameter in network.named_parameters()}
-    return save_part(model / "parts" / KIND, KIND, asdict(network.config), weights)
+    made = save_part(folder / "parts" / KIND, KIND, asdict(network.config), weights)
+    draw_curve(folder)
+    return made

@@ -8,7 +8,9 @@ that a run that is resumed with a larger budget goes on as if it had been planne
 from __future__ import annotations
 
 import csv
+import importlib.util
 import math
+import re
 import signal
 import threading
 import time
@@ -22,6 +24,7 @@ import torch
 from torch import nn
 
 from muralist.errors import UserError
+from muralist.store import atomic
 from muralist.train import state
 
 
@@ -61,19 +64,32 @@ class Schedule:
         return self.learning_rate * min((step + 1) / self.warmup, 1.0) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * falling)))
 
 
+CHECKPOINTS = "checkpoints"
+
+
+def begin(folder: Path, *, resume: bool) -> None:
+    """Say at once what would otherwise be found after hours: a folder that is in use, a library that is missing. Raises UserError."""
+    if not resume:
+        state.require_unused(folder / CHECKPOINTS)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("matplotlib, which draws the curve, is not installed", where="train", fix="pip install 'muralist[train]'")
+
+
 def fit(objective: Objective, schedule: Schedule, folder: Path, *, resume: bool, report: Callable[[str], None] = print) -> nn.Module:
     """Train until the budget is spent; returns the module with its averaged (EMA) weights.
 
     Raises FloatingPointError on a loss that is not finite, before the weights are touched; KeyboardInterrupt after Ctrl-C, with
-    everything up to the last step saved.
+    everything up to the last step saved; UserError, before anything is written, if `folder` holds a training and `resume` is not asked for,
+    or holds another kind of training.
     """
+    begin(folder, resume=resume)
     parameters = dict(objective.module.named_parameters())
     parameters = {name: p for name, p in parameters.items() if p.requires_grad}
     optimizers = _optimizers(objective.module, schedule)
     average = {name: p.detach().clone() for name, p in parameters.items()}
     step, seconds = _restore(folder, parameters, average, optimizers) if resume else (0, 0.0)
     saved_at = seconds
-    curve = _Curve(folder, fresh=step == 0)
+    curve = _Curve(folder, step)
     report(f"{sum(p.numel() for p in parameters.values()) / 1e6:.2f} M parameters, from step {step} ({seconds / 60:.1f} min)")
     with _held_interrupt() as interrupted:
         while (progress := schedule.progress(step, seconds)) < 1:
@@ -135,14 +151,16 @@ def _update_average(average, parameters, decay: float) -> None:
 
 def _save(folder, step, seconds, parameters, average, optimizers, schedule) -> None:
     tensors = {f"weights.{n}": p for n, p in parameters.items()} | {f"average.{n}": p for n, p in average.items()}
-    state.save(folder / "checkpoints", step, tensors | state.optimizer_tensors(optimizers), {"step": step, "seconds": seconds, "schedule": asdict(schedule)})
+    state.save(folder / CHECKPOINTS, step, tensors | state.optimizer_tensors(optimizers), {"step": step, "seconds": seconds, "schedule": asdict(schedule)})
 
 
 def _restore(folder, parameters, average, optimizers) -> tuple[int, float]:
-    newest = state.load_newest(folder / "checkpoints")
+    newest = state.load_newest(folder / CHECKPOINTS)
     if newest is None:
         return 0, 0.0
     tensors, numbers = newest
+    if {name: p.shape for name, p in parameters.items()} != {n.removeprefix("weights."): t.shape for n, t in tensors.items() if n.startswith("weights.")}:
+        raise UserError("these checkpoints are of another training", where=str(folder / CHECKPOINTS), fix="name the --output of this one")
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(tensors[f"weights.{name}"])
@@ -152,12 +170,20 @@ def _restore(folder, parameters, average, optimizers) -> tuple[int, float]:
 
 
 class _Curve:
-    """Means over `every` steps, appended to `curve.csv`."""
+    """Means over `every` steps, appended to `curve.csv`, which is first cut back to `step`, where the training starts or goes on."""
 
-    def __init__(self, folder: Path, *, fresh: bool, every: int = 50):
+    def __init__(self, folder: Path, step: int, every: int = 50):
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.every, self.sums, self.count = folder / "curve.csv", every, {}, 0
-        if fresh:
+        self._cut(step)
+
+    def _cut(self, step: int) -> None:
+        """Drop what a killed process wrote after its last checkpoint (those steps come again), and a line it did not finish."""
+        header, *rows = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() and self.path.stat().st_size else [b""]
+        kept = [row for row in rows if (match := re.fullmatch(rb"(\d+),.*\n", row)) and int(match[1]) <= step]
+        if kept:
+            atomic.write_file(self.path, header + b"".join(kept))
+        else:
             self.path.unlink(missing_ok=True)
 
     def add(self, step: int, seconds: float, values: dict[str, float]) -> str | None:

@@ -17,10 +17,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from muralist.base import CLASSES
+from muralist.base import CLASSES, inspect_base
 from muralist.data import latents, world
+from muralist.errors import UserError
 from muralist.nn.transformer import MuralTransformer
-from muralist.train.loop import Schedule, draw_curve, fit
+from muralist.train.loop import Schedule, begin, draw_curve, fit
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
 from muralist.train.objectives.reconstruction import Reconstruction, ReconstructionConfig
 from muralist.types import Grid
@@ -87,6 +88,7 @@ def train_vae(folder: Path, *, minutes: float, device: torch.device, resume: boo
     mean, std = _latent_statistics(vae, device)
     vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.save_pretrained(folder / "vae")
+    draw_curve(folder)
     return folder / "vae"
 
 
@@ -100,18 +102,20 @@ def train_decoder(
     old = load_vae(vae)
     new = new_vae() if init is None else load_vae(init / "vae")
     for part in ("encoder", "quant_conv"):
-        getattr(new, part).load_state_dict(getattr(old, part).state_dict())
+        try:
+            getattr(new, part).load_state_dict(getattr(old, part).state_dict())
+        except RuntimeError:
+            raise UserError(f"the encoder of {vae} has other layers", where="from", fix="give the folder of a VAE trained here") from None
         getattr(new, part).requires_grad_(False)
     new.register_to_config(latents_mean=old.config.latents_mean, latents_std=old.config.latents_std)
     _fit_vae(new, folder, minutes, device, resume, report).save_pretrained(folder / "vae")
+    draw_curve(folder)
     return folder / "vae"
 
 
 def _fit_vae(vae: AutoencoderKLWan, folder: Path, minutes: float, device: torch.device, resume: bool, report: Callable[[str], None]) -> AutoencoderKLWan:
     objective = Reconstruction(_trainable(vae).to(device), ReconstructionConfig(), device)
-    vae = fit(objective, Schedule(minutes=minutes, learning_rate=1e-3, decay=0.6), folder, resume=resume, report=report)
-    draw_curve(folder)
-    return vae
+    return fit(objective, Schedule(minutes=minutes, learning_rate=1e-3, decay=0.6), folder, resume=resume, report=report)
 
 
 def _latent_statistics(vae: AutoencoderKLWan, device: torch.device, clips: int = 16) -> tuple[list[float], list[float]]:
@@ -145,7 +149,9 @@ class TextToVideo(nn.Module):
 
     @classmethod
     def of(cls, folder: Path) -> TextToVideo:
-        """The trained pair of a model folder, in float32."""
+        """The trained pair of a model folder, in float32. Raises UserError for a base of another kind: it has other words and another output."""
+        if inspect_base(str(folder)).prediction != "sample":
+            raise UserError(f"{folder} was not made by this training", where="model", fix="give a model of miniature-base")
         model = cls()
         model.transformer = MuralTransformer.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
         model.text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
@@ -198,15 +204,20 @@ def train_base(
 
     `init`: a model folder whose transformer and text encoder it starts from instead of fresh ones.
     """
+    begin(folder, resume=resume)
     autoencoder = load_vae(vae).to(device).eval()
+    made_for = (autoencoder.config.z_dim, autoencoder.config.scale_factor_spatial, autoencoder.config.scale_factor_temporal)
+    if made_for != (TRANSFORMER_CONFIG["in_channels"], VAE_CONFIG["scale_factor_spatial"], VAE_CONFIG["scale_factor_temporal"]):
+        raise UserError(f"{vae} has (channels, space, time) {made_for}", where="from", fix="give a VAE of 48 channels, 16x16x4, such as miniature-vae makes")
+    model = (TextToVideo() if init is None else TextToVideo.of(init)).to(device)
     pools = folder / "latents"
     single = latents.build_pool(autoencoder, latents.PoolConfig(name="frames", count=frames, grid=GRID, frames=1, seed=1), pools, device, report)
     whole = latents.build_pool(autoencoder, latents.PoolConfig(name="clips", count=clips, grid=GRID, seed=2), pools, device, report)
-    model = (TextToVideo() if init is None else TextToVideo.of(init)).to(device)
     objective = FlowMatching(model, model.transformer, model.embed, Curriculum(single, whole), FlowConfig(), device)
     fit(objective, Schedule(minutes=minutes, learning_rate=1.5e-3, muon=True), folder, resume=resume, report=report)
+    made = save_model(model, autoencoder, folder / "model")
     draw_curve(folder)
-    return save_model(model, autoencoder, folder / "model")
+    return made
 
 
 def save_model(model: TextToVideo, vae: AutoencoderKLWan, folder: Path) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from muralist.errors import UserError
 from muralist.store import atomic
 from muralist.store.tensors import load_tensors, total_bytes, writer
 
@@ -28,6 +29,12 @@ def save(folder: Path, step: int, tensors: dict[str, torch.Tensor], numbers: dic
     for old in _complete(folder)[:-KEEP]:
         atomic.remove(folder / f"step-{old}")
     return final
+
+
+def require_unused(folder: Path) -> None:
+    """Raise UserError if there are checkpoints in `folder`: a new training would mix its own with them and remove the older numbers."""
+    if steps := _complete(folder):
+        raise UserError(f"a training is here already (step {steps[-1]})", where=str(folder), fix="go on from it with --resume, or name another --output")
 
 
 def load_newest(folder: Path) -> tuple[dict[str, torch.Tensor], dict] | None:

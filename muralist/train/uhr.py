@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig
 
 from muralist.data import latents
-from muralist.train.loop import Schedule, draw_curve, fit
+from muralist.train.loop import Schedule, begin, draw_curve, fit
 from muralist.train.miniature import GRID, TextToVideo, load_vae
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
 from muralist.types import Grid
@@ -43,7 +43,8 @@ class Crops:
 def train_uhr(
     folder: Path, *, minutes: float, device: torch.device, resume: bool, model: Path, crops: int = 400, report: Callable[[str], None] = print
 ) -> Path:
-    """LoRA on every projection of the base in `model`; writes `model/adapters/uhr`."""
+    """LoRA on every projection of the base in `model`; writes `folder/adapters/uhr`. A copy of it in `model/adapters` puts it to use."""
+    begin(folder, resume=resume)
     base = TextToVideo.of(model).to(device).requires_grad_(False)
     vae = load_vae(model / "vae").to(device).eval()
     pools = tuple(latents.build_pool(vae, _pool(height, crops), folder / "latents", device, report) for height in HEIGHTS)
@@ -51,11 +52,11 @@ def train_uhr(
     base.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS), adapter_name=ADAPTER)
     objective = FlowMatching(base, base.transformer, base.embed, Crops(pools), FlowConfig(max_sigma=0.9), device)
     fit(objective, Schedule(minutes=minutes, learning_rate=1e-3, weight_decay=0.0), folder, resume=resume, report=report)
-    draw_curve(folder)
     for parameter in base.transformer.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
-    base.transformer.save_lora_adapter(model / "adapters" / ADAPTER, adapter_name=ADAPTER)
-    return model / "adapters" / ADAPTER
+    base.transformer.save_lora_adapter(folder / "adapters" / ADAPTER, adapter_name=ADAPTER)
+    draw_curve(folder)
+    return folder / "adapters" / ADAPTER
 
 
 def _pool(height: int, crops: int) -> latents.PoolConfig:

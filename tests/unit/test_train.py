@@ -15,11 +15,14 @@ from muralist.data.latents import LatentPool, PoolConfig, build_pool, decode, en
 from muralist.errors import UserError
 from muralist.nn.single_frame import single_frame_convolutions
 from muralist.nn.transformer import MuralTransformer
+from muralist.store.tensors import load_tensors, save_tensors
 from muralist.train import state
+from muralist.train.latent_upsampler import train_latent_upsampler
 from muralist.train.loop import Schedule, draw_curve, fit
-from muralist.train.miniature import Curriculum, TextToVideo, new_tokenizer, new_vae, train_decoder
+from muralist.train.miniature import Curriculum, TextToVideo, new_tokenizer, new_vae, train_base, train_decoder
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
 from muralist.train.objectives.reconstruction import Reconstruction, ReconstructionConfig, band_error
+from muralist.train.uhr import train_uhr
 from muralist.types import Grid
 
 
@@ -63,6 +66,55 @@ def test_ctrl_c_saves_the_step_it_meets(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(Interrupted(), Schedule(steps=20, save_every_minutes=60), tmp_path, resume=False, report=lambda line: None)
     assert state.load_newest(tmp_path / "checkpoints")[1]["step"] == 8
+
+
+def test_a_folder_with_a_training_is_refused_unless_it_is_to_go_on(tmp_path):
+    fit(Line(), schedule(60), tmp_path, resume=False, report=lambda line: None)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"step 60.*--resume, or name another --output"):
+        fit(Line(), schedule(5), tmp_path, resume=False, report=lambda line: None)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_training_asks_before_it_encodes(tmp_path, monkeypatch):
+    state.save(tmp_path / "checkpoints", 7, {"a": torch.zeros(1)}, {"step": 7})
+    monkeypatch.setattr("muralist.data.latents.build_pool", lambda *a: pytest.fail("encoded"))
+    monkeypatch.setattr("muralist.train.miniature.load_vae", lambda *a: pytest.fail("loaded"))
+    for train, start in ((train_base, "vae"), (train_uhr, "model"), (train_latent_upsampler, "model")):
+        with pytest.raises(UserError, match="step 7"):
+            train(tmp_path, minutes=1, device=torch.device("cpu"), resume=False, **{start: tmp_path})
+
+
+def test_what_draws_the_curve_is_missed_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="matplotlib"):
+        fit(Line(), schedule(5), tmp_path, resume=False, report=lambda line: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoints_of_another_training_are_refused(tmp_path):
+    fit(Line(), schedule(2), tmp_path, resume=False, report=lambda line: None)
+    other = Line()
+    other.module = nn.ModuleDict({"net": nn.Linear(4, 4)})
+    with pytest.raises(UserError, match="another training"):
+        fit(other, schedule(5), tmp_path, resume=True, report=lambda line: None)
+
+
+def test_the_curve_of_a_killed_and_resumed_training_runs_forwards(tmp_path):
+    fit(Line(), schedule(110), tmp_path, resume=False, report=lambda line: None)
+    with open(tmp_path / "curve.csv", "ab") as file:  # what a process wrote after its last checkpoint, the last line half
+        file.write(b"150,0.1,1.0,1.0\r\n200,0.")
+    fit(Line(), schedule(220), tmp_path, resume=True, report=lambda line: None)
+    with open(tmp_path / "curve.csv") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [50, 100, 160, 210]
+
+
+def test_a_base_is_not_trained_on_a_vae_of_other_channels(tmp_path):
+    AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).save_pretrained(tmp_path / "vae")
+    with pytest.raises(UserError, match="48 channels"):
+        train_base(tmp_path / "run", minutes=1, device=torch.device("cpu"), resume=False, vae=tmp_path / "vae")
+    with pytest.raises(UserError, match="other layers"):
+        train_decoder(tmp_path / "run", minutes=1, device=torch.device("cpu"), resume=False, vae=tmp_path / "vae")
 
 
 def test_a_training_too_short_for_a_curve_is_no_error(tmp_path):
@@ -175,9 +227,54 @@ def test_a_latent_pool_is_made_once_and_is_the_same_again(tmp_path, monkeypatch)
     vae = new_vae().eval()
     first = build_pool(vae, config, tmp_path / "a", torch.device("cpu"), report=lambda line: None)
     second = build_pool(vae, config, tmp_path / "b", torch.device("cpu"), report=lambda line: None)
-    again = build_pool(None, config, tmp_path / "a", torch.device("cpu"), report=lambda line: None)
+    monkeypatch.setattr("muralist.data.latents.encode", lambda *a: pytest.fail("encoded again"))
+    again = build_pool(vae, config, tmp_path / "a", torch.device("cpu"), report=lambda line: None)
     assert first.z.shape == (3, 48, 1, 4, 7) and len(first.captions) == 3
     assert torch.equal(first.z, second.z) and torch.equal(first.z, again.z) and first.captions == again.captions
+
+
+def pool(folder, vae, **changes):
+    config = PoolConfig(**{"name": "p", "count": 1, "grid": Grid(num_frames=1, height=64, width=112), "frames": 1, **changes})
+    return build_pool(vae, config, folder, torch.device("cpu"), report=lambda line: None)
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """A folder with one shard of two videos and the VAE that encoded it."""
+    monkeypatch.setattr("muralist.data.latents.SHARD", 2)
+    vae = new_vae().eval()
+    pool(tmp_path, vae)
+    return tmp_path, vae
+
+
+def test_a_pool_of_another_encoder_or_configuration_is_refused(made):
+    folder, vae = made
+    with pytest.raises(UserError, match=r"another encoder.*remove this folder"):
+        pool(folder, new_vae(seed=1))
+    with pytest.raises(UserError, match="another configuration"):
+        pool(folder, vae, seed=9)
+    vae.encoder.conv_in.weight.data[0] += 1e-3
+    with pytest.raises(UserError, match="another encoder"):
+        pool(folder, vae)
+
+
+def test_a_pool_serves_a_new_decoder_and_grows(made):
+    folder, vae = made
+    for parameter in (*vae.decoder.parameters(), *vae.post_quant_conv.parameters()):
+        parameter.data.zero_()
+    assert len(pool(folder, vae, count=3).captions) == 3
+
+
+def test_a_pool_that_does_not_say_what_made_it_or_is_damaged_is_refused(made):
+    folder, vae = made
+    shard = folder / "p-0000.safetensors"
+    data = shard.read_bytes()
+    save_tensors(shard, load_tensors(shard), {"captions": "[]"})
+    with pytest.raises(UserError, match="does not say which encoder"):
+        pool(folder, vae)
+    shard.write_bytes(data[:-1])
+    with pytest.raises(UserError, match="remove p-0000"):
+        pool(folder, vae)
 
 
 def test_encode_and_decode_are_on_the_same_scale():

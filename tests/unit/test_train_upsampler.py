@@ -13,6 +13,8 @@ from muralist.data.latents import LatentPairs, PairConfig, build_pairs
 from muralist.errors import UserError
 from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig
 from muralist.store.parts import load_part, save_part
+from muralist.train import latent_upsampler as training
+from muralist.train.latent_upsampler import train_latent_upsampler
 from muralist.train.loop import Schedule, fit
 from muralist.train.miniature import GRID, new_vae
 from muralist.train.objectives.latent_upsample import LatentUpsample, LatentUpsampleConfig
@@ -32,14 +34,38 @@ def test_a_pair_shows_the_same_part_of_the_scene_at_two_sizes(tmp_path, monkeypa
     monkeypatch.setattr(latents, "SHARD", 2)
     monkeypatch.setattr(latents, "encode", lambda vae, video: seen.append(video[0]) or torch.zeros(1, 48, 1, 1, 1))
     config = PairConfig(name="p", count=2, low=GRID, scale=2.0, side=64, frames=5)
-    pairs = build_pairs(None, config, tmp_path, CPU, report=lambda line: None)
+    vae = new_vae()
+    pairs = build_pairs(vae, config, tmp_path, CPU, report=lambda line: None)
     assert len(pairs.low) == len(pairs.high) == 2
     for low, high in zip(seen[::2], seen[1::2]):
         assert low.shape == (5, 64, 64, 3) and high.shape == (5, 128, 128, 3)
         reduced = high.unflatten(1, (64, 2)).unflatten(3, (64, 2)).mean(dim=(2, 4))
         assert -10 * torch.log10((reduced - low).square().mean()) > 30
-    again = build_pairs(None, config, tmp_path, CPU, report=lambda line: pytest.fail("encoded again"))
+    again = build_pairs(vae, config, tmp_path, CPU, report=lambda line: pytest.fail("encoded again"))
     assert torch.equal(again.low, pairs.low)
+    with pytest.raises(UserError, match="another encoder"):
+        build_pairs(new_vae(seed=1), config, tmp_path, CPU)
+
+
+def test_the_trained_part_lies_in_the_output_and_the_model_stays_as_it_is(tmp_path, monkeypatch):
+    new_vae().save_pretrained(tmp_path / "model" / "vae")
+    before = sorted(tmp_path.rglob("model/**/*"))
+    monkeypatch.setattr(training, "SCALES", ())
+    monkeypatch.setattr(training, "miniature", lambda channels: CONFIG)
+    monkeypatch.setattr(training, "LatentUpsample", lambda network, *rest: Still(network))
+    made = train_latent_upsampler(tmp_path / "run", minutes=1e-6, device=CPU, resume=False, model=tmp_path / "model", report=lambda line: None)
+    assert made == tmp_path / "run" / "parts" / "latent_upsampler" and load_part(made, "latent_upsampler")
+    assert sorted(tmp_path.rglob("model/**/*")) == before
+
+
+class Still:
+    """A loss without data."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def loss(self, step, progress):
+        return sum(p.square().sum() for p in self.module.parameters()), {}
 
 
 @pytest.mark.parametrize("pixels_from", [1.1, 0.0], ids=["latents", "pixels"])
