@@ -57,15 +57,19 @@ def planes_to_rgb(Y: torch.Tensor, Cb: torch.Tensor, Cr: torch.Tensor, bit_depth
     """A frame [H, W, 3], float32 in [0, 1], from code values; chroma planes of any smaller size are enlarged bilinearly, centre-sited."""
     s = 1 << (bit_depth - 8)
     black, white, span = (0, 256 * s - 1, 256 * s - 1) if full_range else (16 * s, 219 * s, 224 * s)
-    y = (Y.float() - black) / white
+    H, W = Y.shape
     chroma = (torch.stack((Cb, Cr)).float() - 128 * s) / span
-    if chroma.shape[-2:] != y.shape:
+    if chroma.shape[-2:] != Y.shape:
         # an odd size has a last chroma sample of which half lies outside: enlarged by whole factors, the surplus cut
-        whole = [size * -(-full // size) for size, full in zip(chroma.shape[-2:], y.shape)]
-        chroma = F.interpolate(chroma[None], size=whole, mode="bilinear", align_corners=False)[0][:, : y.shape[0], : y.shape[1]]
+        whole = [size * -(-full // size) for size, full in zip(chroma.shape[-2:], (H, W))]
+        chroma = F.interpolate(chroma[None], size=whole, mode="bilinear", align_corners=False)[0][:, :H, :W]
     kr, kb = KR_KB[matrix]
-    cb, cr = chroma
-    R = y + 2 * (1 - kr) * cr
-    B = y + 2 * (1 - kb) * cb
-    G = (y - kr * R - kb * B) / (1 - kr - kb)
-    return torch.stack((R, G, B), dim=-1).clamp_(0, 1)
+    frame = torch.empty(H, W, 3, device=Y.device)
+    for row in range(0, H, _BAND):
+        band = slice(row, row + _BAND)
+        y, (cb, cr) = (Y[band].float() - black) / white, chroma[:, band]
+        R = y + 2 * (1 - kr) * cr
+        B = y + 2 * (1 - kb) * cb
+        G = (y - kr * R - kb * B) / (1 - kr - kb)
+        torch.stack((R, G, B), dim=-1, out=frame[band])
+    return frame.clamp_(0, 1)

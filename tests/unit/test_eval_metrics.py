@@ -227,7 +227,7 @@ def test_latent_distance_is_that_of_whole_encodings(vae):
 def test_tiles_lie_inside_and_apart():
     for height, width in ((256, 256), (257, 511), (512, 512), (2160, 3840), (720, 1280), (300, 5000)):
         places = latent.tile_places(height, width, 256, 256)
-        assert len(places) == min((height // 256) * (width // 256), 8)
+        assert len(places) == min((height // 256) * (width // 256), latent.TILES)
         assert all(0 <= y <= height - 256 and 0 <= x <= width - 256 for y, x in places)
         assert all(abs(a[0] - b[0]) >= 256 or abs(a[1] - b[1]) >= 256 for i, a in enumerate(places) for b in places[:i])
 

@@ -28,7 +28,7 @@ from muralist.store.weights import locate
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
-SIDE, TILES = 256, 8
+SIDE, TILES = 256, 4
 
 
 class LatentDistance:

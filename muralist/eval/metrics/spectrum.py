@@ -98,7 +98,7 @@ def _rings(height: int, width: int, device: str) -> tuple[torch.Tensor, torch.Te
     ring = ring.clamp(max=len(CENTRES)).masked_fill(radius == 0.5, len(CENTRES) - 1)
     counts = torch.bincount(ring.flatten(), minlength=len(CENTRES) + 1).double()
     window = torch.hann_window(height, periodic=False)[:, None] * torch.hann_window(width, periodic=False)
-    return ring.to(device), counts.masked_fill(counts == 0, math.nan).to(device), window.to(device)
+    return ring.int().to(device), counts.masked_fill(counts == 0, math.nan).to(device), window.to(device)
 
 
 register(
