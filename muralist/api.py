@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,18 +56,26 @@ class Pipeline:
             run_dir: where finished work is kept and found again; None: a temporary directory that goes with the video.
             observer: told of the progress (`muralist.progress.Observer`).
             options: `negative_prompt, width, height, num_frames, duration, fps, seed, num_inference_steps, guidance_scale, flow_shift,
-                skip_steps, memory_bytes`, as in diffusers and on the command line; the recipe's or the base's own values where left out.
+                skip_steps`, as in diffusers and on the command line; the recipe's or the base's own values where left out.
         Raises:
             UserError: options that cannot be, a video that does not fit this machine, or a run directory made with other options.
         """
+        from muralist.base import check_structure
         from muralist.pipeline import denoise
+        from muralist.plan import Machine, plan
+        from muralist.request import continued, stored_seed
         from muralist.store.run import RunDirectory
 
-        plan = self.plan(prompt, **options)
-        plan.check()
-        request = plan.request
+        check_structure(self.base.info)
         temporary = tempfile.TemporaryDirectory(prefix="muralist-") if run_dir is None else None
-        run = RunDirectory.create(Path(temporary.name if temporary else run_dir), {"request": request.record()})
+        folder = Path(temporary.name if temporary else run_dir)
+        asked = self.request(prompt, **{"seed": stored_seed(folder)} | options)
+        request, begun, held = continued(asked, folder)
+        machine = Machine.measure(self.base.device, folder)
+        planned = plan(request, self.base.info, replace(machine, disk_free=machine.disk_free + held), settled=begun)
+        planned.check()
+        request = planned.request
+        run = RunDirectory.create(folder, {"request": request.record(), "weights": self.base.info.fingerprint})
         try:
             latent = denoise(request, self.base, run, observer or Silent())
         except BaseException:

@@ -8,7 +8,9 @@ together unless they fit.
 from __future__ import annotations
 
 import gc
+import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,7 @@ WAN_NEGATIVE = (
 )
 _NUMBERS = ("num_inference_steps", "max_sequence_length", "refine_steps", "guidance_scale", "flow_shift")  # of `Defaults`; the first three are whole
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+TIED = ("shared.weight", "encoder.embed_tokens.weight")  # the text encoder's two names of one tensor; its file holds either
 UPSAMPLER = "latent_upsampler"  # a kind of part
 CLASSES = {"transformer": "WanTransformer3DModel", "transformer_2": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
 
@@ -52,6 +55,7 @@ class BaseInfo:
     """A checked model folder.
 
     `boundary`: sigma from which the first of two transformers serves (Wan2.2-A14B), None where there is one.
+    `fingerprint`: a digest of all weights, so that a run is not gone on with on others.
     `parts`: the networks of ours that stand beside it in `parts/`, by kind.
     `prediction`: what the transformer's output is, `flow` (velocity; every Wan model) or `sample` (clean latent; the embedded base).
     """
@@ -67,6 +71,7 @@ class BaseInfo:
     adapters: tuple[str, ...]
     parts: tuple[str, ...]
     component_bytes: dict[str, int]
+    fingerprint: str = ""
 
     def require_part(self, kind: str) -> None:
         """UserError with what to do if the base has no such part (`store/parts.py`)."""
@@ -80,11 +85,10 @@ def inspect_base(model: str, revision: str | None = None) -> BaseInfo:
     index = weights.read_config(folder / "model_index.json")
     if index.get("_class_name") != "WanPipeline":
         raise UserError(f"{folder} holds a {index.get('_class_name')}", where="model", fix="give a Wan2.1 or Wan2.2 text-to-video folder (WanPipeline)")
-    two = bool((index.get("transformer_2") or [None])[0])
+    two = _has_second(index)
     configs = {name: _component_config(folder, name) for name in ("transformer", "vae", *(("transformer_2",) if two else ()))}
     sizes = {name: weights.check_component(folder / name) for name in (*configs, "text_encoder")}
-    if not any((folder / "tokenizer" / name).is_file() for name in ("tokenizer.json", "spiece.model")):
-        raise UserError(f"no tokenizer in {folder / 'tokenizer'}", where="model", fix="give a complete diffusers folder")
+    _check_tokenizer(folder / "tokenizer")
     geometry = _geometry(configs["transformer"], configs["vae"])
     adapters, kinds = (_folders_in(folder / place) for place in ("adapters", "parts"))
     for kind in kinds:
@@ -93,17 +97,79 @@ def inspect_base(model: str, revision: str | None = None) -> BaseInfo:
         name=model,
         folder=folder,
         geometry=geometry,
-        defaults=_defaults(folder, geometry),
+        defaults=_defaults(folder, geometry, two),
         transformer_config=configs["transformer"],
         vae_config=configs["vae"],
-        boundary=float(index.get("boundary_ratio") or 0.875) if two else None,
+        boundary=_boundary(index) if two else None,
         prediction=_prediction(folder),
         adapters=adapters,
         parts=kinds,
         component_bytes=sizes
         | {f"adapter {name}": weights.check_component(folder / "adapters" / name) for name in adapters}
         | {f"part {kind}": weights.check_component(folder / "parts" / kind) for kind in kinds},
+        fingerprint=_fingerprint([folder / name for name in sizes] + [folder / "adapters" / a for a in adapters] + [folder / "parts" / k for k in kinds]),
     )
+
+
+def _has_second(index: dict[str, Any]) -> bool:
+    entry = index.get("transformer_2") or [None]
+    if not isinstance(entry, list):
+        raise UserError(f"transformer_2 is {entry!r:.40}", where="model", fix="restore model_index.json")
+    return bool(entry[0])
+
+
+def _boundary(index: dict[str, Any]) -> float:
+    value = index.get("boundary_ratio") or 0.875
+    if not isinstance(value, float | int) or not 0 < value < 1:
+        raise UserError(f"boundary_ratio is {value!r:.40}", where="model", fix="restore model_index.json: a share between 0 and 1")
+    return float(value)
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if (folder / "tokenizer.json").is_file():
+        weights.read_config(folder / "tokenizer.json")
+    elif not (folder / "spiece.model").is_file():
+        raise UserError(f"no tokenizer in {folder}", where="model", fix="give a complete diffusers folder")
+
+
+def _fingerprint(folders: list[Path]) -> str:
+    return hashlib.sha256("".join(f"{folder.name} {weights.fingerprint(folder)}\n" for folder in folders).encode()).hexdigest()
+
+
+def check_structure(info: BaseInfo) -> None:
+    """Compare names and shapes in the headers of all weights with what the configurations build; no weight is read. Takes a second or two.
+
+    Raises UserError for a configuration that builds nothing and for the first tensor that is missing or of another shape: diffusers would
+    fail with a traceback there, or start with random numbers in its place.
+    """
+    for name, build in _builders(info).items():
+        try:
+            with torch.device("meta"):
+                expected = build().state_dict()
+        except UserError:
+            raise
+        except Exception as error:  # whatever a constructor makes of a number it did not expect
+            raise UserError(f"{name}/config.json cannot be built ({type(error).__name__}: {error})", where="model", fix="download it again") from None
+        found = weights.tensor_shapes(info.folder / name)
+        for key, tensor in expected.items():
+            if key not in found and key not in TIED:
+                raise UserError(f"{name} lacks the tensor {key}", where="model", fix="download its weights again")
+            if key in found and found[key] != tuple(tensor.shape):
+                raise UserError(f"{name}: {key} is {found[key]}, its config.json says {tuple(tensor.shape)}", where="model", fix="download both again")
+
+
+def _builders(info: BaseInfo) -> dict[str, Callable[[], torch.nn.Module]]:
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    text = weights.read_config(info.folder / "text_encoder" / "config.json")
+    if text.get("model_type") != "umt5":
+        raise UserError(f"text_encoder is a {text.get('model_type')!r:.40}", where="model", fix="give a folder whose text_encoder is a UMT5 encoder")
+    builders = {"transformer": lambda: WanTransformer3DModel.from_config(info.transformer_config)}
+    if info.boundary is not None:
+        second = weights.read_config(info.folder / "transformer_2" / "config.json")
+        builders["transformer_2"] = lambda: WanTransformer3DModel.from_config(second)
+    return builders | {"vae": lambda: AutoencoderKLWan.from_config(info.vae_config), "text_encoder": lambda: UMT5EncoderModel(UMT5Config(**text))}
 
 
 def _folders_in(folder: Path) -> tuple[str, ...]:
@@ -130,6 +196,9 @@ def _geometry(transformer: dict[str, Any], vae: dict[str, Any]) -> Geometry:
         if not isinstance(value, int) or not 1 <= value <= 1024:
             raise UserError(f"the VAE's {name} is {value!r:.40}", where="model", fix="restore its config.json")
     channels = vae.get("z_dim", 16)
+    for name in ("latents_mean", "latents_std"):
+        if name in vae and (not isinstance(vae[name], list) or len(vae[name]) != channels):
+            raise UserError(f"the VAE's {name} does not hold {channels} numbers", where="model", fix="restore its config.json")
     if transformer.get("in_channels") != channels or transformer.get("out_channels") != channels:
         raise UserError(
             f"the transformer reads {transformer.get('in_channels')} channels, the VAE has {channels}", where="model", fix="give a text-to-video model"
@@ -141,8 +210,8 @@ def _geometry(transformer: dict[str, Any], vae: dict[str, Any]) -> Geometry:
     return Geometry(**factors, channels=channels, patch=tuple(patch))
 
 
-def _defaults(folder: Path, geometry: Geometry) -> Defaults:
-    """`muralist.json` in the folder where there is one, else Wan's published numbers for the flavour."""
+def _defaults(folder: Path, geometry: Geometry, two: bool) -> Defaults:
+    """`muralist.json` in the folder where there is one, else Wan's published numbers for the flavour; `two`: Wan2.2-A14B."""
     if (folder / "muralist.json").is_file():
         values = weights.read_config(folder / "muralist.json")
         try:
@@ -156,6 +225,10 @@ def _defaults(folder: Path, geometry: Geometry) -> Defaults:
             return defaults
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / 'muralist.json'} lacks or misnames {error}", where="model", fix="restore the file") from None
+    if two:  # its guidance is 4 above the boundary and 3 below; one scale serves both here
+        grid = Grid(num_frames=81, height=720, width=1280, fps=16)
+        numbers = {"num_inference_steps": 40, "refine_steps": 40, "guidance_scale": 3.5, "flow_shift": 12.0}
+        return Defaults(grid=grid, negative_prompt=WAN_NEGATIVE, max_sequence_length=512, **numbers)
     small = geometry.channels == 16
     grid = Grid(num_frames=81, height=480, width=832, fps=16) if small else Grid(num_frames=121, height=704, width=1280, fps=24)
     return Defaults(

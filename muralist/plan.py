@@ -16,7 +16,7 @@ from muralist.base import BaseInfo
 from muralist.config import Request
 from muralist.cost.decoding import TILES, DecodeNeed, TileMajor
 from muralist.cost.machine import Machine
-from muralist.cost.stages import Setting, StagePlan, decode_need, estimates, settle
+from muralist.cost.stages import FILES, Setting, StagePlan, decode_need, estimates, settle
 from muralist.errors import UserError
 from muralist.nn.attention import FullAttention
 from muralist.types import Grid
@@ -63,6 +63,11 @@ class Plan:
         return max(stage.memory_bytes for stage in self.stages if stage.stage != "encode")
 
     @property
+    def output_bytes(self) -> int:
+        """An upper estimate of the finished file."""
+        return next(stage.disk_bytes for stage in self.stages if stage.stage == "encode") // FILES
+
+    @property
     def disk_bytes(self) -> int:
         """Enough for all stages' files together."""
         return sum(stage.disk_bytes for stage in self.stages)
@@ -83,13 +88,16 @@ class Plan:
         }
 
 
-def plan(request: Request, info: BaseInfo, machine: Machine) -> Plan:
+def plan(request: Request, info: BaseInfo, machine: Machine, *, settled: bool = False) -> Plan:
     """Plan a request on a base for a machine; does not raise where it cannot fit (`Plan.check` does).
+
+    `settled`: the request comes from a run that has begun; what an earlier plan decided in it stays, since it decides the last bits.
 
     Raises:
         UserError: a request that no machine could run, such as a frame count that is not 4n+1 or a codec that does not exist.
     """
-    setting = settle(Setting(request=request, info=info, machine=machine))
+    setting = Setting(request=request, info=info, machine=machine)
+    setting = setting if settled else settle(setting)
     stages = tuple(estimates(setting))
     return Plan(request=setting.request, stages=stages, machine=machine, notes=tuple(_notes(setting)), refusals=tuple(_refusals(setting, stages)))
 

@@ -12,12 +12,14 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from muralist import recipes
 from muralist.base import BaseInfo
 from muralist.config import MAX_FRAMES, MAX_PROMPT, Config, Request
 from muralist.errors import UserError
+from muralist.store.run import RunDirectory
 from muralist.types import Geometry, Grid, nearest_frames
 
 SIZES = {"1080p": (1920, 1080), "2k": (2560, 1440), "4k": (3840, 2160), "8k": (7680, 4320)}
@@ -42,7 +44,6 @@ class Asked:
     guidance_scale: float | None = None
     flow_shift: float | None = None
     skip_steps: int | None = None
-    memory_bytes: int | None = None
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -98,8 +99,8 @@ def _text(name: str, text: str) -> str:
 
 def _grid(asked: Asked, info: BaseInfo, note: Callable[[str], None]) -> Grid:
     fps = info.defaults.grid.fps if asked.fps is None else asked.fps
-    if not 0 < fps <= 1000:
-        raise UserError(f"{fps} frames per second", where="fps", fix="use more than 0 and at most 1000, such as 24")
+    if not 0.01 <= fps <= 1000:
+        raise UserError(f"{fps} frames per second", where="fps", fix="use 0.01 to 1000, such as 24")
     if asked.num_frames is not None and asked.duration is not None:
         raise UserError("both num_frames and duration are given", where="duration", fix="give one of them")
     frames = info.defaults.grid.num_frames if asked.num_frames is None else asked.num_frames
@@ -122,8 +123,6 @@ def override(config: Config, asked: Asked) -> Config:
     """The configuration with the typed numbers in place of the recipe's, in every stage that has them."""
     values = {name: getattr(asked, name) for name in ("num_inference_steps", "guidance_scale", "flow_shift", "skip_steps")}
     values = {name: value for name, value in values.items() if value is not None}
-    if asked.memory_bytes is not None:
-        config = replace(config, decode=replace(config.decode, memory_bytes=min(asked.memory_bytes, config.decode.memory_bytes)))
     proxy = config.proxy and _replaced(config.proxy, values)
     return replace(config, proxy=proxy, refine=_replaced(config.refine, _with_skip(config.refine, values)))
 
@@ -153,6 +152,28 @@ def restore(record: Any) -> Request:
     if request.record() != record:
         raise _foreign("fields differ")
     return request
+
+
+def stored_seed(run_dir: Path) -> int:
+    """The seed that an interrupted run drew, so that the same call without a seed goes on; -1 where there is none."""
+    try:
+        seed = (RunDirectory.stored(run_dir) or {})["request"]["seed"]
+    except (KeyError, TypeError):
+        return -1
+    return seed if isinstance(seed, int) else -1
+
+
+def continued(request: Request, run_dir: Path) -> tuple[Request, bool, int]:
+    """(the request, whether a run at `run_dir` has begun it, bytes that the run holds). Its decode options are then those of the run."""
+    stored = RunDirectory.stored(run_dir)
+    if stored is None:
+        return request, False, 0
+    held = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file())
+    try:
+        decode = restore(stored.get("request")).config.decode
+    except UserError:  # said when the run is opened
+        return request, False, held
+    return replace(request, config=replace(request.config, decode=decode)), True, held
 
 
 def _foreign(why: str) -> UserError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,12 +38,12 @@ def command(
 
     path = check_output(typed_path(output, "output"))
     run = typed_path(str(path) + ".run" if run_dir is None else run_dir, "run_dir")
-    _check_run_dir(run)
+    _check_run_dir(run, path)
     job = prepare(prompt, video, run)
     if dry_run:
         from muralist.cli.plan import show
 
-        return show(job.plan(path.parent), json=json)
+        return show(job.plan(run), json=json)
     return execute(job, path, run, keep_run=keep_run, json=json)
 
 
@@ -57,18 +56,24 @@ class Job:
     device: torch.device
     memory_limit: float | None
 
-    def plan(self, where: Path) -> Plan:
-        """Cost of the job on this machine, with its disk at `where`."""
+    def plan(self, run_dir: Path) -> Plan:
+        """Cost of the job on this machine, with its disk at the run directory; what a run there has decided and written counts."""
+        from muralist.base import check_structure
         from muralist.cli.plan import this_machine
         from muralist.plan import plan
+        from muralist.request import continued
 
-        return plan(self.request, self.info, this_machine(self.device, where, self.memory_limit))
+        check_structure(self.info)
+        request, begun, held = continued(self.request, run_dir)
+        machine = this_machine(self.device, run_dir, self.memory_limit)
+        return plan(request, self.info, replace(machine, disk_free=machine.disk_free + held), settled=begun)
 
     def record(self, output: Path, run_dir: Path) -> dict[str, Any]:
         """What the run directory remembers. The output is relative to it, so that both can be moved together."""
         folder = Path(self.request.model).expanduser()
         relative = os.path.relpath(output.absolute(), run_dir.absolute())
-        return {"request": self.request.record(), "output": relative, "folder": str(folder.absolute()) if folder.is_dir() else None}
+        where = str(folder.absolute()) if folder.is_dir() else None
+        return {"request": self.request.record(), "output": relative, "folder": where, "weights": self.info.fingerprint}
 
 
 def prepare(prompt: str, video: VideoOptions, run_dir: Path | None) -> Job:
@@ -93,51 +98,43 @@ def check_memory_limit(gigabytes: float | None) -> None:
 
 def ask(prompt: str, video: VideoOptions, run_dir: Path | None):
     """The options as `muralist.request.Asked`, sizes and durations parsed."""
-    from muralist.request import SIZES, Asked, parse_duration, parse_size
+    from muralist.request import SIZES, Asked, parse_duration, parse_size, stored_seed
 
     if (video.width is None) != (video.height is None) or (video.size is not None and video.width is not None):
         raise UserError("width and height go together, without size", where="size", fix="use --size 3840x2160, or --width 3840 --height 2160")
     width, height = (video.width, video.height) if video.width is not None else parse_size(video.size) if video.size is not None else SIZES["4k"]
-    seed = _seed_of(run_dir) if video.seed == -1 and run_dir is not None else video.seed
+    seed = stored_seed(run_dir) if video.seed == -1 and run_dir is not None else video.seed
     same = {name: getattr(video, name) for name in ("num_frames", "fps", "recipe", "revision", "negative_prompt")}
     numbers = {name: getattr(video, name) for name in ("num_inference_steps", "guidance_scale", "flow_shift", "skip_steps")}
     duration = None if video.duration is None else parse_duration(video.duration)
-    memory = None if video.memory_limit is None else int(video.memory_limit * 1e9)
-    return Asked(prompt=prompt, width=width, height=height, duration=duration, seed=seed, memory_bytes=memory, **same, **numbers)
+    return Asked(prompt=prompt, width=width, height=height, duration=duration, seed=seed, **same, **numbers)
 
 
-def _seed_of(run_dir: Path) -> int:
-    """The seed that an interrupted run drew, so that the same command without a seed goes on; -1 where there is none."""
-    try:
-        seed = json_module.loads((run_dir / "request.json").read_bytes())["options"]["request"]["seed"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return -1
-    return seed if isinstance(seed, int) else -1
-
-
-def _check_run_dir(run_dir: Path) -> None:
+def _check_run_dir(run_dir: Path, output: Path) -> None:
     """Refuse what can never become a run directory before anything else is done."""
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{run_dir} is not a directory", where="run_dir", fix="choose another run directory")
     if not run_dir.parent.is_dir():
         raise UserError(f"{run_dir.parent} is not an existing directory", where="run_dir", fix="create it first")
+    if output.resolve().is_relative_to(run_dir.resolve()):
+        raise UserError(f"{output} lies inside it", where="run_dir", fix="write the video elsewhere: the run directory is removed at the end")
 
 
 def execute(job: Job, output: Path, run_dir: Path, *, keep_run: bool, json: bool) -> int:
     """Run or go on with a job whose directory is `run_dir`."""
+    from muralist.store.paths import check_output
     from muralist.store.run import RunDirectory
 
-    plan = job.plan(output.parent)
+    plan = job.plan(run_dir)
     plan.check()
+    check_output(output, plan.output_bytes)
     for text in plan.notes:
         note(text)
     job = replace(job, request=plan.request)  # what the plan has settled, such as the decoder's memory, is part of the run
     with RunDirectory.create(run_dir, job.record(output, run_dir)) as run:
         _paint(job, output, run, json=json)
-    if not keep_run:
-        from muralist.store import atomic
-
-        atomic.remove(run_dir)
+        if not keep_run:
+            run.remove()
     return 0
 
 

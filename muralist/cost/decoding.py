@@ -22,7 +22,7 @@ from muralist.stages.decode import TILES, DecodeOptions, DecodePlan, TileMajor, 
 from muralist.tiling import Box, tile_boxes
 from muralist.types import Grid
 
-DISK_BYTES_PER_S = 1e9  # of scratch files, written once and read once
+DISK_BYTES_PER_S = 1e9  # of scratch files, written and read
 NARROWEST = min(TILES)
 ROOM_STEP = 1 << 28  # bytes; free memory is rounded down to it, so that its flicker does not change the plan
 GOOD_TILE = 512  # pixels; at 4K its halo costs 6 % (Wan2.1) and 13 % (Wan2.2) over tiles of 1024, tiles of 128 cost 48 % and 117 %
@@ -85,7 +85,7 @@ def _need(config_json: str, grid: Grid, crop: Grid, machine: Machine, options: D
         cost=cost,
         memory_bytes=need.peak,
         disk_bytes=need.disk,
-        seconds=machine.convolution_seconds(cost.flops, channels=_channels(config)) + 2 * need.disk / DISK_BYTES_PER_S,
+        seconds=machine.convolution_seconds(cost.flops, channels=_channels(config)) + need.traffic / DISK_BYTES_PER_S,
         streaming_bytes=need.peak if isinstance(plan, TimeMajor) else decode_bytes(model, shape, TimeMajor(tile=TILES[0])).peak,
         tiles=len(tiles),
         error=error,

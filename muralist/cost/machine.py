@@ -25,6 +25,11 @@ COPY_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30}
 BUDGET = 0.1  # seconds a calibration loop runs
 READ_BYTES_PER_S = 2e9  # of weights from disk into place, page cache cold; a common NVMe drive reaches 2 to 5e9 (performance notes, 1.4, point 6)
 CGROUP = Path("/sys/fs/cgroup")
+# (limit, in use, droppable pages in memory.stat) of version 2 and of version 1
+_CGROUP_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +92,7 @@ class Machine:
             copy_bytes_per_s=_copy_rate(device),
             disk_free=shutil.disk_usage(_existing(Path(where))).free,
             dtype=str(dtype).removeprefix("torch."),
-            cores=len(psutil.Process().cpu_affinity()),
+            cores=_cores(),
         )
 
     @classmethod
@@ -152,11 +157,24 @@ PRESETS = {
 def _free_memory() -> int:
     """Free main memory: the system's, or what is left of the container's limit where that is less."""
     free = psutil.virtual_memory().available
-    try:
-        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # no cgroup v2, or the limit is "max"
-        return free
-    return min(free, max(limit - used, 0))
+    for limit, used, cache in _CGROUP_FILES:
+        try:
+            held = int((CGROUP / used).read_text()) - _statistic(CGROUP / Path(used).parent / "memory.stat", cache)
+            free = min(free, max(int((CGROUP / limit).read_text()) - held, 0))
+        except (OSError, ValueError):  # not this version of control groups, or the limit is "max"
+            continue
+    return free
+
+
+def _statistic(path: Path, name: str) -> int:
+    """A line of memory.stat: pages of files that can be dropped count as used, but are free for whoever asks."""
+    return next((int(line.split()[1]) for line in path.read_text().splitlines() if line.split()[:1] == [name]), 0)
+
+
+def _cores() -> int:
+    """Cores this process may use; systems without affinities offer all of them."""
+    process = psutil.Process()
+    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count() or 1
 
 
 def _existing(path: Path) -> Path:

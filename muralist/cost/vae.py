@@ -21,7 +21,7 @@ from diffusers import AutoencoderKLWan
 from muralist.nn import decoder_blocks as blocks
 from muralist.nn.decoder import StreamingDecoder
 from muralist.nn.decoder_conv import HISTORY, CausalConv
-from muralist.tiling import Box, Span
+from muralist.tiling import Box
 
 Size = tuple[int, int]
 
@@ -55,7 +55,7 @@ def _empty(config: str, dtype: str) -> AutoencoderKLWan:
     torch.set_default_dtype(getattr(torch, dtype))
     try:
         with torch.device("meta"):
-            return AutoencoderKLWan(**json.loads(config))
+            return AutoencoderKLWan.from_config(json.loads(config))
     finally:
         torch.set_default_dtype(before)
 
@@ -78,7 +78,7 @@ def parameters(config: Mapping[str, Any]) -> int:
 def decode(d: StreamingDecoder, latent_shape: tuple[int, int, int], tiles: Iterable[Box]) -> Cost:
     """FLOPs of decoding latents (F, h, w) once through the whole-frame part and once through each pixel box of `tiles`."""
     frames, height, width = latent_shape
-    inner, kinds, total = d.first_part_size(height, width), _alike(d, tiles, (height, width)), Cost()
+    inner, kinds, total = d.first_part_size(height, width), d.kinds(tiles, (height, width)), Cost()
     for first, times in ((True, 1), (False, frames - 1)):
         step = Cost(linear=2 * len(d.post_quant[1]) ** 2 * height * width) + _whole(d, (height, width), first)
         count = math.prod(_magnifies(operator, first) for operator in d.whole)
@@ -86,28 +86,6 @@ def decode(d: StreamingDecoder, latent_shape: tuple[int, int, int], tiles: Itera
             step = step + _tile(d, tile, inner, first, count) * number
         total = total + step * times
     return total
-
-
-def _alike(d: StreamingDecoder, tiles: Iterable[Box], size: Size) -> dict[Box, int]:
-    """One tile of each kind and how many there are: equal sides, and equally far from each border as far as the halo reaches."""
-    height, width = (side * d.spatial_factor for side in size)
-    reach = _reach(d)
-    kinds: dict[tuple[int, ...], list[Box]] = {}
-    for tile in tiles:
-        gaps = (tile.y.start, height - tile.y.stop, tile.x.start, width - tile.x.stop)
-        # borders inside a unit of the first tiled layer matter too: halos are counted in its positions
-        kinds.setdefault((*tile.shape, *(min(gap, reach + gap % d.spatial_factor) for gap in gaps)), []).append(tile)
-    return {same[0]: len(same) for same in kinds.values()}
-
-
-def _reach(d: StreamingDecoder) -> int:
-    """Pixels that the halo of a tile reaches at most, in whole latent positions."""
-    far = 1 << 12
-    inner = d.first_part_size(far, far)
-    unit = far * d.spatial_factor // inner[0]
-    start = far * d.spatial_factor // 2
-    tile = Box(Span(start, start + d.spatial_factor), Span(start, start + d.spatial_factor))
-    return start - d.boxes(tile, inner)[0].y.start * unit + 2 * d.spatial_factor
 
 
 def diffusers_decode(config: Mapping[str, Any], latent_shape: tuple[int, int, int], *, tile: int | None = None, stride: int | None = None) -> Cost:

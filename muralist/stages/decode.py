@@ -3,7 +3,8 @@
 Two orders, because memory and disk trade places (`design.md`, decision 5):
 
 * `TimeMajor`: latent frames outermost. Frames stream out at once; every tile keeps its causal caches for the whole run. With a `scratch`
-  folder all caches are saved every few latent frames, so a restart repeats at most that many.
+  folder all caches are saved every few latent frames, so a restart repeats at most that many; kept are those that the reader of the frames
+  may still ask for.
 * `TileMajor`: tiles outermost. One tile's caches exist at a time; a finished tile lies on disk as 16-bit integers (error 8e-6 of the range,
   below fp32 decoding noise at 10 bits) and frames are assembled from the tile files. A restart repeats at most one tile.
 
@@ -28,7 +29,7 @@ from safetensors import safe_open
 from muralist.errors import UserError
 from muralist.nn.decoder import StreamingDecoder
 from muralist.nn.decoder_blocks import Caches, Patch
-from muralist.nn.decoder_memory import DecodeMemory, measure
+from muralist.nn.decoder_memory import DecodeMemory, Saves, measure
 from muralist.stages.decode_options import DecodeOptions
 from muralist.store import atomic
 from muralist.store.tensors import load_tensors, save_tensors
@@ -37,7 +38,7 @@ from muralist.types import FrameChunk, Grid, LatentVideo
 
 TILES = (1024, 768, 512, 384, 256, 128)  # sides tried, largest first: the halo of a small tile costs more than the tile
 U16 = 65535
-READER_LAG = 16  # latent frames: an encoder keeps a group of pictures (12 frames by default) that it must be given again after a kill
+GROUP = 12  # frames: an encoder's closed group of pictures, which it must be given again from its start after a kill
 Progress = Callable[[int, int], object]
 
 
@@ -64,16 +65,29 @@ class TileMajor:
 DecodePlan = TimeMajor | TileMajor
 
 
-def decode_bytes(vae: AutoencoderKLWan, latent_shape: tuple[int, int, int, int], plan: DecodePlan) -> DecodeMemory:
-    """Peak memory (`.peak`, bytes, the decoder's weights included) and disk (`.disk`) of a decode, before it starts.
+def decode_bytes(vae: AutoencoderKLWan, latent_shape: tuple[int, int, int, int], plan: DecodePlan, *, group: int = GROUP) -> DecodeMemory:
+    """Peak memory (`.peak`, bytes, the decoder's weights included) and disk (`.disk`, of a scratch folder) of a decode, before it starts.
 
     Args:
         vae: the model; one on the meta device will do.
         latent_shape: (C, F, h, w).
+        group: as in `decode`.
     """
     decoder = StreamingDecoder(vae, _whole_blocks(plan))
     _, frames, height, width = latent_shape
-    return measure(decoder, frames, (height, width), _tiles(decoder, height, width, plan), all_tiles=isinstance(plan, TimeMajor))
+    saves = _saves(decoder, frames, plan.save_every, group) if isinstance(plan, TimeMajor) else None
+    return measure(decoder, frames, (height, width), _tiles(decoder, height, width, plan), saves=saves)
+
+
+def _saves(decoder: StreamingDecoder, frames: int, save_every: int, group: int) -> Saves:
+    """The files of caches of a whole decode, counted by going through it."""
+    kept: list[int] = []
+    most = 0
+    points = range(save_every, frames, save_every)
+    for k in points:
+        kept = [*_wanted(kept, k, decoder, group), k]
+        most = max(most, len(kept))
+    return Saves(len(points), most)
 
 
 def plan_decode(vae_config: Mapping[str, Any], grid: Grid, options: DecodeOptions | None = None, *, dtype: torch.dtype = torch.float32) -> DecodePlan:
@@ -115,7 +129,7 @@ def _candidates(options: DecodeOptions) -> list[DecodePlan]:
 def _on_meta(vae_config: Mapping[str, Any], dtype: torch.dtype) -> AutoencoderKLWan:
     """The model's shapes without its weights."""
     with torch.device("meta"):
-        vae = AutoencoderKLWan(**{name: value for name, value in vae_config.items() if not name.startswith("_")})
+        vae = AutoencoderKLWan.from_config(dict(vae_config))
     # Not `vae.to`, which warns about layers that a real cast should leave alone.
     for parameter in vae.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -131,6 +145,7 @@ def decode(
     on_tile: Progress | None = None,
     crop: Grid | None = None,
     first_frame: int = 0,
+    group: int = GROUP,
 ) -> Iterator[FrameChunk]:
     """Frames of a latent video in order: 1, then 4, 4, ... of them, [t, H, W, 3] float32 on the CPU in [0, 1].
 
@@ -141,6 +156,8 @@ def decode(
         on_tile: called with (done, total), counted in tiles; work found finished counts as done.
         crop: yield the top left part of this size, if the legal grid is larger; what is cut off is never converted.
         first_frame: pixel frame to start at: the first chunk is the one that holds it; nothing is yielded if it is the count of frames.
+        group: a reader that was killed asks again from a multiple of this many frames, at or before the last it was given. One that asks for
+            earlier ones gets them too, but later.
 
     Raises:
         UserError: shapes that do not fit together.
@@ -156,7 +173,7 @@ def decode(
     folder = scratch and _folder(scratch, job, vae, plan)
     match plan:
         case TimeMajor():
-            return _time_major(job, plan, folder, start)
+            return _time_major(job, plan, folder, start, group)
         case TileMajor():
             return _in_folder(job, folder, start)
 
@@ -220,7 +237,7 @@ class _Job:
             raise FloatingPointError(f"decode: {where}: {error}") from error
 
 
-def _time_major(job: _Job, plan: TimeMajor, folder: Path | None, start: int) -> Iterator[FrameChunk]:
+def _time_major(job: _Job, plan: TimeMajor, folder: Path | None, start: int, group: int) -> Iterator[FrameChunk]:
     k, whole, tiles = _load_state(folder, start, len(job.tiles))
     job.advance(k * len(job.tiles))
     while k < job.frames:
@@ -231,19 +248,27 @@ def _time_major(job: _Job, plan: TimeMajor, folder: Path | None, start: int) -> 
             frames[:, box.y.start : box.y.stop, box.x.start : box.x.stop] = job.tile(patch, index, k, tiles[index])
             job.advance()
         k += 1
-        if folder and k % plan.save_every == 0:
-            _save_state(folder, k, whole, tiles)
+        if folder and k % plan.save_every == 0 and k < job.frames:
+            _save_state(folder, k, whole, tiles, job.decoder, group)
         if k > start:
             yield FrameChunk(frames, span.start)
 
 
-def _save_state(folder: Path, k: int, whole: Caches, tiles: list[Caches]) -> None:
-    """All causal caches as they stand before latent frame `k`; older ones stay as long as the reader of frames may be that far behind."""
+def _save_state(folder: Path, k: int, whole: Caches, tiles: list[Caches], decoder: StreamingDecoder, group: int) -> None:
+    """All causal caches as they stand before latent frame `k`; first those go that no reader needs any more: each may be gigabytes."""
+    saved = {_frame_of(path): path for path in _states(folder)}
+    for old in set(saved).difference(_wanted(sorted(saved), k, decoder, group)):
+        atomic.remove(saved[old])
     named = {f"{i}/{name}": value for i, caches in enumerate([whole, *tiles]) for name, value in caches.items()}
     save_tensors(folder / f"caches-{k:06d}.safetensors", named)
-    behind = [path for path in _states(folder) if _frame_of(path) <= k - READER_LAG]
-    for old in behind[:-1]:
-        atomic.remove(old)
+
+
+def _wanted(saved: list[int], k: int, decoder: StreamingDecoder, group: int) -> list[int]:
+    """Which of the `saved` states (latent frames, ascending) the reader may still need when state `k` is saved: it has been given all frames
+    before latent frame k - 1, and asks again from the start of its open group."""
+    again = decoder.frames_of(k - 1).start // group * group
+    latest = max((frame for frame in saved if frame * decoder.temporal_factor < again + decoder.temporal_factor), default=0)
+    return [frame for frame in saved if frame >= latest]
 
 
 def _states(folder: Path) -> list[Path]:
@@ -310,7 +335,8 @@ def _decode_tile(job: _Job, folder: Path, index: int, path: Path) -> None:
             pixels = job.tile(Patch(x.to(job.decoder.device), box, size), index, k, caches)
             sink.write(pixels.mul_(U16).round_().numpy().astype(np.uint16))
 
-    atomic.write_file(path, stream)
+    values = (1 + (job.frames - 1) * job.decoder.temporal_factor) * job.tiles[index].area * 3
+    atomic.write_file(path, stream, needed=values * 2)
 
 
 def _assemble(job: _Job, paths: list[Path], start: int) -> Iterator[FrameChunk]:

@@ -18,6 +18,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from muralist.store.tensors import load_tensors, total_bytes, writer
 
 _REQUEST, _LOCK, _SCRATCH, _TENSORS = "request.json", "lock", "scratch", "tensors.safetensors"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
+_STEP = re.compile(r"[a-z][a-z0-9_]*-step-\d+")
 _log = logging.getLogger(__name__)
 
 Saved = tuple[dict[str, torch.Tensor], dict[str, Any]]
@@ -56,6 +58,8 @@ class RunDirectory:
         wanted = json.loads(atomic.json_bytes(dict(request)))
         with atomic.reported(path):
             _make_root(path)
+        if (path / _REQUEST).exists():
+            _read_request(path)  # nothing is touched in a folder that is not ours
         lock = _acquire(path)
         try:
             atomic.clean(path)
@@ -74,6 +78,7 @@ class RunDirectory:
         path = Path(path)
         if not (path / _REQUEST).is_file():
             raise UserError("not a run directory", where=str(path), fix="give the directory that `muralist generate --run-dir` made")
+        _read_request(path)
         lock = _acquire(path)
         try:
             atomic.clean(path)
@@ -81,6 +86,25 @@ class RunDirectory:
         except BaseException:
             os.close(lock)
             raise
+
+    @staticmethod
+    def stored(path: Path) -> dict[str, Any] | None:
+        """The options of the run at `path`, without touching it; None where there is none of this version."""
+        try:
+            return _read_request(Path(path))["options"]
+        except UserError:
+            return None
+
+    def remove(self) -> None:
+        """Release the lock and remove what the run has made, and the directory if nothing else is in it."""
+        self.close()
+        for entry in self.root.iterdir():
+            if entry.name in (_REQUEST, _LOCK, _SCRATCH) or _is_complete(entry) or _STEP.fullmatch(entry.name):
+                atomic.remove(entry)
+        with suppress(OSError):  # something of somebody else's, a mount point, the current directory
+            self.root.resolve().rmdir()
+        if self.root.is_symlink() and not self.root.exists():
+            self.root.unlink()
 
     def close(self) -> None:
         """Release the lock; the object is then of no more use."""
@@ -195,6 +219,9 @@ def _read_request(root: Path) -> dict[str, Any]:
 
 def _require_same(root: Path, stored: Any, wanted: Any) -> None:
     for name, old, new in _differences(stored, wanted):
+        if name == "weights":
+            fix = "bring the earlier weights back, or choose another run directory"
+            raise UserError("the model's weights have changed since this run was started", where=str(root), fix=fix)
         fix = f"ask for {old} again to resume it, or choose another run directory"
         raise UserError(f"this run was started with {name} = {old}, now it is {new}", where=str(root), fix=fix)
 

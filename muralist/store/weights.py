@@ -5,6 +5,7 @@ Nothing here reads a tensor. Pickles are refused wherever they lie: a model fold
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import struct
@@ -17,6 +18,7 @@ from muralist.store.paths import typed_path
 
 EMBEDDED = {"miniature": "assets/miniature"}
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+SAMPLES, SAMPLE_BYTES = 64, 4096
 MAX_HEADER = 100 * 2**20  # bytes, the format's own limit
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
@@ -24,9 +26,13 @@ HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
 def locate(model: str, revision: str | None = None) -> Path:
     """The folder of a model: an embedded name, a path, or a hub id with a revision (downloaded, safetensors only)."""
     if model in EMBEDDED:
+        if revision is not None:
+            raise UserError(f"{model!r} is inside the package, which has no revisions", where="revision", fix="leave it out")
         return Path(str(resources.files("muralist"))) / EMBEDDED[model]
     path = typed_path(model, "model")
     if path.is_dir():
+        if revision is not None:
+            raise UserError(f"{model!r} is a folder, which has no revisions", where="revision", fix="leave it out")
         return path
     if path.exists():
         raise UserError(f"{model!r} is a file", where="model", fix="give the folder that holds model_index.json")
@@ -34,6 +40,8 @@ def locate(model: str, revision: str | None = None) -> Path:
         raise UserError(f"no folder {model!r}", where="model", fix=f"give {', '.join(EMBEDDED)}, a diffusers folder, or a hub id with --revision")
     if revision is None:
         raise UserError(f"no folder {model!r}, and a hub id needs a revision", where="model", fix="add --revision COMMIT to pin what is downloaded")
+    if not re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise UserError(f"{revision!r:.50} pins nothing", where="revision", fix="give the commit, 40 hexadecimal digits, as the hub's history shows it")
     return _download(model, revision)
 
 
@@ -89,8 +97,34 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def fingerprint(folder: Path) -> str:
+    """A digest of a component's weights that costs milliseconds: every file's size, header, and 64 samples of 4 KiB spread over it."""
+    digest = hashlib.sha256()
+    for file in _weight_files(folder):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with open(file, "rb") as handle:
+            for start in sorted({0, *(size * i // SAMPLES for i in range(SAMPLES)), max(size - SAMPLE_BYTES, 0)}):
+                handle.seek(start)
+                digest.update(handle.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a component, from the headers."""
+    headers = (check_safetensors(file) for file in _weight_files(folder))
+    return {name: tuple(entry["shape"]) for header in headers for name, entry in header.items() if name != "__metadata__"}
+
+
 def check_safetensors(path: Path) -> dict[str, Any]:
     """The header of a safetensors file whose size agrees with it; a truncated file, a pointer or anything else is refused."""
+    try:
+        return _header(path)
+    except OSError as error:  # a link into a cache that is gone, a folder of that name
+        raise UserError(f"{path.parent.name}/{path.name} cannot be read ({error.strerror})", where="model", fix="download it again") from None
+
+
+def _header(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     with open(path, "rb") as handle:
         start = handle.read(8)
@@ -99,7 +133,10 @@ def check_safetensors(path: Path) -> dict[str, Any]:
             raise UserError(f"{path.parent.name}/{path.name} is not a safetensors file", where="model", fix="download it again (a git-lfs pointer?)")
         try:
             header = json.loads(handle.read(length))
-            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+            entries = [entry for name, entry in header.items() if name != "__metadata__"]
+            ends = [int(entry["data_offsets"][1]) for entry in entries]
+            if any(not all(isinstance(side, int) for side in entry["shape"]) for entry in entries):
+                raise TypeError("shape")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise UserError(f"the header of {path.parent.name}/{path.name} is damaged", where="model", fix="download it again") from None
     expected = 8 + length + max(ends, default=0)

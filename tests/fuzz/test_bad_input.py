@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from muralist.cli._options import VideoOptions
 from muralist.cli.generate import prepare
@@ -48,6 +49,7 @@ NUMBERS = ("--num-inference-steps", "--guidance-scale", "--flow-shift", "--skip-
 WORDS = ("ten", "", "1,5", "0x10", "1e", "--", "½", "nil", "NaN%", "1 000")
 OPTIONS = [
     *((name, word) for name in NUMBERS for word in WORDS),
+    ("--fps", "0.0004"), ("--revision", "main"), ("--revision", "0" * 40),
     *((name, "nan") for name in ("--guidance-scale", "--flow-shift", "--fps", "--memory-limit")),
     *((name, "inf") for name in ("--guidance-scale", "--flow-shift", "--fps", "--memory-limit")),
     *((name, "-3") for name in NUMBERS),
@@ -83,7 +85,9 @@ COMMAND_LINES = [
     ["resume"], ["resume", "/nowhere"], ["resume", "/dev/null"], ["resume", ""], ["resume", "x" * 5000],
     ["inspect"], ["inspect", "/nowhere.mp4"], ["inspect", "/dev/null"], ["inspect", "."], ["inspect", "x" * 5000],
     ["plan", "--machine", "3GB"], ["plan", "--size", "0x0"],
-    ["train", "miniature-base", "--from", "/nowhere"], ["train", "miniature-uhr", "--from", "/dev/null"], ["train", "miniature-vae", "--from", "."], 
+    ["train", "miniature-base", "--from", "/nowhere"], ["train", "miniature-uhr", "--from", "/dev/null"], ["train", "miniature-vae", "--from", "."],
+    ["train", "miniature-base", "--from", "."], ["train", "miniature-decoder", "--from", "."], ["train", "features", "--from", "."],
+    ["train", "miniature-uhr", "--from", "."], ["train", "latent-upsampler", "--from", "."], ["train", "miniature-base", "--from", "tests"],
     ["train", "miniature-vae", "--init", "/nowhere"],
     ["train"], ["train", "everything"], ["train", "miniature-vae", "--minutes", "nan"], ["train", "miniature-vae", "--minutes", "-1"],
     ["train", "miniature-vae", "--device", "tpu"], ["train", "miniature-vae", "--output", "/dev/null/x"],
@@ -120,6 +124,22 @@ def test_bad_run_directories(name, tiny22, tmp_path):
     assert generate(tiny22, tmp_path, "--size", "64x64", "--run-dir", tmp_path / name).error
 
 
+@pytest.mark.parametrize("run_dir", [".", "d", "d/.."])
+def test_an_output_inside_the_run_directory_is_refused(run_dir, tiny22, tmp_path, monkeypatch):
+    (tmp_path / "d").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "lies inside" in muralist("generate", "a ball", "--model", tiny22, "--size", "64x64", "--run-dir", run_dir, "-o", "d/out.mp4").error
+
+
+def test_a_foreign_folder_is_not_touched(tmp_path):
+    folder = tmp_path / "foreign"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "request.json").write_text('{"mine": 1}')
+    (folder / "sub" / "notes.tmp").write_text("thesis")
+    assert muralist("resume", folder).error
+    assert sorted(p.name for p in folder.rglob("*")) == ["notes.tmp", "request.json", "sub"]
+
+
 def test_too_little_disk(tiny22, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
@@ -136,6 +156,12 @@ def test_too_little_memory(tiny22, tmp_path):
 
 def _truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 100)
+
+
+def _retensor(path: Path, change) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _edit(path: Path, **changes) -> None:
@@ -172,6 +198,20 @@ DAMAGES = {
     "no tokenizer": lambda f: shutil.rmtree(f / "tokenizer"),
     "other transformer": lambda f: _edit(f / "transformer/config.json", _class_name="FluxTransformer2DModel"),
     "other VAE": lambda f: _edit(f / "vae/config.json", _class_name="AutoencoderKL"),
+    "tensor missing": lambda f: _retensor(f / WEIGHTS, lambda t: t.pop("blocks.0.attn1.to_q.weight")),
+    "VAE tensor missing": lambda f: _retensor(f / "vae/diffusion_pytorch_model.safetensors", lambda t: t.pop("decoder.conv_out.bias")),
+    "text tensor missing": lambda f: _retensor(f / "text_encoder/model.safetensors", lambda t: t.pop("encoder.block.0.layer.0.SelfAttention.q.weight")),
+    "more layers than weights": lambda f: _edit(f / "transformer/config.json", num_layers=3),
+    "other widths": lambda f: _edit(f / "transformer/config.json", ffn_dim=48),
+    "layers in words": lambda f: _edit(f / "transformer/config.json", num_layers="many"),
+    "other text encoder": lambda f: _edit(f / "text_encoder/config.json", model_type="clip"),
+    "no text configuration": lambda f: (f / "text_encoder/config.json").unlink(),
+    "text heads in words": lambda f: _edit(f / "text_encoder/config.json", num_heads="x"),
+    "truncated tokenizer": lambda f: _truncate(f / "tokenizer/tokenizer.json"),
+    "latent statistics of another length": lambda f: _edit(f / "vae/config.json", latents_mean=[0.0]),
+    "weights are a broken link": lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).symlink_to("/nowhere/blob")),
+    "boundary in words": lambda f: _edit(f / "model_index.json", boundary_ratio="x", transformer_2=["diffusers", "WanTransformer3DModel"]),
+    "second transformer is a number": lambda f: _edit(f / "model_index.json", transformer_2=5),
     "channels disagree": lambda f: _edit(f / "vae/config.json", z_dim=16),
     "image-to-video": lambda f: _edit(f / "transformer/config.json", in_channels=36),
     "config missing": lambda f: (f / "vae/config.json").unlink(),
@@ -254,6 +294,14 @@ CORRUPTIONS = {
 def test_corrupt_runs(corruption, run):
     corruption(run)
     assert muralist("resume", run).error
+
+
+def test_a_run_is_not_gone_on_with_on_other_weights(base, tmp_path):
+    job = prepare("a ball", VideoOptions(model=str(base), size="64x64", seed=1), None)
+    folder = tmp_path / "a.mp4.run"
+    RunDirectory.create(folder, job.record(tmp_path / "a.mp4", folder)).close()
+    _retensor(base / WEIGHTS, lambda t: t.update({name: tensor * 1.5 for name, tensor in t.items()}))
+    assert "weights have changed" in muralist("resume", folder).error
 
 
 def test_a_run_in_use(run):
