@@ -19,6 +19,7 @@ from muralist.nn.decoder_conv import HISTORY, CausalConv, Pool, strips, uses_tim
 from muralist.tiling import Box, Span
 
 Caches = dict[str, torch.Tensor]
+HEAD_BYTES = 1 << 28  # of the last convolution's input at a time, where it is widened to fp32
 SCORES = 1 << 27  # attention scores computed at a time where a kernel holds them all
 
 
@@ -61,7 +62,8 @@ class NormSilu:
         self.gamma, self.scale = norm.gamma.detach().flatten(), norm.scale
 
     def write(self, out: torch.Tensor, x: torch.Tensor) -> None:
-        """silu(x / |x| * sqrt(C) * gamma) of x [..., C] into `out`; low precision normalises in fp32 as diffusers does."""
+        """silu(x / |x| * sqrt(C) * gamma) of x [..., C] into `out`, in its type; low precision normalises in fp32 as diffusers does."""
+        x = x.to(out.dtype)
         if x.dtype in (torch.float16, torch.bfloat16):
             out.copy_(F.normalize(x.float(), dim=-1).to(x.dtype) * self.scale * self.gamma)
         else:
@@ -297,14 +299,17 @@ def _resample(block: torch.nn.Module) -> tuple[wan.WanResample | None, str]:
 class Head:
     """Norm, SiLU, last convolution, unpatchify, clamp and the move from [-1, 1] to [0, 1] (`norm_out`, `conv_out`, `unpatchify`).
 
-    `write` gives rows of pixels; `scale` is the patch.
+    At least in fp32 whatever the type of the model: bf16 knows 128 values between 0.5 and 1, fewer than 8 bits, and a file gets 10. Where
+    that widens the model's type (`widen` times), a tile is taken in bands of rows, so that the wide tensors stay small. `scale` is the patch.
     """
 
     def __init__(self, name: str, norm: wan.WanRMS_norm, conv: wan.WanCausalConv3d, patch: int, pool: Pool):
         self.norm, self.scale = NormSilu(norm), patch
         # diffusers packs a patch as (colour, column, row); (row, column, colour) makes pixel rows contiguous.
         order = torch.arange(conv.out_channels).view(-1, patch, patch).permute(2, 1, 0).flatten().tolist()
-        self.conv = CausalConv(name, conv, pool, "conv1", order)
+        dtype = torch.promote_types(conv.weight.dtype, torch.float32)
+        self.conv = CausalConv(name, conv, pool, "conv1", order, dtype)
+        self.widen = dtype.itemsize // conv.weight.element_size()
 
     def needs(self, out: Box, size: tuple[int, int]) -> Box:
         """`out` in pixels, the result in positions of the last convolution's input."""
@@ -313,15 +318,23 @@ class Head:
     def run(self, patch: Patch, out: Box, *, caches: Caches) -> torch.Tensor:
         """Pixels [t, rows, columns, 3] of the pixel box `out`, in [0, 1]; FloatingPointError if a value is NaN or infinite."""
         box, p, t = out.over(self.scale), self.scale, len(patch.data)
-        step = self.conv.start(t, box, patch.size, caches)
-        step.feed(step.real.y, patch.rows(step.real.y, step.real.x), self.norm.write)
-        pixels = patch.data.new_empty((t, len(box.y), p, len(box.x) * p, 3))
-        for rows in strips(box.y, step.strip_rows()):
-            x = step.take(rows)
-            # Before the clamp hides an infinity. One sum finds any, without a mask as large as the frame.
-            if not torch.isfinite(x.sum(dtype=torch.float32)):
-                raise FloatingPointError("the decoder's output holds NaN or infinity")
-            x = x.clamp_(-1, 1).mul_(0.5).add_(0.5)
-            pixels[:, rows.inside(box.y)].view(t, len(rows), p, len(box.x), -1).copy_(x.unflatten(-1, (p, -1)).movedim(3, 2))
+        pixels = self.conv.weight.new_empty((t, len(box.y), p, len(box.x) * p, 3))
+        for band in self.bands(box):
+            step = self.conv.start(t, band, patch.size, caches, f".{band.y.start - box.y.start}" if self.widen > 1 else "")
+            step.feed(step.real.y, patch.rows(step.real.y, step.real.x), self.norm.write)
+            for rows in strips(band.y, step.strip_rows()):
+                x = step.take(rows)
+                # Before the clamp hides an infinity. One sum finds any, without a mask as large as the frame.
+                if not torch.isfinite(x.sum(dtype=torch.float32)):
+                    raise FloatingPointError("the decoder's output holds NaN or infinity")
+                x = x.clamp_(-1, 1).mul_(0.5).add_(0.5)
+                pixels[:, rows.inside(box.y)].view(t, len(rows), p, len(box.x), -1).copy_(x.unflatten(-1, (p, -1)).movedim(3, 2))
         y, x = out.inside(box.times(p))
         return pixels.flatten(1, 2)[:, y, x]
+
+    def bands(self, box: Box) -> list[Box]:
+        """The parts of `box` (positions) that are convolved one after the other; the same for every latent frame, since each has its history."""
+        if self.widen == 1:
+            return [box]
+        row = (4 + HISTORY) * (len(box.x) + 2) * self.conv.in_channels * self.conv.weight.element_size()  # a step yields four frames
+        return [Box(rows, box.x) for rows in strips(box.y, max(HEAD_BYTES // row, 16))]

@@ -77,11 +77,11 @@ class Pool:
         """An uninitialised tensor; whatever the slot held before is overwritten."""
         if like.device.type != "cpu":
             return like.new_empty(shape)
-        count = math.prod(shape)
-        if slot not in self._slots or self._slots[slot].numel() < count:
+        size = math.prod(shape) * like.element_size()
+        if slot not in self._slots or self._slots[slot].numel() < size:
             self._slots.pop(slot, None)  # free the smaller one first
-            self._slots[slot] = like.new_empty(count)
-        return self._slots[slot][:count].view(shape)
+            self._slots[slot] = torch.empty(size, dtype=torch.uint8)  # bytes, since the head computes in another type
+        return self._slots[slot][:size].view(like.dtype).view(shape)
 
 
 def uses_time_mix(weight: torch.Tensor) -> bool:
@@ -96,26 +96,30 @@ class CausalConv:
         conv: weights [Co, C, 3, 3, 3] and bias.
         pool: where its buffers come from, in slots named after `slot`; passes that run at the same time need different ones.
         order: permutation of the output channels, if another order suits what follows.
+        dtype: of the arithmetic, that of the weights by default.
     """
 
-    def __init__(self, name: str, conv: WanCausalConv3d, pool: Pool, slot: str, order: list[int] | None = None):
+    def __init__(self, name: str, conv: WanCausalConv3d, pool: Pool, slot: str, order: list[int] | None = None, dtype: torch.dtype | None = None):
         if conv.kernel_size != (3, 3, 3) or conv.stride != (1, 1, 1):
             raise ValueError(f"{name} has kernel {conv.kernel_size} and stride {conv.stride}; the streaming decoder knows 3x3x3, stride 1")
         self.name, self.pool, self.slot = name, pool, slot
         order = order or list(range(conv.out_channels))
-        weight, self.bias = conv.weight.detach()[order], conv.bias.detach()[order]
+        weight, self.bias = conv.weight.detach()[order].to(dtype), conv.bias.detach()[order].to(dtype)
         self.out_channels, self.in_channels = weight.shape[:2]
         self.weight = weight.contiguous(memory_format=torch.channels_last_3d)
-        self.mixed = {t: self._mix(weight, time_mix(t)) for t in (1, 2, 4)} if uses_time_mix(weight) else {}
+        self.mixed = {t: self._mix(weight, time_mix(t)) for t in (1, 2, 4)} if uses_time_mix(conv.weight) else {}
 
     @staticmethod
     def _mix(weight: torch.Tensor, mix: TimeMix) -> list[torch.Tensor]:
         mixed = torch.einsum("nk,oikyx->noiyx", mix.taps.to(weight.device), weight.double()).float()
         return [w.contiguous(memory_format=torch.channels_last) for w in mixed]
 
-    def start(self, frames: int, out: Box, size: tuple[int, int], caches: dict[str, torch.Tensor]) -> ConvPass:
-        """Begin `frames` new frames of the output box `out` of an image of `size` [H, W]; `caches` holds this tile's history."""
-        return ConvPass(self, frames, out, out.grow(1), out.grow(1).clip(*size), caches)
+    def start(self, frames: int, out: Box, size: tuple[int, int], caches: dict[str, torch.Tensor], part: str = "") -> ConvPass:
+        """Begin `frames` new frames of the output box `out` of an image of `size` [H, W].
+
+        `caches` holds this tile's history; where a tile is convolved in parts, each has a name.
+        """
+        return ConvPass(self, frames, out, out.grow(1), out.grow(1).clip(*size), caches, self.name + part)
 
     def cache_elements(self, out: Box) -> int:
         return HISTORY * self.in_channels * out.grow(1).area
@@ -134,6 +138,7 @@ class ConvPass:
     frame: Box
     real: Box
     caches: dict[str, torch.Tensor]
+    key: str
     buffer: torch.Tensor = field(init=False)
     strip: torch.Tensor = field(init=False)
     mix: TimeMix | None = field(init=False)
@@ -149,8 +154,8 @@ class ConvPass:
         self._zero_outside(self.buffer)
         rows = self._rows(FEED_BYTES, 1)
         self.strip = weight.new_zeros((shape[0], rows, *shape[2:])) if self.mix else self.buffer
-        if self.conv.name not in self.caches:
-            self.caches[self.conv.name] = weight.new_zeros((HISTORY, *shape[1:]))
+        if self.key not in self.caches:
+            self.caches[self.key] = weight.new_zeros((HISTORY, *shape[1:]))
 
     def _zero_outside(self, buffer: torch.Tensor) -> None:
         y, x = self.real.inside(self.frame)
@@ -173,7 +178,7 @@ class ConvPass:
 
     def _feed(self, rows: Span, x: torch.Tensor, write: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
         y, columns = rows.inside(self.frame.y), self.real.x.inside(self.frame.x)
-        past = self.caches[self.conv.name][:, y]
+        past = self.caches[self.key][:, y]
         strip = self.strip[:, : len(rows)] if self.mix else self.buffer[:, y]
         strip[:HISTORY] = past
         write(strip[HISTORY:, :, columns], x)
