@@ -8,14 +8,14 @@ frame. The weights are diffusers' own modules; the arithmetic is in `decoder_blo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from diffusers import AutoencoderKLWan
 
 from muralist.nn.decoder_blocks import Attention, Caches, ConvIn, Head, Operator, Patch, ResidualBlock, UpBlock
 from muralist.nn.decoder_conv import Pool
-from muralist.tiling import Box
+from muralist.tiling import Box, Span
 
 
 class StreamingDecoder:
@@ -99,6 +99,29 @@ class StreamingDecoder:
         for operator, before in zip(reversed(self.tiled), reversed(sizes[:-1])):
             boxes.append(operator.needs(boxes[-1], before))
         return boxes[::-1]
+
+    def kinds(self, tiles: Iterable[Box], size: tuple[int, int]) -> dict[Box, int]:
+        """One of each kind of the pixel boxes `tiles` of latents of `size` [h, w], and how many there are: a 16K frame has thousands, of nine kinds.
+
+        Alike are boxes of equal sides, equally far from each border as far as the halo reaches: their boxes in every layer are alike too.
+        """
+        height, width = (side * self.spatial_factor for side in size)
+        reach = self._reach()
+        kinds: dict[tuple[int, ...], list[Box]] = {}
+        for tile in tiles:
+            gaps = (tile.y.start, height - tile.y.stop, tile.x.start, width - tile.x.stop)
+            # borders inside a unit of the first tiled layer matter too: halos are counted in its positions
+            kinds.setdefault((*tile.shape, *(min(gap, reach + gap % self.spatial_factor) for gap in gaps)), []).append(tile)
+        return {same[0]: len(same) for same in kinds.values()}
+
+    def _reach(self) -> int:
+        """Pixels that the halo of a tile reaches at most, in whole latent positions."""
+        far = 1 << 12
+        inner = self.first_part_size(far, far)
+        unit = far * self.spatial_factor // inner[0]
+        start = far * self.spatial_factor // 2
+        tile = Box(Span(start, start + self.spatial_factor), Span(start, start + self.spatial_factor))
+        return start - self.boxes(tile, inner)[0].y.start * unit + 2 * self.spatial_factor
 
     def first_part_size(self, height: int, width: int) -> tuple[int, int]:
         """[H, W] of `first_part`'s result for latents of `height` x `width`."""

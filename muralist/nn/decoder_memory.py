@@ -20,12 +20,22 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class DecodeMemory:
-    """Bytes: `peak` in memory (weights, caches, work and one chunk of frames), `caches` thereof, `disk`; `largest_tensor` in elements."""
+    """Bytes: `peak` in memory (weights, caches, work and one chunk of frames), `caches` thereof, `disk` at the worst moment, `traffic` written and
+    read there in all; `largest_tensor` in elements."""
 
     peak: int
     caches: int
     disk: int
+    traffic: int
     largest_tensor: int
+
+
+@dataclass(frozen=True, slots=True)
+class Saves:
+    """How often all caches are saved in the course of a decode, and the most of those files that exist at a time."""
+
+    count: int
+    kept: int
 
 
 @dataclass(slots=True)
@@ -69,10 +79,12 @@ class _Walk:
         self.size = (self.size[0] * operator.scale, self.size[1] * operator.scale)
 
     def head(self, head: Head, out: Box) -> None:
-        box = out.over(head.scale)
-        buffer, result = self._conv(head.conv, box)
+        """Counted in elements of the flow's type, of which one of the head's takes `head.widen`."""
+        before, bands = self.caches, head.bands(out.over(head.scale))
+        buffer, result = (max(sizes) * head.widen for sizes in zip(*(self._conv(head.conv, band) for band in bands)))
+        self.caches = before + (self.caches - before) * head.widen
         self.pooled(conv1=buffer)
-        self.alive(result if not head.conv.mixed else 0, out.area * self.frames * 3)
+        self.alive(result if not head.conv.mixed else 0, buffer if head.widen > 1 else 0, out.area * self.frames * 3 * head.widen)
 
     def _conv(self, conv: CausalConv, out: Box) -> tuple[int, int]:
         """(buffer, result) of a pass; its cache is added to the caches."""
@@ -110,30 +122,35 @@ class _Walk:
         self.alive(held, low, inner.times(2).grow(1).area * self.channels * self.frames, held)
 
 
-def measure(decoder: StreamingDecoder, frames: int, size: Size, tiles: Sequence[Box], *, all_tiles: bool) -> DecodeMemory:
+def measure(decoder: StreamingDecoder, frames: int, size: Size, tiles: Sequence[Box], *, saves: Saves | None) -> DecodeMemory:
     """Memory of decoding `frames` latent frames of `size` [h, w] on pixel boxes `tiles`.
 
-    `all_tiles`: the caches of all tiles exist at once and frames leave as they come (time-major); otherwise those of one tile, and finished
-    tiles and the first part's results go to disk (tile-major).
+    `saves`: time-major: the caches of all tiles exist at once, are saved now and then, and frames leave as they come. None: tile-major: those of
+    one tile, and finished tiles and the first part's results go to disk.
     """
     whole = _Walk(1, size, decoder.mean.numel())
     for operator in decoder.whole:
         height, width = whole.size
         whole.through(operator, Box.whole(height, width), Box.whole(height * operator.scale, width * operator.scale))
-    walks = [_tile(decoder, whole, tile) for tile in tiles]
+    kinds = {tile: (_tile(decoder, whole, tile), count) for tile, count in decoder.kinds(tiles, size).items()}
+    walks = [walk for walk, _ in kinds.values()]
     each = decoder.post_quant[0].element_size()
     between = whole.channels * whole.frames * whole.size[0] * whole.size[1] * each
     pixels = sum(tile.area for tile in tiles) * 3
-    kept = [walk.caches for walk in walks]
-    caches = whole.caches * each + (sum(kept) if all_tiles else max(kept)) * each
+    kept = sum(walk.caches * count for walk, count in kinds.values()) if saves else max(walk.caches for walk in walks)
+    caches = (whole.caches + kept) * each
     everything = [whole, *walks]
     pool = sum(max(walk.slots.get(slot, 0) for walk in everything) for slot in ("conv1", "conv2", "result0", "result1"))
     work = (pool + max(walk.worst for walk in everything)) * each
     # The caller may still hold one chunk of frames while the next is made.
     peak = caches + int(SLACK * (work + between + 2 * decoder.temporal_factor * pixels * 4)) + 8 * STRIP_BYTES + _weights(decoder)
-    frames_out = (frames - 1) * decoder.temporal_factor + 1
-    disk = 0 if all_tiles else frames * between + frames_out * pixels * 2
-    return DecodeMemory(peak, caches, disk, max(walk.largest for walk in everything))
+    largest = max(walk.largest for walk in everything)
+    if saves:
+        return DecodeMemory(peak, caches, saves.kept * caches, saves.count * caches, largest)
+    # the first part's caches: those in use and those that replace them
+    tiles_and_first = ((frames - 1) * decoder.temporal_factor + 1) * pixels * 2 + frames * between
+    first_caches = whole.caches * each
+    return DecodeMemory(peak, caches, tiles_and_first + 2 * first_caches, 2 * tiles_and_first + frames * first_caches, largest)
 
 
 def _tile(decoder: StreamingDecoder, whole: _Walk, tile: Box) -> _Walk:

@@ -1,6 +1,8 @@
 """Our streaming decode equals diffusers' untiled decode: both VAE flavours, both orders, any tile, any restart."""
 
+import errno
 import itertools
+import time
 from functools import cache
 
 import pytest
@@ -10,7 +12,6 @@ from diffusers import AutoencoderKLWan
 from muralist.errors import UserError
 from muralist.nn.decoder import StreamingDecoder
 from muralist.nn.decoder_conv import time_mix
-from muralist.stages import decode as stage
 from muralist.stages.decode import DecodeOptions, TileMajor, TimeMajor, decode, decode_bytes, plan_decode
 from muralist.tiling import Box, tile_boxes
 from muralist.types import Grid, LatentVideo
@@ -111,6 +112,31 @@ def test_low_precision_takes_diffusers_steps(flavour):
     assert (ours - untiled(flavour)).abs().mean() <= 1.2 * error and (ours - theirs).abs().mean() <= 1.2 * error
 
 
+@cache
+def model16(flavour: str) -> AutoencoderKLWan:
+    vae = AutoencoderKLWan.from_config(model(flavour).config).eval().requires_grad_(False).to(torch.bfloat16)
+    vae.load_state_dict(model(flavour).state_dict())
+    return vae
+
+
+@pytest.mark.parametrize("flavour", ["wan21", "wan22"])
+def test_a_bright_gradient_of_a_low_precision_model_has_more_than_8_bits(flavour):
+    """bf16 knows 128 values between 0.5 and 1: a sky would show bands."""
+    vae, video = model16(flavour), latent(flavour)
+    ramp = video.z[..., :1, :1] + torch.linspace(0, 1, W) * (video.z[..., 1:2, 1:2] - video.z[..., :1, :1])
+    pixels = frames(decode(LatentVideo(ramp.expand_as(video.z), video.grid), vae, TimeMajor(tile=4096)))
+    assert pixels.dtype == torch.float32
+    assert len(pixels[(pixels >= 0.5) & (pixels <= 1)].unique()) > 2000
+
+
+def test_the_bands_of_a_widened_head_join_without_a_trace(monkeypatch):
+    vae, video = model16("wan22"), latent("wan22")
+    whole = frames(decode(video, vae, TimeMajor(tile=4096)))
+    monkeypatch.setattr("muralist.nn.decoder_blocks.HEAD_BYTES", 0)
+    assert len(StreamingDecoder(vae).head.bands(Box.whole(40, 64))) == 3
+    assert (frames(decode(video, vae, TimeMajor(tile=4096))) - whole).abs().max() <= 1e-6
+
+
 @pytest.mark.parametrize("flavour", ["wan21", "wan22"])
 def test_float64_direct_path_is_exact(flavour):
     vae = AutoencoderKLWan.from_config(model(flavour).config).eval().double()
@@ -191,12 +217,68 @@ def test_other_latents_do_not_pick_up_stale_work(tmp_path):
         assert torch.equal(frames(decode(other, vae, plan, scratch=tmp_path)), frames(decode(other, vae, plan)))
 
 
-def test_old_caches_are_removed(tmp_path):
-    z = torch.randn(1, 16, stage.READER_LAG + 5, 2, 2)
-    video = LatentVideo(z, Grid(num_frames=4 * z.shape[2] - 3, height=16, width=16))
-    frames(decode(video, model("wan21"), TimeMajor(tile=64, save_every=2), scratch=tmp_path))
-    kept = sorted(int(path.stem[7:]) for path in tmp_path.rglob("caches-*"))
-    assert kept == list(range(4, stage.READER_LAG + 5, 2))
+@pytest.mark.parametrize("save_every", [1, 2, 3, 5])
+@pytest.mark.parametrize("group", [1, 12, 30])
+def test_kept_are_the_caches_that_a_reader_may_ask_for_and_their_disk_is_planned(save_every, group, tmp_path):
+    z = torch.randn(1, 16, 13, 2, 2)
+    video, plan = LatentVideo(z, Grid(num_frames=49, height=16, width=16)), TimeMajor(tile=64, save_every=save_every)
+    most = 0
+    for chunk in decode(video, model("wan21"), plan, scratch=tmp_path, group=group):
+        # the group that the reader had open before this chunk, and the latent frame in which it begins
+        begins = -(-(chunk.start // group * group) // 4)
+        saved = {int(path.stem[7:]): path.stat().st_size for path in tmp_path.rglob("caches-*")}
+        assert begins - max([0, *(frame for frame in saved if frame <= begins)]) < save_every
+        most = max(most, sum(saved.values()))
+    planned = decode_bytes(model("wan21"), tuple(z.shape[1:]), plan, group=group).disk
+    assert 0.95 * most <= planned <= most
+
+
+def test_of_the_default_plan_two_states_lie_on_disk():
+    vae, shape = model("wan21"), (16, 41, 2, 2)
+    need = decode_bytes(vae, shape, TimeMajor(tile=64))
+    assert need.disk == 2 * need.caches and need.traffic == 13 * need.caches
+    assert decode_bytes(vae, (16, 3, 2, 2), TimeMajor(tile=64)).disk == 0  # done before anything is saved
+
+
+def test_the_disk_of_tiles_is_planned(tmp_path):
+    video, plan = latent("wan22"), TileMajor(tile=64)
+    most = 0
+    for _ in decode(video, model("wan22"), plan, scratch=tmp_path):
+        most = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert 0.8 * most <= decode_bytes(model("wan22"), tuple(video.z.shape[1:]), plan).disk <= 1.3 * most
+
+
+@pytest.mark.parametrize("plan", [TimeMajor(tile=64, save_every=1), TileMajor(tile=64)], ids=str)
+def test_a_full_disk_says_how_much_is_needed(plan, tmp_path, monkeypatch):
+    def write(handle, data):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr("muralist.store.atomic.write", write)
+    with pytest.raises(UserError, match=r"[\d,]{4,} bytes needed, [\d,]+ bytes free"):
+        frames(decode(latent("wan21"), model("wan21"), plan, scratch=tmp_path))
+
+
+@flavours
+@pytest.mark.parametrize("tile", [16, 32, 48, 64])
+def test_tiles_of_a_kind_are_counted_once_and_right(flavour, tile):
+    decoder, size = StreamingDecoder(model(flavour)), (60, 100)
+    side = decoder.spatial_factor
+    boxes = tile_boxes(size[0] * side, size[1] * side, tile, side)
+    kinds = decoder.kinds(boxes, size)
+    assert sum(kinds.values()) == len(boxes) and len(kinds) < len(boxes)
+
+    def shapes(box: Box) -> list[tuple[int, int]]:
+        return [inner.shape for inner in decoder.boxes(box, size)]
+
+    assert sorted(map(shapes, boxes)) == sorted(shapes(box) for box, count in kinds.items() for _ in range(count))
+
+
+def test_a_huge_decode_is_planned_at_once():
+    config, grid = WAN22, Grid(num_frames=29, height=16384, width=16384)
+    started = time.process_time()
+    with pytest.raises(UserError, match="allowed are"):
+        plan_decode(config, grid, DecodeOptions(memory_bytes=1 << 20))
+    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -242,8 +324,9 @@ def test_no_tensor_of_a_planned_decode_reaches_2_to_the_31(config):
     assert decode_bytes(vae, (vae.config.z_dim, 21, grid.height // s, grid.width // s), plan).largest_tensor < 2**31
 
 
+@pytest.mark.parametrize("model", [model, model16])
 @pytest.mark.parametrize("flavour", ["wan21", "wan22"])
-def test_estimated_caches_are_the_caches(flavour):
+def test_estimated_caches_are_the_caches(flavour, model):
     vae, video = model(flavour), latent(flavour)
     decoder, plan = StreamingDecoder(vae), TimeMajor(tile=64)
     whole, tiles = {}, [(box, {}) for box in tile_boxes(video.grid.height, video.grid.width, 64, vae.config.scale_factor_spatial)]
@@ -251,7 +334,7 @@ def test_estimated_caches_are_the_caches(flavour):
         patch = decoder.first_part(video.z[:, :, k : k + 1], first=k == 0, caches=whole)
         for box, caches in tiles:
             decoder.second_part(patch, box, first=k == 0, caches=caches)
-    counted = sum(4 * value.numel() for caches in [whole, *(caches for _, caches in tiles)] for value in caches.values())
+    counted = sum(value.nbytes for caches in [whole, *(caches for _, caches in tiles)] for value in caches.values())
     assert decode_bytes(vae, tuple(video.z.shape[1:]), plan).caches == counted
 
 
