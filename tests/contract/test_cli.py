@@ -74,7 +74,7 @@ def test_the_closing_table_names_every_stage(tiny22, tmp_path):
 
 def test_json_lines_tell_all_stages_and_the_result(tiny22, tmp_path):
     events = generate(tiny22, tmp_path / "a.mp4", "--json").events
-    assert [e["stage"] for e in events if e["event"] == "end"] == ["prompt", "proxy", "refine", "decode"]
+    assert [e["stage"] for e in events if e["event"] == "end"] == ["prompt", "proxy", "upsample", "refine", "decode"]
     assert events[-1]["event"] == "result" and events[-1]["seed"] == 1 and events[-1]["request"]["grid"]["height"] == 66
 
 
