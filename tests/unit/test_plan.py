@@ -162,7 +162,7 @@ def test_alike_tiles_are_counted_once_and_no_others():
     alone = vae.decode(planned, (2, 40, 90), [])
     parts = sum(vae.decode(planned, (2, 40, 90), [tile]).flops - alone.flops for tile in tiles)
     assert together.flops == parts + alone.flops
-    assert len(vae._alike(planned, tiles, (40, 90))) < len(tiles)
+    assert len(planned.kinds(tiles, (40, 90))) < len(tiles)
 
 
 def test_weights_are_counted():
