@@ -20,6 +20,7 @@ PATIENCE = 60  # seconds for one frame
 FRAMES = 1_000_000
 PIXELS = 8192 * 8192  # of one frame
 TEXT = 1 << 16  # characters of one metadata value
+COMMENT = 1 << 20  # of the tag that holds our JSON: two prompts of 4096 characters, each up to 12 characters of JSON, need 1 << 17
 OPEN = {"protocol_whitelist": "file", "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,ivf"}
 STRICT = {"err_detect": "crccheck+bitstream+buffer+explode", "max_pixels": str(PIXELS)}
 LAYOUT = ("width", "height", "pix_fmt", "color_primaries", "color_trc", "colorspace", "color_range")
@@ -68,7 +69,8 @@ def probe(path: str, mode: str) -> dict:
         facts |= {"packets": packets, "decoded": decoded, "damaged": damaged, "claimed": stream.frames, "codec": context.name, "tag": context.codec_tag}
         facts |= {"bits": max(component.bits for component in context.format.components), "rate": str(stream.average_rate or stream.guessed_rate)}
         facts |= {"matrix": matrix}
-        facts["tags"] = {str(key)[:TEXT]: str(value)[:TEXT] for key, value in list(container.metadata.items())[:100]}
+        limits = {"comment": COMMENT}
+        facts["tags"] = {str(key)[:TEXT]: str(value)[: limits.get(key, TEXT)] for key, value in list(container.metadata.items())[:100]}
         return facts
 
 

@@ -132,7 +132,13 @@ def test_surplus_rows_and_columns_are_cropped(tmp_path):
 
 
 def test_metadata_in_the_file_and_beside_it(tmp_path):
-    metadata = {"prompt": 'quote " newline \n é 日本 \ud800 ' + "long " * 5000, "seed": 2**63, "recipe": "cascade", "nested": {"a": [1, None, 0.5]}}
+    metadata = {
+        "emoji": ["\U0001f3a8" * 4096] * 2,
+        "prompt": 'quote " newline \n é 日本 \ud800 ' + "long " * 5000,
+        "seed": 2**63,
+        "recipe": "cascade",
+        "nested": {"a": [1, None, 0.5]},
+    }
     path = make(tmp_path / "a.mp4", SMALL, metadata=metadata)
     beside = json.loads(sidecar_path(path).read_text())
     assert inspect(path).metadata == metadata == beside["metadata"]
