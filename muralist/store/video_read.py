@@ -92,7 +92,7 @@ def read_frames(path: Path, info: VideoInfo | None = None) -> Iterator[torch.Ten
     command = [sys.executable, "-I", video_probe.__file__, str(path.absolute()), "frames", str(seconds)]
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
-        with suppress(OSError):
+        with suppress(OSError, AttributeError):  # only Linux sizes its pipes
             fcntl.fcntl(child.stdout, fcntl.F_SETPIPE_SZ, 1 << 20)  # a 4K frame in 24 pieces, not in 380
         yield from _received(path, info, child)
     finally:
