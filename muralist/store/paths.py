@@ -72,8 +72,9 @@ def check_output(path: Path, bytes_needed: int = 0) -> Path:
 
 
 def _is_usable(path: Path) -> bool:
-    """Whether the system takes this path at all, and the working names derived from it."""
+    """Whether the system takes this path at all, and the working names derived from it; the video library takes names in UTF-8 only."""
     try:
+        str(path).encode()
         return b"\0" not in os.fsencode(path) and len(os.fsencode(path.name)) <= _NAME_LIMIT - len(".json.tmp")
     except UnicodeEncodeError:
         return False

@@ -105,6 +105,7 @@ def test_output_that_can_be_written(tmp_path):
         ("dir.mp4", "is a directory"),
         ("a\0.mp4", "file name"),
         ("a\ud800.mp4", "file name"),
+        (os.fsdecode(b"a\xff.mp4"), "file name"),
         ("x" * 250 + ".mp4", "file name"),
     ],
 )
