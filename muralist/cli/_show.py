@@ -7,6 +7,7 @@ output is one JSON object a line, and nothing else.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -83,8 +84,11 @@ def notes() -> None:
 
 
 def emit(record: dict[str, Any]) -> None:
-    """One JSON line on standard output, at once."""
-    print(json.dumps(record, sort_keys=True, default=str), flush=True)
+    """One JSON line on standard output, at once. A reader who has seen enough (`| head -1`) does not stop the work."""
+    try:
+        print(json.dumps(record, sort_keys=True, default=str), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def console(*, stderr: bool = False) -> Console:
