@@ -91,8 +91,8 @@ def _free() -> int:
 
 
 def _miniature() -> str:
-    """Present, whole, and every tensor file readable to its end."""
+    """Present, every part of it there, and every tensor file as long as its header says; the tensors are not read."""
     from muralist.base import inspect_base
 
     info = inspect_base("miniature")
-    return f"present and whole, {_show.amount(sum(info.component_bytes.values()))}; adapters: {', '.join(info.adapters) or 'none'}"
+    return f"present, all files of full length, {_show.amount(sum(info.component_bytes.values()))}; adapters: {', '.join(info.adapters) or 'none'}"
