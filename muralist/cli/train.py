@@ -91,7 +91,7 @@ def _earlier(training: Training, start: str | None) -> dict[str, Path]:
     try:
         return {training.needs: inspect_base(start or training.place).folder if training.needs == "model" else _vae(path)}
     except UserError as error:
-        raise UserError(error.what, where="from", fix=f"give the folder of a {training.needs}: {error.fix}") from None
+        raise UserError(error.what, where="from", fix=f"give the folder of a {training.needs} as diffusers lays it out") from None
 
 
 def _vae(folder: Path) -> Path:
