@@ -14,7 +14,7 @@ from muralist.errors import UserError
 from muralist.store import video_read
 from muralist.store.video_read import VideoInfo
 
-SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".ivf")
+SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ivf")
 _SIDECAR_LIMIT = 64 << 20
 
 
@@ -41,10 +41,12 @@ def open_source(path: Path) -> Source:
     """Check one file; UserError with one line that names it.
 
     Decoders of H.265 and VP9 do not notice every changed byte. A file with a sidecar of ours beside it is therefore held against the
-    checksum there.
+    checksum there. A transport stream says nowhere how long it is, so that a cut one looks whole: it is not read.
     """
     path = Path(path)
     source = Source(path, video_read.inspect(path))
+    if _is_transport_stream(path):
+        raise UserError("a transport stream does not say how long it is", where=str(path), fix="put it into an mp4: `ffmpeg -i FILE -c copy out.mp4`")
     video_read.check_readable(path, source.info)
     _check_sum(path)
     return source
@@ -69,6 +71,13 @@ def _files(path: Path) -> list[Path]:
     if not files:
         raise UserError("no videos in this folder", where=str(path), fix=f"name a folder with {', '.join(SUFFIXES)} files")
     return files
+
+
+def _is_transport_stream(path: Path) -> bool:
+    """Packets of 188 or (with times) 192 bytes, each with the byte 0x47 in front; ISO/IEC 13818-1, 2.4.3.2."""
+    with open(path, "rb") as file:
+        start = file.read(4 * 192)
+    return any(len(start) > 3 * size + skip and {start[skip + k * size] for k in range(4)} == {0x47} for size, skip in ((188, 0), (192, 4)))
 
 
 def _check_sum(path: Path) -> None:
