@@ -79,13 +79,15 @@ def attempt(asked: Request, info, folder: Path, seconds: float | None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def playable(folder: Path) -> int | None:
-    """Frames that the file being written gives back, None where it does not exist yet."""
-    live = muralist.stages.encode.live_path(folder / "out.mp4")
-    if not live.exists():
-        return None
-    with av.open(str(live)) as container:
-        return sum(1 for _ in container.decode(video=0))
+def left(folder: Path) -> tuple[int, int]:
+    """Frames in published groups, and those that the file being written (or finished) gives back; 0 where there is none yet."""
+    groups = (folder / "run").glob("scratch/encode/segment-??????/MANIFEST.json")
+    published = sum(json.loads(path.read_text())["info"]["frames"] for path in groups)
+    places = [p for p in (muralist.stages.encode.live_path(folder / "out.mp4"), folder / "out.mp4") if p.exists()]
+    if not places:
+        return published, 0
+    with av.open(str(places[0])) as container:
+        return published, sum(1 for _ in container.decode(video=0))
 
 
 def digest(folder: Path) -> str:
@@ -125,10 +127,10 @@ def main() -> None:
             raise RuntimeError((folder / "killed" / "error").read_text())
         if status == -9:
             done += 1
-            seen.append(playable(folder / "killed"))
+            seen.append(left(folder / "killed"))
         elif done < kills:
             assert digest(folder / "killed") == digest(folder / "whole")
-            (folder / "killed").rename(folder / f"finished-{done}")
+            (folder / "killed").rename(folder / f"finished-{len(list(folder.glob('finished-*')))}")
             (folder / "killed").mkdir()
     if not (folder / "killed" / "out.mp4").exists():
         assert attempt(asked, info, folder / "killed", None) == 0, (folder / "killed" / "error").read_text()
@@ -140,7 +142,7 @@ def main() -> None:
                 "same": digest(folder / "killed") == digest(folder / "whole"),
                 "repeated": sum(repeated(log, stage) for log in logs for stage in ("proxy", "refine")),
                 "decoded_again": max(most_redone(log, "decode") for log in logs),
-                "playable": [s for s in seen if s is not None],
+                "left": seen,
                 "seconds": length,
             }
         )
