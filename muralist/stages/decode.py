@@ -73,7 +73,10 @@ def decode_bytes(vae: AutoencoderKLWan, latent_shape: tuple[int, int, int, int],
         latent_shape: (C, F, h, w).
         group: as in `decode`.
     """
-    decoder = StreamingDecoder(vae, _whole_blocks(plan))
+    return _bytes(StreamingDecoder(vae, _whole_blocks(plan)), latent_shape, plan, group)
+
+
+def _bytes(decoder: StreamingDecoder, latent_shape: tuple[int, int, int, int], plan: DecodePlan, group: int) -> DecodeMemory:
     _, frames, height, width = latent_shape
     saves = _saves(decoder, frames, plan.save_every, group) if isinstance(plan, TimeMajor) else None
     return measure(decoder, frames, (height, width), _tiles(decoder, height, width, plan), saves=saves)
@@ -105,9 +108,9 @@ def plan_decode(vae_config: Mapping[str, Any], grid: Grid, options: DecodeOption
     vae = _on_meta(vae_config, dtype)
     space, time = vae.config.scale_factor_spatial, vae.config.scale_factor_temporal
     shape = (vae.config.z_dim, (grid.num_frames - 1) // time + 1, grid.height // space, grid.width // space)
-    needs = []
+    needs, decoder = [], StreamingDecoder(vae)  # every candidate has all blocks in tiles
     for plan in _candidates(options):
-        need = decode_bytes(vae, shape, plan)
+        need = _bytes(decoder, shape, plan, GROUP)
         if need.peak <= options.memory_bytes and need.largest_tensor < 2**31:
             return plan
         needs.append(need.peak)
