@@ -17,13 +17,14 @@ from muralist.eval.diagnose.finding import Finding, Result, untold
 
 NAME, UNIT = "duplicated subjects", "copies"
 LOOKS = 9  # moments looked at
-HALF = 0.5  # of the moments must agree
+SHARE = 0.3  # of the moments must agree; a copy may be hidden or leave the picture
 ROWS = 64  # at which pictures are compared
 DIFFERS = 0.10  # RGB distance (root mean square over channels) between file and proxy
 AREA = 0.004  # of the frame; smaller things are not subjects
 STANDS_OUT = 0.06  # RGB distance between a thing and its surroundings, in file and proxy
 ALIKE = 0.5  # the copy's distance from its original, as a share of its distance from what the proxy has at its place
 AT_MOST = 0.12  # and that distance itself
+SCALES = (1.0, 0.8, 1.25, 0.65, 1.55)  # at which the original is sought: copies are rarely of its size
 
 
 def looks(num_frames: int) -> list[int]:
@@ -50,10 +51,10 @@ def _result(counts: list[int], than: str, fine: str) -> Result:
     """The finding from copies counted at each moment."""
     value = float(np.mean(counts))
     share = float(np.mean([count > 0 for count in counts]))
-    found = share >= HALF
+    found = share >= SHARE
     more = max(1, round(float(np.median([count for count in counts if count])))) if found else 0
     sentence = f"{more} more subject{'s' * (more > 1)} {than}." if found else fine
-    return Result(Finding(name=NAME, value=value, unit=UNIT, threshold=HALF, found=found, sentence=sentence))
+    return Result(Finding(name=NAME, value=value, unit=UNIT, threshold=SHARE, found=found, sentence=sentence))
 
 
 def copies(frame: torch.Tensor, proxy: torch.Tensor) -> list[tuple[float, float]]:
@@ -77,21 +78,32 @@ def _is_copy(frame: torch.Tensor, proxy: torch.Tensor, thing: torch.Tensor) -> b
     """Whether `thing` [h, w] (bool) of the frame stands out, and so does something like it elsewhere in the proxy, still there in the frame."""
     if _contrast(frame, thing) < STANDS_OUT:
         return False
-    distance = _matches(frame, proxy, thing)
-    here = float(distance[0, 0])
-    rows, columns = thing.nonzero().T
-    height, width = distance.shape
-    down, right = torch.arange(height), torch.arange(width)
-    down, right = torch.where(down > height // 2, down - height, down), torch.where(right > width // 2, right - width, right)
-    inside = ((down + rows.min() >= 0) & (down + rows.max() < frame.shape[1]))[:, None] & (
-        (right + columns.min() >= 0) & (right + columns.max() < frame.shape[2])
-    )
-    distance = torch.where(inside, distance, torch.inf)
-    best = int(distance.argmin())
-    value, shift = float(distance.flatten()[best]), (int(down[best // width]), int(right[best % width]))
-    original = torch.roll(thing, shift, (0, 1))
-    still_there = float((frame - proxy).square().mean(0).sqrt()[original].mean()) < DIFFERS
-    return value < min(ALIKE * here, AT_MOST) and _contrast(proxy, original) >= STANDS_OUT and still_there
+    change = (frame - proxy).square().mean(0)
+    worst = min(ALIKE * float(change[thing].mean().sqrt()), AT_MOST)
+    for scale in SCALES:
+        distance, original = _nearest(frame, proxy, thing, scale)
+        if distance < worst and _contrast(proxy, original) >= STANDS_OUT and float(change.sqrt()[original].mean()) < DIFFERS:
+            return True
+    return False
+
+
+def _nearest(frame: torch.Tensor, proxy: torch.Tensor, thing: torch.Tensor, scale: float) -> tuple[float, torch.Tensor]:
+    """Where the proxy is most like the thing made `scale` times as large: root mean square distance, and the place [h, w] (bool)."""
+    size = [round(scale * side) for side in thing.shape]
+    mask = F.interpolate(thing[None, None].float(), size, mode="area")[0, 0] > 0.5
+    if not mask.any():
+        return torch.inf, thing
+    distance = _matches(F.interpolate(frame[None], size, mode="bilinear")[0], proxy, mask)
+    rows, columns = mask.nonzero().T
+    down, right = (torch.arange(n) - (torch.arange(n) >= (n + 1) // 2) * n for n in distance.shape)  # shifts, wrapped around
+    fits_down = (down + rows.min() >= 0) & (down + rows.max() < proxy.shape[1])
+    fits_right = (right + columns.min() >= 0) & (right + columns.max() < proxy.shape[2])
+    distance = torch.where(fits_down[:, None] & fits_right, distance, torch.inf)
+    best = divmod(int(distance.argmin()), distance.shape[1])
+    place = torch.zeros_like(thing)
+    if torch.isfinite(distance[best]):
+        place[rows + down[best[0]], columns + right[best[1]]] = True
+    return float(distance[best]), place
 
 
 def _contrast(image: torch.Tensor, thing: torch.Tensor) -> float:
@@ -102,12 +114,12 @@ def _contrast(image: torch.Tensor, thing: torch.Tensor) -> float:
     return float((image[:, thing].mean(1) - image[:, ring].mean(1)).square().mean().sqrt())
 
 
-def _matches(frame: torch.Tensor, proxy: torch.Tensor, thing: torch.Tensor) -> torch.Tensor:
-    """Root mean square distance [2h, 2w] between the thing and the proxy, for every shift (wrapped around), by three correlations."""
-    size = (2 * thing.shape[0], 2 * thing.shape[1])
-    mask = thing.float()
+def _matches(frame: torch.Tensor, proxy: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Root mean square distance between what the mask holds of the frame and the proxy, for every shift (wrapped around), by correlations."""
+    size = [a + b for a, b in zip(mask.shape, proxy.shape[1:])]
     spectrum = lambda image: torch.fft.rfft2(image, s=size)  # noqa: E731
-    square = spectrum(proxy.square().sum(0)) * spectrum(mask).conj()
-    cross = (spectrum(proxy) * spectrum(frame * mask).conj()).sum(0)
-    total = torch.fft.irfft2(square - 2 * cross, s=size) + (frame * mask).square().sum()
+    held = frame * mask
+    square = spectrum(proxy.square().sum(0)) * spectrum(mask.float()).conj()
+    cross = (spectrum(proxy) * spectrum(held).conj()).sum(0)
+    total = torch.fft.irfft2(square - 2 * cross, s=size) + held.square().sum()
     return (total.clamp(min=0) / (3 * mask.sum())).sqrt()
