@@ -61,7 +61,11 @@ def main() -> None:
             log.flush()
             print(new[0]["seed"], [(r["kind"], r["size"], r["value"]) for r in new if bool(r["found"]) == (r["size"] == CLEAN)], flush=True)
     rows = [r for r in rows if r["seed"] < options.count]
-    write("diagnose", table(rows), note="Scenes at 896x512 x 29, 8 bits; proxies 448x256. Found: of those planted. Flagged: of clean renders.")
+    write(
+        "diagnose",
+        table(rows),
+        note="Scenes at 896x512 x 29, 8 bits; proxies 448x256. Found: of those planted. Flagged: of clean renders. Weakest: of the sizes tried.",
+    )
 
 
 def table(rows: list[dict]) -> list[dict]:
