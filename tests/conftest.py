@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 # Before torch is imported: idle threads must not spin, or two test processes slow each other down tenfold.
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from pathlib import Path
