@@ -76,7 +76,11 @@ class BaseInfo:
     def require_part(self, kind: str) -> None:
         """UserError with what to do if the base has no such part (`store/parts.py`)."""
         if kind not in self.parts:
-            raise UserError(f"the base {self.name} has no part {kind!r}", where="recipe", fix=f"train it: muralist train {kind.replace('_', '-')}")
+            raise UserError(
+                f"the base {self.name} has no part {kind!r}",
+                where="recipe",
+                fix=f"train it (muralist train {kind.replace('_', '-')}) and copy it into its parts/",
+            )
 
 
 def inspect_base(model: str, revision: str | None = None) -> BaseInfo:

@@ -89,7 +89,7 @@ def paint(latent: LatentVideo, request: Request, base: Base, run: RunDirectory, 
     """Decode and encode in one stream: frames go into the file as they come."""
     with measured(observer, "decode", latent.grid.num_frames):
         chunks = frames(
-            latent, request, base, first_frame=next_frame(run), scratch=run.scratch("decode"),
+            latent, request, base, first_frame=next_frame(run), scratch=run.scratch("decode"), group=request.config.encode.gop,
             on_tile=lambda done, total: observer.advance("decode", done * latent.grid.num_frames // total),
         )  # fmt: skip
         path = encode(chunks, request.grid, output, request.config.encode, run, metadata(request, base))

@@ -42,14 +42,14 @@ def test_clean_renders_are_not_accused():
     assert not accused(FEW)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("kind", PLANTINGS)
 def test_planted_artifacts_are_found_in_95_of_100(kind):
     assert len(missed(kind, MANY)) <= 5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_at_most_5_of_100_clean_renders_are_accused_of_each():
     flags = accused(MANY)

@@ -63,7 +63,7 @@ def test_a_few(scene, height, kernel, tmp_path):
     assert nearest(rows(through_codec(frame(scene, height, kernel), tmp_path))) == height
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_a_hundred(tmp_path):
     """At least 98 of 100, after the codec."""

@@ -147,7 +147,7 @@ def test_distance_grows_with_damage():
     check_growth(96, 128)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)  # 100 s of one core; longer where others work too
 def test_distance_grows_with_damage_at_full_size():
     check_growth(400, 256)
