@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,21 +59,17 @@ class Pipeline:
         Raises:
             UserError: options that cannot be, a video that does not fit this machine, or a run directory made with other options.
         """
-        from muralist.base import check_structure
         from muralist.pipeline import denoise
-        from muralist.plan import Machine, plan
-        from muralist.request import continued, stored_seed
+        from muralist.plan import Machine
+        from muralist.request import plan_run, stored_seed
         from muralist.store.run import RunDirectory
 
-        check_structure(self.base.info)
         temporary = tempfile.TemporaryDirectory(prefix="muralist-") if run_dir is None else None
         folder = Path(temporary.name if temporary else run_dir)
         asked = self.request(prompt, **{"seed": stored_seed(folder)} | options)
-        request, begun, held = continued(asked, folder)
-        machine = Machine.measure(self.base.device, folder)
-        planned = plan(request, self.base.info, replace(machine, disk_free=machine.disk_free + held), settled=begun)
-        planned.check()
-        request = planned.request
+        plan = plan_run(asked, self.base.info, Machine.measure(self.base.device, folder), folder)
+        plan.check()
+        request = plan.request
         run = RunDirectory.create(folder, {"request": request.record(), "weights": self.base.info.fingerprint})
         try:
             latent = denoise(request, self.base, run, observer or Silent())

@@ -91,12 +91,14 @@ def inspect_base(model: str, revision: str | None = None) -> BaseInfo:
         raise UserError(f"{folder} holds a {index.get('_class_name')}", where="model", fix="give a Wan2.1 or Wan2.2 text-to-video folder (WanPipeline)")
     two = _has_second(index)
     configs = {name: _component_config(folder, name) for name in ("transformer", "vae", *(("transformer_2",) if two else ()))}
-    sizes = {name: weights.check_component(folder / name) for name in (*configs, "text_encoder")}
+    components = {name: folder / name for name in (*configs, "text_encoder")}
+    sizes = {name: weights.check_component(path) for name, path in components.items()}
     _check_tokenizer(folder / "tokenizer")
     geometry = _geometry(configs["transformer"], configs["vae"])
     adapters, kinds = (_folders_in(folder / place) for place in ("adapters", "parts"))
     for kind in kinds:
         parts.read_part(folder / "parts" / kind, kind)
+    beside = {f"adapter {name}": folder / "adapters" / name for name in adapters} | {f"part {kind}": folder / "parts" / kind for kind in kinds}
     return BaseInfo(
         name=model,
         folder=folder,
@@ -108,10 +110,8 @@ def inspect_base(model: str, revision: str | None = None) -> BaseInfo:
         prediction=_prediction(folder),
         adapters=adapters,
         parts=kinds,
-        component_bytes=sizes
-        | {f"adapter {name}": weights.check_component(folder / "adapters" / name) for name in adapters}
-        | {f"part {kind}": weights.check_component(folder / "parts" / kind) for kind in kinds},
-        fingerprint=_fingerprint([folder / name for name in sizes] + [folder / "adapters" / a for a in adapters] + [folder / "parts" / k for k in kinds]),
+        component_bytes=sizes | {name: weights.check_component(path) for name, path in beside.items()},
+        fingerprint=_fingerprint([*components.values(), *beside.values()]),
     )
 
 

@@ -13,14 +13,17 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from muralist import recipes
-from muralist.base import BaseInfo
+from muralist.base import BaseInfo, check_structure
 from muralist.config import MAX_FRAMES, MAX_PROMPT, Config, Request
 from muralist.errors import UserError
 from muralist.store.run import RunDirectory
 from muralist.types import Geometry, Grid, nearest_frames
+
+if TYPE_CHECKING:  # the plan imports diffusers, which takes seconds: not for what only parses
+    from muralist.plan import Machine, Plan
 
 SIZES = {"1080p": (1920, 1080), "2k": (2560, 1440), "4k": (3840, 2160), "8k": (7680, 4320)}
 _UNITS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0}
@@ -163,7 +166,16 @@ def stored_seed(run_dir: Path) -> int:
     return seed if isinstance(seed, int) else -1
 
 
-def continued(request: Request, run_dir: Path) -> tuple[Request, bool, int]:
+def plan_run(request: Request, info: BaseInfo, machine: Machine, run_dir: Path) -> Plan:
+    """The plan of a request in a run directory, after checking the model's structure; what a run there has decided and written counts."""
+    from muralist.plan import plan
+
+    check_structure(info)
+    request, begun, held = _continued(request, run_dir)
+    return plan(request, info, replace(machine, disk_free=machine.disk_free + held), settled=begun)
+
+
+def _continued(request: Request, run_dir: Path) -> tuple[Request, bool, int]:
     """(the request, whether a run at `run_dir` has begun it, bytes that the run holds). Its decode options are then those of the run."""
     stored = RunDirectory.stored(run_dir)
     if stored is None:

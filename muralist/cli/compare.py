@@ -40,7 +40,7 @@ def command(
 ) -> int:
     """Compare recipes or files. Stopped at any time, the same command goes on where it was."""
     from muralist.base import pick_device
-    from muralist.cli.eval import _weights as given_weights
+    from muralist.cli.eval import given_weights
     from muralist.compare import quality
     from muralist.compare.report import Ruler
     from muralist.eval.registry import Setup

@@ -40,7 +40,7 @@ def command(
     from muralist.eval.source import find_sources
     from muralist.store.paths import typed_path
 
-    setup = Setup(weights=_weights(weights or []), device=pick_device(device))
+    setup = Setup(weights=given_weights(weights or []), device=pick_device(device))
     wanted = chosen(None if metrics is None else [name.strip() for name in metrics.split(",")], reference=reference is not None)
     folder = None if output is None else _folder(output)
     sources = find_sources(typed_path(file, "files") for file in files or [])
@@ -66,7 +66,7 @@ def _list(json: bool) -> int:
     return 0
 
 
-def _weights(options: list[str]) -> dict[str, Path]:
+def given_weights(options: list[str]) -> dict[str, Path]:
     """NAME=PATH options; UserError for anything else."""
     from muralist.errors import UserError
     from muralist.store.paths import typed_path

@@ -58,15 +58,10 @@ class Job:
 
     def plan(self, run_dir: Path) -> Plan:
         """Cost of the job on this machine, with its disk at the run directory; what a run there has decided and written counts."""
-        from muralist.base import check_structure
         from muralist.cli.plan import this_machine
-        from muralist.plan import plan
-        from muralist.request import continued
+        from muralist.request import plan_run
 
-        check_structure(self.info)
-        request, begun, held = continued(self.request, run_dir)
-        machine = this_machine(self.device, run_dir, self.memory_limit)
-        return plan(request, self.info, replace(machine, disk_free=machine.disk_free + held), settled=begun)
+        return plan_run(self.request, self.info, this_machine(self.device, run_dir, self.memory_limit), run_dir)
 
     def record(self, output: Path, run_dir: Path) -> dict[str, Any]:
         """What the run directory remembers. The output is relative to it, so that both can be moved together."""

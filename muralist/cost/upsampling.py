@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from muralist.base import UPSAMPLER
 from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig
 from muralist.nn.latent_upsampler.tiles import Tile, pieces
 from muralist.stages.upsample import LearnedUpsampling
@@ -30,7 +31,7 @@ class UpsamplingCost:
 
 def measure(folder: Path, part: LearnedUpsampling, source: Tile, target: Tile) -> UpsamplingCost:
     """For latents of `source` (F, h, w) enlarged to `target` (F, H, W) by the part in `folder`."""
-    config = LatentUpsamplerConfig.of(parts.read_part(folder, "latent_upsampler"))
+    config = LatentUpsamplerConfig.of(parts.read_part(folder, UPSAMPLER))
     spans = pieces(source, part.tile, part.overlap)
     frames, height, width = (len(axis[0]) for axis in spans)
     size = (round(height * target[1] / source[1]), round(width * target[2] / source[2]))

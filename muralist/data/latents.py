@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from muralist.store import weights
 from muralist.store.tensors import load_tensors, save_tensors
 from muralist.types import Grid
 
+Shard = tuple[dict[str, torch.Tensor], dict[str, str]]  # tensors and the header's metadata
 SHARD = 100  # videos
 BATCH_FRAMES = 24  # encoded at a time: two clips at least, since torch takes its slow convolution for a single small one
 
@@ -92,7 +93,7 @@ def stamp(vae: AutoencoderKLWan, config: PoolConfig | PairConfig) -> dict[str, s
     return {"encoder": digest.hexdigest(), "config": json.dumps(fields | {"world": world.VERSION}, sort_keys=True)}
 
 
-def _read(path: Path, origin: dict[str, str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _read(path: Path, origin: dict[str, str]) -> Shard:
     """Tensors and metadata of a shard; UserError if it is damaged or not of this origin."""
     try:
         found = weights.check_safetensors(path).get("__metadata__") or {}
@@ -107,19 +108,13 @@ def _read(path: Path, origin: dict[str, str]) -> tuple[dict[str, torch.Tensor], 
 
 def build_pairs(vae: AutoencoderKLWan, config: PairConfig, folder: Path, device: torch.device, report: Callable[[str], None] = print) -> LatentPairs:
     """As `build_pool`: load the shards from `folder`, encoding those that are missing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    low, high, origin = [], [], stamp(vae, config)
-    for shard in range((config.count + SHARD - 1) // SHARD):
-        path = folder / f"{config.name}-{shard:04d}.safetensors"
-        if not path.is_file():
-            rng = np.random.Generator(np.random.Philox(key=[config.seed, shard]))
-            pairs = [_pair(vae, config, rng, device) for _ in range(SHARD)]
-            save_tensors(path, {name: torch.cat(tensors) for name, tensors in zip(("low", "high"), zip(*pairs))}, origin)
-            report(f"{config.name}: {min((shard + 1) * SHARD, config.count)} of {config.count} pairs encoded")
-        tensors, _ = _read(path, origin)
-        low.append(tensors["low"])
-        high.append(tensors["high"])
-    return LatentPairs(torch.cat(low)[: config.count], torch.cat(high)[: config.count])
+
+    def make(rng: np.random.Generator) -> Shard:
+        pairs = [_pair(vae, config, rng, device) for _ in range(SHARD)]
+        return {name: torch.cat(tensors) for name, tensors in zip(("low", "high"), zip(*pairs))}, {}
+
+    shards = [tensors for tensors, _ in _shards(vae, config, folder, make, lambda done: report(f"{done} pairs encoded"))]
+    return LatentPairs(*(torch.cat([tensors[name] for tensors in shards])[: config.count] for name in ("low", "high")))
 
 
 def _pair(vae: AutoencoderKLWan, config: PairConfig, rng: np.random.Generator, device: torch.device) -> list[torch.Tensor]:
@@ -140,22 +135,32 @@ def build_pool(vae: AutoencoderKLWan, config: PoolConfig, folder: Path, device: 
 
     Raises UserError for a shard of another encoder or configuration, a damaged one, and a full disk.
     """
+
+    def make(rng: np.random.Generator) -> Shard:
+        z, captions = _encode_shard(vae, config, rng, device)
+        return {"z": z}, {"captions": json.dumps(captions)}
+
+    shards = list(_shards(vae, config, folder, make, lambda done: report(f"{done} videos encoded")))
+    captions = [text for _, metadata in shards for text in json.loads(metadata["captions"])]
+    return LatentPool(torch.cat([tensors["z"] for tensors, _ in shards])[: config.count], captions[: config.count])
+
+
+def _shards(
+    vae: AutoencoderKLWan, config: PoolConfig | PairConfig, folder: Path, make: Callable[[np.random.Generator], Shard], report: Callable[[str], None]
+) -> Iterator[Shard]:
+    """Every shard of a pool in order; those that are missing are made first, each from a generator of its own, and published."""
     folder.mkdir(parents=True, exist_ok=True)
-    latents, captions, origin = [], [], stamp(vae, config)
+    origin = stamp(vae, config)
     for shard in range((config.count + SHARD - 1) // SHARD):
         path = folder / f"{config.name}-{shard:04d}.safetensors"
         if not path.is_file():
-            z, made = _encode_shard(vae, config, shard, device)
-            save_tensors(path, {"z": z}, {"captions": json.dumps(made), **origin})
-            report(f"{config.name}: {min((shard + 1) * SHARD, config.count)} of {config.count} videos encoded")
-        tensors, metadata = _read(path, origin)
-        latents.append(tensors["z"])
-        captions += json.loads(metadata["captions"])
-    return LatentPool(torch.cat(latents)[: config.count], captions[: config.count])
+            tensors, metadata = make(np.random.Generator(np.random.Philox(key=[config.seed, shard])))
+            save_tensors(path, tensors, metadata | origin)
+            report(f"{config.name}: {min((shard + 1) * SHARD, config.count)} of {config.count}")
+        yield _read(path, origin)
 
 
-def _encode_shard(vae: AutoencoderKLWan, config: PoolConfig, shard: int, device: torch.device) -> tuple[torch.Tensor, list[str]]:
-    rng = np.random.Generator(np.random.Philox(key=[config.seed, shard]))
+def _encode_shard(vae: AutoencoderKLWan, config: PoolConfig, rng: np.random.Generator, device: torch.device) -> tuple[torch.Tensor, list[str]]:
     length = config.frames or config.grid.num_frames
     latents, captions = [], []
     together = max(BATCH_FRAMES // length, 2)

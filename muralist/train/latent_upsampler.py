@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from muralist.base import UPSAMPLER
 from muralist.data.latents import PairConfig, build_pairs
 from muralist.nn.latent_upsampler import LatentUpsampler, miniature
 from muralist.store.parts import save_part
@@ -15,7 +16,6 @@ from muralist.train.loop import Schedule, begin, draw_curve, fit
 from muralist.train.miniature import GRID, load_vae
 from muralist.train.objectives.latent_upsample import LatentUpsample, LatentUpsampleConfig
 
-KIND = "latent_upsampler"
 SCALES = (1.5, 2.0, 3.0, 8.5)  # LUVE's three, and the step from the base's own size to 4K
 
 
@@ -36,6 +36,6 @@ def train_latent_upsampler(
     schedule = Schedule(minutes=minutes, learning_rate=2e-4, decay=1.0, weight_decay=0.0, betas=(0.9, 0.999))
     network = fit(objective, schedule, folder, resume=resume, report=report)
     weights = {name: parameter.detach().half() for name, parameter in network.named_parameters()}
-    made = save_part(folder / "parts" / KIND, KIND, asdict(network.config), weights)
+    made = save_part(folder / "parts" / UPSAMPLER, UPSAMPLER, asdict(network.config), weights)
     draw_curve(folder)
     return made
