@@ -21,7 +21,7 @@ from diffusers import AutoencoderKLWan
 from einops import rearrange
 
 from muralist.data import world
-from muralist.data.world import Crop, Scene, caption, render_clip, sample_scene
+from muralist.data.world import Crop, Scene, caption, near_object, render_clip, sample_scene
 from muralist.errors import UserError
 from muralist.nn.single_frame import single_frame_convolutions
 from muralist.store import weights
@@ -29,19 +29,23 @@ from muralist.store.tensors import load_tensors, save_tensors
 from muralist.types import Grid
 
 Shard = tuple[dict[str, torch.Tensor], dict[str, str]]  # tensors and the header's metadata
+FORMAT = 2  # of a shard: raise it when one holds other tensors
 SHARD = 100  # videos
 BATCH_FRAMES = 24  # encoded at a time: two clips at least, since torch takes its slow convolution for a single small one
 
 
 @dataclass(frozen=True, slots=True)
 class LatentPool:
-    """Latents [n, C, F, h, w] in half precision and one caption each."""
+    """Latents [n, C, F, h, w] in half precision, one caption each, and where the caption's object is: [n, F, h, w], bool."""
 
     z: torch.Tensor
     captions: list[str]
+    near_object: torch.Tensor
 
-    def take(self, index: np.ndarray) -> tuple[torch.Tensor, list[str]]:
-        return self.z[torch.from_numpy(index)].float(), [self.captions[i] for i in index]
+    def take(self, index: np.ndarray) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+        """The videos at `index`: latents in float32, captions, places of the object."""
+        chosen = torch.from_numpy(index)
+        return self.z[chosen].float(), [self.captions[i] for i in index], self.near_object[chosen]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +59,10 @@ class PoolConfig:
     crop: tuple[int, int] | None = None
     camera_share: float = 0.3
     seed: int = 1
+
+    @property
+    def length(self) -> int:
+        return self.frames or self.grid.num_frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +98,7 @@ def stamp(vae: AutoencoderKLWan, config: PoolConfig | PairConfig) -> dict[str, s
             digest.update(f"{part}.{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     fields = {name: value for name, value in asdict(config).items() if name not in ("name", "count")}
-    return {"encoder": digest.hexdigest(), "config": json.dumps(fields | {"world": world.VERSION}, sort_keys=True)}
+    return {"encoder": digest.hexdigest(), "config": json.dumps(fields | {"world": world.VERSION, "format": FORMAT}, sort_keys=True)}
 
 
 def _read(path: Path, origin: dict[str, str]) -> Shard:
@@ -137,12 +145,13 @@ def build_pool(vae: AutoencoderKLWan, config: PoolConfig, folder: Path, device: 
     """
 
     def make(rng: np.random.Generator) -> Shard:
-        z, captions = _encode_shard(vae, config, rng, device)
-        return {"z": z}, {"captions": json.dumps(captions)}
+        z, captions, near_object = _encode_shard(vae, config, rng, device)
+        return {"z": z, "near_object": near_object}, {"captions": json.dumps(captions)}
 
     shards = list(_shards(vae, config, folder, make, lambda done: report(f"{done} videos encoded")))
     captions = [text for _, metadata in shards for text in json.loads(metadata["captions"])]
-    return LatentPool(torch.cat([tensors["z"] for tensors, _ in shards])[: config.count], captions[: config.count])
+    z, near_object = (torch.cat([tensors[name] for tensors, _ in shards])[: config.count] for name in ("z", "near_object"))
+    return LatentPool(z, captions[: config.count], near_object)
 
 
 def _shards(
@@ -160,22 +169,36 @@ def _shards(
         yield _read(path, origin)
 
 
-def _encode_shard(vae: AutoencoderKLWan, config: PoolConfig, rng: np.random.Generator, device: torch.device) -> tuple[torch.Tensor, list[str]]:
-    length = config.frames or config.grid.num_frames
-    latents, captions = [], []
-    together = max(BATCH_FRAMES // length, 2)
-    for done in range(0, SHARD, together):
-        scenes, videos = zip(*(_draw(rng, config, length) for _ in range(min(together, SHARD - done))))
+def _encode_shard(vae: AutoencoderKLWan, config: PoolConfig, rng: np.random.Generator, device: torch.device) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+    drawn = [_draw(rng, config) for _ in range(SHARD)]
+    together = max(BATCH_FRAMES // config.length, 2)
+    latents = []
+    for first in range(0, SHARD, together):
+        videos = [render_clip(d.scene, config.grid, crop=d.crop, frames=d.frames) for d in drawn[first : first + together]]
         latents += encode(vae, torch.stack(videos).to(device)).half().cpu()
-        captions += map(caption, scenes)
-    return torch.stack(latents), captions
+    return torch.stack(latents), [caption(d.scene) for d in drawn], torch.stack([_near_object(vae, d, config.grid) for d in drawn])
 
 
-def _draw(rng: np.random.Generator, config: PoolConfig, length: int) -> tuple[Scene, torch.Tensor]:
-    """A scene and `length` consecutive frames of it, [T, H, W, 3]."""
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """One video of a pool before it is rendered."""
+
+    scene: Scene
+    crop: Crop | None
+    frames: range
+
+
+def _draw(rng: np.random.Generator, config: PoolConfig) -> _Drawn:
     scene = sample_scene(rng, camera_share=config.camera_share, duration=config.grid.duration)
-    first = int(rng.integers(config.grid.num_frames - length + 1))
-    return scene, render_clip(scene, config.grid, crop=random_crop(rng, scene, config), frames=range(first, first + length))
+    first = int(rng.integers(config.grid.num_frames - config.length + 1))
+    return _Drawn(scene, random_crop(rng, scene, config), range(first, first + config.length))
+
+
+def _near_object(vae: AutoencoderKLWan, drawn: _Drawn, grid: Grid) -> torch.Tensor:
+    """Which latents see the object in any of their frames: [F, h, w], bool. The first latent frame is one frame, the others are several."""
+    seen = near_object(drawn.scene, grid, cell=vae.config.scale_factor_spatial, crop=drawn.crop, frames=drawn.frames)
+    later = seen[1:].unflatten(0, (-1, vae.config.scale_factor_temporal)).any(dim=1)
+    return torch.cat([seen[:1], later])
 
 
 def random_crop(rng: np.random.Generator, scene: Scene, config: PoolConfig) -> Crop | None:

@@ -148,6 +148,13 @@ def render_clip(scene: Scene, grid: Grid, *, crop: Crop | None = None, frames: r
     return torch.stack(list(render(scene, grid, crop=crop, frames=frames)))
 
 
+def near_object(scene: Scene, grid: Grid, *, cell: int, crop: Crop | None = None, frames: range | None = None) -> torch.Tensor:
+    """Which cells of `cell` x `cell` pixels the object, its rim and a margin of a cell may touch: [T, H / cell, W / cell], bool."""
+    crop = crop or Crop(0, 0, grid.height, grid.width)
+    stage = _Stage(scene, grid)
+    return torch.stack([stage.near_object(index / grid.fps / scene.duration, crop, cell) for index in frames or range(grid.num_frames)])
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """What the caption leaves open: the object's radius and its centre at the start and the end of the clip."""
@@ -197,15 +204,28 @@ class _Stage:
 
     def frame(self, moment: float, crop: Crop) -> torch.Tensor:
         """[h, w, 3] in [0, 1] at `moment` (0 start, 1 end of the motion)."""
+        x, y, pixel = self._positions(moment, crop)
+        image = self._ground_image(x, y, pixel).clone()
+        self._draw_object(image, x, y, pixel, moment)
+        return image
+
+    def near_object(self, moment: float, crop: Crop, cell: int) -> torch.Tensor:
+        """[h / cell, w / cell], bool: whether the middle of a cell is within the object's reach and one cell more."""
+        x, y, pixel = self._positions(moment, crop)
+        x, y = (v.unflatten(0, (-1, cell)).mean(dim=1) - middle for v, middle in zip((x, y), self._object_at(moment)))
+        return torch.hypot(x[None, :], y[:, None]) < shapes.REACH * self.layout.radius + cell * pixel
+
+    def _object_at(self, moment: float) -> tuple[float, float]:
+        return tuple(a + (b - a) * moment for a, b in zip(self.layout.start, self.layout.end))
+
+    def _positions(self, moment: float, crop: Crop) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """World x of the crop's columns, y of its rows, and the side of a pixel, as the camera sees them at `moment`."""
         pan, zoom = CAMERAS.get(self.scene.camera, (0, 0))
         scale = ZOOM ** (zoom * moment)
         centre = pan * PAN * (moment - 0.5)
         x = (torch.arange(crop.left, crop.left + crop.width, dtype=torch.float64) + 0.5) / self.grid.width - 0.5
         y = (torch.arange(crop.top, crop.top + crop.height, dtype=torch.float64) + 0.5) / self.grid.height - 0.5
-        x, y, pixel = x * self.width / scale + centre, y / scale, 1 / self.grid.height / scale
-        image = self._ground_image(x, y, pixel).clone()
-        self._draw_object(image, x, y, pixel, moment)
-        return image
+        return x * self.width / scale + centre, y / scale, 1 / self.grid.height / scale
 
     def _ground_image(self, x, y, pixel) -> torch.Tensor:
         key = (float(x[0]), float(y[0]), len(x), len(y), pixel)
@@ -216,8 +236,8 @@ class _Stage:
         return self._ground
 
     def _draw_object(self, image, x, y, pixel, moment) -> None:
-        (x0, y0), (x1, y1), radius = self.layout.start, self.layout.end, self.layout.radius
-        x, y = x - (x0 + (x1 - x0) * moment), y - (y0 + (y1 - y0) * moment)
+        radius = self.layout.radius
+        x, y = (v - middle for v, middle in zip((x, y), self._object_at(moment)))
         reach = 1.2 * radius + 2 * pixel
         cols, rows = (x.abs() < reach).nonzero().flatten(), (y.abs() < reach).nonzero().flatten()
         if not len(cols) or not len(rows):

@@ -169,24 +169,33 @@ class TextToVideo(nn.Module):
 class Curriculum:
     """Appearance and words on single frames, then motion on three latent frames at their true places, then whole clips.
 
-    A single frame has 112 tokens and a whole clip 896: nine tenths of what is to be learned is learned at the lower price.
+    A single frame has 112 tokens and a whole clip 896: nine tenths of what is to be learned is learned at the lower price. Single
+    frames stay in the mixture, since shapes are learned there.
     """
 
     frames: latents.LatentPool
     clips: latents.LatentPool
-    single_until: float = 0.5
-    sparse_until: float = 0.8
+    single_until: float = 0.45
+    sparse_until: float = 0.7
+    single_later: float = 0.2  # share of single frames after `single_until`
 
     def __call__(self, rng: np.random.Generator, progress: float) -> Batch:
-        if progress < self.single_until:
-            return Batch(*self.frames.take(rng.integers(len(self.frames.captions), size=64)))
-        sparse = progress < self.sparse_until
-        x, captions = self.clips.take(rng.integers(len(self.clips.captions), size=24 if sparse else 10))
-        if not sparse:
-            return Batch(x, captions)
+        if progress < self.single_until or rng.random() < self.single_later:
+            return self._single(rng)
+        return self._sparse(rng) if progress < self.sparse_until else self._whole(rng)
+
+    def _single(self, rng: np.random.Generator) -> Batch:
+        return Batch(*self.frames.take(rng.integers(len(self.frames.captions), size=64)))
+
+    def _sparse(self, rng: np.random.Generator) -> Batch:
+        x, captions, focus = self.clips.take(rng.integers(len(self.clips.captions), size=24))
         stride = int(rng.integers(2, 4))
         first = int(rng.integers(x.shape[2] - 2 * stride))
-        return Batch(x[:, :, first : first + 2 * stride + 1 : stride], captions, first, stride)
+        places = slice(first, first + 2 * stride + 1, stride)
+        return Batch(x[:, :, places], captions, focus[:, places], first, stride)
+
+    def _whole(self, rng: np.random.Generator) -> Batch:
+        return Batch(*self.clips.take(rng.integers(len(self.clips.captions), size=10)))
 
 
 def train_base(
@@ -198,7 +207,7 @@ def train_base(
     vae: Path,
     init: Path | None = None,
     frames: int = 6_000,
-    clips: int = 500,
+    clips: int = 1_000,
     report: Callable[[str], None] = print,
 ) -> Path:
     """`miniature-base`: transformer and text encoder on latents of `vae`; writes a whole diffusers folder, `folder/model`.

@@ -20,7 +20,7 @@ from muralist.train import state
 from muralist.train.latent_upsampler import train_latent_upsampler
 from muralist.train.loop import Schedule, draw_curve, fit
 from muralist.train.miniature import Curriculum, TextToVideo, new_tokenizer, new_vae, train_base, train_decoder
-from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
+from muralist.train.objectives.flow import FOCUS, Batch, FlowConfig, FlowMatching
 from muralist.train.objectives.reconstruction import Reconstruction, ReconstructionConfig, band_error
 from muralist.train.uhr import train_uhr
 from muralist.types import Grid
@@ -212,13 +212,35 @@ def test_flow_matching_learns_a_constant_video(tmp_path, prediction):
 
 
 def test_the_curriculum_keeps_true_places_in_time():
-    frames = LatentPool(torch.zeros(5, 2, 1, 4, 4).half(), ["x"] * 5)
-    clips = LatentPool(torch.arange(8.0).view(1, 1, 8, 1, 1).expand(5, 2, 8, 4, 4).half(), ["x"] * 5)
-    for step in range(20):
-        batch = Curriculum(frames, clips)(np.random.default_rng(step), 0.6)
-        assert batch.x[0, 0, :, 0, 0].tolist() == [batch.first, batch.first + batch.stride, batch.first + 2 * batch.stride]
-    assert Curriculum(frames, clips)(np.random.default_rng(0), 0.0).x.shape[2] == 1
-    assert Curriculum(frames, clips)(np.random.default_rng(0), 0.9).x.shape[2] == 8
+    frames = LatentPool(torch.zeros(5, 2, 1, 4, 4).half(), ["x"] * 5, torch.ones(5, 1, 4, 4, dtype=torch.bool))
+    z = torch.arange(8.0).view(1, 1, 8, 1, 1).expand(5, 2, 8, 4, 4).half()
+    clips = LatentPool(z, ["x"] * 5, z[:, 0] % 2 == 0)
+    lengths = {progress: [] for progress in (0.0, 0.6, 0.9)}
+    for progress, seen in lengths.items():
+        for step in range(40):
+            batch = Curriculum(frames, clips)(np.random.default_rng(step), progress)
+            places = [batch.first + i * batch.stride for i in range(batch.x.shape[2])]
+            assert batch.x[0, 0, :, 0, 0].tolist() == places
+            if len(places) > 1:
+                assert batch.focus[0, :, 0, 0].tolist() == [place % 2 == 0 for place in places]
+            seen.append(len(places))
+    assert {progress: set(seen) for progress, seen in lengths.items()} == {0.0: {1}, 0.6: {1, 3}, 0.9: {1, 8}}
+
+
+def test_errors_around_the_object_weigh_more_where_the_noise_shows_where_it_is():
+    model = Small()
+    x = torch.randn(8, 4, 1, 4, 4)
+
+    def loss(focus, **noise):
+        def source(rng, progress):
+            return Batch(x, ["a red ball rises over sand"] * 8, focus)
+
+        return FlowMatching(model, model.transformer, model.embed, source, FlowConfig(**noise), torch.device("cpu")).loss(0, 0)[0].item()
+
+    nowhere, everywhere = torch.zeros(8, 1, 4, 4, dtype=torch.bool), torch.ones(8, 1, 4, 4, dtype=torch.bool)
+    assert loss(nowhere) == loss(None)
+    assert loss(everywhere, max_sigma=0.8) == pytest.approx(FOCUS * loss(None, max_sigma=0.8), rel=1e-5)
+    assert loss(everywhere, min_sigma=0.95) == pytest.approx(loss(None, min_sigma=0.95), rel=1e-5)
 
 
 def test_a_latent_pool_is_made_once_and_is_the_same_again(tmp_path, monkeypatch):
@@ -229,7 +251,7 @@ def test_a_latent_pool_is_made_once_and_is_the_same_again(tmp_path, monkeypatch)
     second = build_pool(vae, config, tmp_path / "b", torch.device("cpu"), report=lambda line: None)
     monkeypatch.setattr("muralist.data.latents.encode", lambda *a: pytest.fail("encoded again"))
     again = build_pool(vae, config, tmp_path / "a", torch.device("cpu"), report=lambda line: None)
-    assert first.z.shape == (3, 48, 1, 4, 7) and len(first.captions) == 3
+    assert first.z.shape == (3, 48, 1, 4, 7) and len(first.captions) == 3 and first.near_object.shape == (3, 1, 4, 7)
     assert torch.equal(first.z, second.z) and torch.equal(first.z, again.z) and first.captions == again.captions
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from muralist.data.world import (
     combination,
     is_held_out,
     layout,
+    near_object,
     parse,
     render,
     render_clip,
@@ -159,3 +161,16 @@ def test_4k_render_has_detail_up_to_nyquist(pair):
     falls = [above / below for below, above in itertools.pairwise(bands)]
     # white noise on a lattice at gain .78 per octave falls by .78^2 / 4 = .15 per octave of density
     assert min(falls) > 0.03
+
+
+@pytest.mark.parametrize("camera", [None, "pans left", "zooms in"])
+def test_near_object_holds_every_pixel_that_the_object_changes(camera):
+    scene = Scene(colour="red", shape="star", motion="moves right", ground="snow", camera=camera, seed=5)
+    bare = replace(scene, colour="cyan")  # differs in the object alone
+    grid, crop = Grid(num_frames=9, height=256, width=448), Crop(0, 64, 256, 320)
+    near = near_object(scene, grid, cell=16, crop=crop, frames=range(2, 7))
+    assert near.shape == (5, 16, 20) and 0.02 < near.float().mean() < 0.4
+    for cells, one, other in zip(near, render(scene, grid, crop=crop, frames=range(2, 7)), render(bare, grid, crop=crop, frames=range(2, 7))):
+        changed = (one != other).any(dim=-1).unflatten(0, (-1, 16)).unflatten(2, (-1, 16)).any(dim=3).any(dim=1)
+        assert not (changed & ~cells).any()
+        assert changed.any()

@@ -19,14 +19,20 @@ from muralist.nn.rope import RopeScale
 from muralist.nn.transformer import Graft
 
 SIGMA_FLOOR = 0.3  # below it the weight of the clean sample's error, 1 / sigma^2, is held
+FOCUS = 5.0  # the weight of the errors around the object: a tenth of the picture, and what the caption is about
+FOCUS_BELOW = 0.9  # sigma up to which the noisy latents show where the object is; above, a weight that follows it would multiply objects
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Latents `x` [B, C, F, h, w] and their captions; `first` and `stride` are the latent frames' places in the full clip."""
+    """Latents `x` [B, C, F, h, w], their captions, and where the object of the caption is: `focus` [B, F, h, w], bool, or None.
+
+    `first` and `stride` are the latent frames' places in the full clip.
+    """
 
     x: torch.Tensor
     captions: Sequence[str]
+    focus: torch.Tensor | None = None
     first: int = 0
     stride: int = 1
 
@@ -77,7 +83,10 @@ class FlowMatching:
         self.transformer.configure(Graft(rope=RopeScale(t=float(batch.stride), offset=(float(batch.first), 0.0, 0.0))))
         output = self.transformer(noisy, 1000 * sigma, self.embed(captions), return_dict=False)[0]
         weighted = (output - x) / level.clamp(min=SIGMA_FLOOR) if c.prediction == "sample" else output - (noise - x)
-        each = weighted.square().mean(dim=(1, 2, 3, 4))
+        error = weighted.square().mean(dim=1)  # [B, F, h, w]
+        if batch.focus is not None:
+            error = error * (1 + (FOCUS - 1) * (batch.focus.to(self.device) & (level[:, 0] < FOCUS_BELOW)))
+        each = error.mean(dim=(1, 2, 3))
         return each.mean(), {f"{name}": each.detach()[mask].mean().item() for name, mask in _thirds(sigma) if mask.any()}
 
     def _sigmas(self, rng: np.random.Generator, count: int) -> torch.Tensor:
