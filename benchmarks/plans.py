@@ -10,7 +10,7 @@ from pathlib import Path
 
 from wan import SIZES
 
-from muralist.base import BaseInfo
+from muralist.base_info import BaseInfo
 from muralist.config import Request
 from muralist.plan import Machine, Plan, plan
 from muralist.recipes import find

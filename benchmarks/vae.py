@@ -15,7 +15,7 @@ import torch
 from common import write
 from PIL import Image
 
-from muralist.base import inspect_base
+from muralist.base_info import inspect_base
 from muralist.data import latents, world
 from muralist.train.miniature import load_vae
 from muralist.train.objectives.reconstruction import band_error

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from muralist.base import BaseInfo, Defaults
+from muralist.base_info import BaseInfo, Defaults
 from muralist.types import Geometry, Grid
 
 _TRANSFORMER = {"patch_size": (1, 2, 2), "attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256, "num_layers": 30}

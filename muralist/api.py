@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from muralist import recipes
-from muralist.base import Base, inspect_base, pick_device
+from muralist.base import Base, pick_device
+from muralist.base_info import inspect_base
 from muralist.progress import Observer, Silent
 from muralist.request import Asked, make_request
 from muralist.types import FrameChunk, Grid, LatentVideo
@@ -55,7 +56,8 @@ class Pipeline:
             run_dir: where finished work is kept and found again; None: a temporary directory that goes with the video.
             observer: told of the progress (`muralist.progress.Observer`).
             options: `negative_prompt, width, height, num_frames, duration, fps, seed, num_inference_steps, guidance_scale, flow_shift,
-                skip_steps`, as in diffusers and on the command line; the recipe's or the base's own values where left out.
+                skip_steps, settings` (a sequence of `NAME=VALUE`), as in diffusers and on the command line; the recipe's or the base's own
+                values where left out.
         Raises:
             UserError: options that cannot be, a video that does not fit this machine, or a run directory made with other options.
         """
@@ -89,6 +91,7 @@ class Pipeline:
         unknown = sorted(options.keys() - Asked.__dataclass_fields__.keys())
         if unknown:
             raise TypeError(f"unknown option {unknown[0]!r}")
+        options |= {"settings": tuple(options.get("settings", ()))}
         asked = Asked(prompt=prompt, **{"recipe": self.recipe, "revision": self._revision} | options)
         return make_request(asked, self.base.info, note=lambda _: None)
 

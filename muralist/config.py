@@ -68,12 +68,13 @@ class Request:
 
     def record(self) -> dict[str, Any]:
         """Everything that decides the result, as JSON values; dataclass variants carry their class name under `kind`."""
-        return _jsonable(self)
+        return jsonable(self)
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """A configuration, or a part of one, as JSON values; dataclass variants carry their class name under `kind`."""
     if hasattr(value, "__dataclass_fields__"):
-        return {"kind": type(value).__name__} | {name: _jsonable(getattr(value, name)) for name in value.__dataclass_fields__}
+        return {"kind": type(value).__name__} | {name: jsonable(getattr(value, name)) for name in value.__dataclass_fields__}
     if isinstance(value, tuple | list):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     return value

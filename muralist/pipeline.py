@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from muralist.base import UPSAMPLER, Base
+from muralist.base import Base
+from muralist.base_info import UPSAMPLER
 from muralist.config import Request
 from muralist.progress import Observer, measured
 from muralist.stages.decode import decode, plan_decode

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
-from muralist.base import BaseInfo
+from muralist.base_info import BaseInfo
 from muralist.config import Request
 from muralist.cost.decoding import TILES, DecodeNeed, TileMajor
 from muralist.cost.machine import Machine

@@ -6,18 +6,19 @@ same way and refuse them with the same words. Nothing here reads a weight.
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from muralist import recipes
-from muralist.base import BaseInfo, check_structure
-from muralist.config import MAX_FRAMES, MAX_PROMPT, Config, Request
+from muralist.base_info import BaseInfo, check_structure
+from muralist.config import MAX_FRAMES, MAX_PROMPT, Config, Request, jsonable
 from muralist.errors import UserError
 from muralist.store.run import RunDirectory
 from muralist.types import Geometry, Grid, nearest_frames
@@ -31,7 +32,7 @@ _UNITS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What was typed; None stands for the recipe's or the base's own value. `seed` -1: drawn at random."""
+    """What was typed; None stands for the recipe's or the base's own value. `seed` -1: drawn at random; `settings`: as `changed` takes them."""
 
     prompt: str
     negative_prompt: str | None = None
@@ -47,6 +48,7 @@ class Asked:
     guidance_scale: float | None = None
     flow_shift: float | None = None
     skip_steps: int | None = None
+    settings: tuple[str, ...] = ()
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -69,7 +71,8 @@ def parse_duration(text: str) -> float:
 
 def make_request(asked: Asked, info: BaseInfo, note: Callable[[str], None]) -> Request:
     """Every choice made: the recipe's configuration with the overrides, the exact grid, the resolved seed. `note` is told of each adjustment."""
-    config = override(recipes.find(asked.recipe)(info), asked)
+    config = changed(override(recipes.find(asked.recipe)(info), asked), asked.settings)
+    info.require_experts(config.refine.experts)
     request = Request(
         prompt=_text("prompt", asked.prompt),
         negative_prompt=_text("negative_prompt", info.defaults.negative_prompt if asked.negative_prompt is None else asked.negative_prompt),
@@ -128,6 +131,39 @@ def override(config: Config, asked: Asked) -> Config:
     values = {name: value for name, value in values.items() if value is not None}
     proxy = config.proxy and _replaced(config.proxy, values)
     return replace(config, proxy=proxy, refine=_replaced(config.refine, _with_skip(config.refine, values)))
+
+
+def changed(config: Config, settings: Sequence[str]) -> Config:
+    """The configuration with single values replaced: `refine.experts=["low"]`, `refine.adapter=null`, `upsample={"kind": "PixelInterpolation"}`.
+
+    Names lead through the configuration's parts; values are JSON, bare words strings. A part may be replaced as a whole by its `kind` and
+    the fields that shall differ from that kind's defaults. Raises UserError.
+    """
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise UserError(f"{setting!r:.60} sets nothing", where="set", fix='write NAME=VALUE, such as refine.experts=["low"]')
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        record = jsonable(config)
+        _place(record, name.strip(), value)
+        try:
+            config = _restored(Config, record)
+        except (KeyError, TypeError, AttributeError, StopIteration) as error:
+            raise UserError(f"{setting!r:.60}: {error}", where="set", fix="give a value of the kind that the field has, and of a part its fields") from None
+    return config
+
+
+def _place(record: dict[str, Any], name: str, value: Any) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        record = record.get(part) if isinstance(record, dict) else None
+    if not isinstance(record, dict) or last not in record or last == "kind":
+        known = ", ".join(field for field in record if field != "kind") if isinstance(record, dict) else "the names of its parts"
+        raise UserError(f"the configuration has no {name!r:.60}", where="set", fix=f"use one of {known}")
+    record[last] = value
 
 
 def _with_skip(refine: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -200,6 +236,8 @@ def _restored(hint: Any, value: Any) -> Any:
     if is_dataclass(hint):
         return _dataclass(hint, value)
     if origin is tuple:
+        if not isinstance(value, list):
+            raise TypeError(f"{value!r:.40} is no list")
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         return tuple(_restored(kind, item) for kind, item in zip(kinds, value, strict=False))
     if origin is typing.Literal and value not in arguments:
@@ -214,7 +252,10 @@ def _restored(hint: Any, value: Any) -> Any:
 def _member(members: tuple[Any, ...], value: Any) -> Any:
     """The member of a union that a JSON value belongs to."""
     if isinstance(value, dict):
-        return next(m for m in (*members, None) if m is None or getattr(m, "__name__", "") == value.get("kind"))
+        known = {m.__name__: m for m in members if is_dataclass(m)}
+        if value.get("kind") not in known:
+            raise TypeError(f"{value.get('kind')!r:.40} is none of {', '.join(known)}")
+        return known[value["kind"]]
     if isinstance(value, list):
         return next((m for m in members if typing.get_origin(m) is tuple), None)
     plain = {type(None)} if value is None else {type(value)}
@@ -225,4 +266,6 @@ def _dataclass(hint: type, value: dict[str, Any]) -> Any:
     hints = typing.get_type_hints(hint)
     if value["kind"] != hint.__name__:
         raise TypeError(f"{value['kind']!r:.40} is no {hint.__name__}")
-    return hint(**{field.name: _restored(hints[field.name], value[field.name]) for field in fields(hint)})
+    if unknown := value.keys() - hints.keys() - {"kind"}:
+        raise TypeError(f"{hint.__name__} has no {sorted(unknown)[0]!r:.40}")
+    return hint(**{field.name: _restored(hints[field.name], value[field.name]) for field in fields(hint) if field.name in value})

@@ -25,13 +25,13 @@ def threads() -> None:
 @pytest.fixture(scope="session")
 def tiny21(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Wan2.1-flavoured base."""
-    return tiny.save_pipeline(tmp_path_factory.mktemp("base") / "tiny21", "2.1")
+    return tiny.add_parts(tiny.save_pipeline(tmp_path_factory.mktemp("base") / "tiny21", "2.1"))
 
 
 @pytest.fixture(scope="session")
 def tiny22(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Wan2.2-flavoured base."""
-    return tiny.save_pipeline(tmp_path_factory.mktemp("base") / "tiny22", "2.2")
+    return tiny.add_parts(tiny.save_pipeline(tmp_path_factory.mktemp("base") / "tiny22", "2.2"))
 
 
 @pytest.fixture(params=["2.1", "2.2"])

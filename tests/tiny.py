@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -31,6 +32,27 @@ def save_pipeline(folder: Path, flavour: str) -> Path:
     )
     pipeline.save_pretrained(folder)
     (folder / "muralist.json").write_text(json.dumps(_defaults(flavour)))
+    return folder
+
+
+def add_parts(folder: Path) -> Path:
+    """Give a tiny pipeline the parts that recipes ask for, random ones that do something; returns the folder."""
+    from muralist.base_info import UPSAMPLER, inspect_base
+    from muralist.nn.experts import EXPERTS, ExpertConfig, ExpertsConfig
+    from muralist.nn.filters import RadialFilter
+    from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig
+    from muralist.store.parts import save_part
+
+    torch.manual_seed(0)
+    channels = inspect_base(str(folder)).geometry.channels
+    network = VrtConfig(in_channels=channels, dim=12, depth=1, refine_dim=12, refine_depth=1, groups=1, heads=3, window=(2, 4, 4), still_groups=0)
+    shape = LatentUpsamplerConfig(encoder=network, hidden=(16,), decoder=network)
+    save_part(folder / "parts" / UPSAMPLER, UPSAMPLER, asdict(shape), dict(LatentUpsampler(shape).named_parameters()))
+    low = ExpertConfig(place="attention", band=RadialFilter(band="low"), sigmas=(0.875, 1.0), rank=2, alpha=2.0)
+    high = ExpertConfig(place="ffn", band=RadialFilter(band="high"), sigmas=(0.0, 0.875), rank=3, alpha=3.0)
+    experts = ExpertsConfig(dim=24, layers=2, experts={"low": low, "high": high})
+    tensors = {name: torch.randn(shape) / 3 for name, shape in experts.tensors().items()}
+    save_part(folder / "parts" / EXPERTS, EXPERTS, experts.record(), tensors)
     return folder
 
 

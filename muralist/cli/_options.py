@@ -70,6 +70,10 @@ class VideoOptions:
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance, 1 is off. [default: the recipe's]")] = None
     flow_shift: Annotated[float | None, typer.Option(help="Shift of the noise schedule. [default: the recipe's]")] = None
     skip_steps: Annotated[int | None, typer.Option(help="First refining steps that the proxy replaces. [default: the recipe's]")] = None
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any value of the recipe's configuration, such as 'refine.experts=[\"low\"]'; often."),
+    ] = None
     device: Device = "auto"
     memory_limit: MemoryLimit = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -79,6 +80,9 @@ def words(video: VideoOptions) -> Iterator[str]:
     """The options as they are typed; those that were left out stay out. A model's folder is named absolutely: each run has a directory of its own."""
     for field in fields(VideoOptions):
         value = getattr(video, field.name)
+        if field.name == "settings":
+            yield from itertools.chain.from_iterable(("--set", setting) for setting in value or ())
+            continue
         if field.name == "model" and Path(value).expanduser().is_dir():
             value = str(Path(value).expanduser().absolute())
         if value is not None and (value != field.default or field.name in NOT_COMMON):

@@ -92,7 +92,7 @@ def _free() -> int:
 
 def _miniature() -> str:
     """Present, every part of it there, and every tensor file as long as its header says; the tensors are not read."""
-    from muralist.base import inspect_base
+    from muralist.base_info import inspect_base
 
     info = inspect_base("miniature")
     return f"present, all files of full length, {_show.amount(sum(info.component_bytes.values()))}; adapters: {', '.join(info.adapters) or 'none'}"

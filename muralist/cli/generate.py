@@ -16,7 +16,7 @@ from muralist.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from muralist.base import BaseInfo
+    from muralist.base_info import BaseInfo
     from muralist.config import Request
     from muralist.plan import Plan
     from muralist.store.run import RunDirectory
@@ -74,7 +74,8 @@ class Job:
 def prepare(prompt: str, video: VideoOptions, run_dir: Path | None) -> Job:
     """Check all that was typed and the model's folder; nothing is loaded and nothing written."""
     from muralist import recipes
-    from muralist.base import inspect_base, pick_device
+    from muralist.base import pick_device
+    from muralist.base_info import inspect_base
     from muralist.request import check_prompt, make_request
 
     check_prompt(prompt)  # all of this before a model is searched, or even downloaded
@@ -102,7 +103,8 @@ def ask(prompt: str, video: VideoOptions, run_dir: Path | None):
     same = {name: getattr(video, name) for name in ("num_frames", "fps", "recipe", "revision", "negative_prompt")}
     numbers = {name: getattr(video, name) for name in ("num_inference_steps", "guidance_scale", "flow_shift", "skip_steps")}
     duration = None if video.duration is None else parse_duration(video.duration)
-    return Asked(prompt=prompt, width=width, height=height, duration=duration, seed=seed, **same, **numbers)
+    settings = tuple(video.settings or ())
+    return Asked(prompt=prompt, width=width, height=height, duration=duration, seed=seed, settings=settings, **same, **numbers)
 
 
 def _check_run_dir(run_dir: Path, output: Path) -> None:

@@ -20,7 +20,8 @@ def command(
     debug: Debug = False,
 ) -> int:
     """Go on with an interrupted run."""
-    from muralist.base import inspect_base, pick_device
+    from muralist.base import pick_device
+    from muralist.base_info import inspect_base
     from muralist.cli.generate import Job, execute
     from muralist.store.paths import check_output, typed_path
 

@@ -77,7 +77,7 @@ def command(
 
 def _earlier(training: Training, start: str | None) -> dict[str, Path]:
     """The earlier result as an argument, checked from names and headers."""
-    from muralist.base import inspect_base
+    from muralist.base_info import inspect_base
     from muralist.store.paths import typed_path
     from muralist.store.weights import EMBEDDED
 
@@ -96,7 +96,7 @@ def _earlier(training: Training, start: str | None) -> dict[str, Path]:
 
 def _vae(folder: Path) -> Path:
     """The folder, if a VAE is in it."""
-    from muralist.base import CLASSES
+    from muralist.base_info import CLASSES
     from muralist.store.weights import check_component, read_config
 
     kind = read_config(folder / "config.json").get("_class_name")
@@ -112,7 +112,7 @@ def _initial(training: Training, init: str | None) -> dict[str, Path]:
         return {}
     if not training.init:
         raise UserError("this training starts from nothing", where="init", fix="leave it out")
-    from muralist.base import inspect_base
+    from muralist.base_info import inspect_base
 
     return {"init": inspect_base(init).folder}
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from muralist.base import BaseInfo, inspect_base, pick_device, pick_dtype
+from muralist.base import pick_device, pick_dtype
+from muralist.base_info import BaseInfo, inspect_base
 from muralist.config import Request
 from muralist.errors import UserError
 from muralist.request import restore

@@ -11,17 +11,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from muralist.base import UPSAMPLER, BaseInfo
+from muralist.base_info import UPSAMPLER, BaseInfo
 from muralist.config import Request
 from muralist.cost import decoding, text, transformer, upsampling
 from muralist.cost.decoding import DecodeNeed
 from muralist.cost.machine import Machine
 from muralist.errors import UserError
 from muralist.nn.attention import FullAttention
+from muralist.nn.experts import EXPERTS
 from muralist.nn.transformer import Graft
+from muralist.sampling import flow
+from muralist.stages.decode_options import DecodeOptions
 from muralist.stages.proxy import LowResolutionProxy
 from muralist.stages.refine import Refine
-from muralist.stages.upsample import LatentInterpolation, LearnedUpsampling
+from muralist.stages.upsample import LatentInterpolation, LearnedUpsampling, PixelInterpolation
 from muralist.store import weights
 from muralist.store.video_write import EncodeOptions
 from muralist.types import Grid
@@ -131,8 +134,25 @@ def _refine(part: Refine, setting: Setting) -> StagePlan:
     action = f"{_size(grid)}, {_attention(graft)}"
     if graft.token_chunk and graft.token_chunk < math.prod(setting.info.geometry.token_shape(grid)):
         action += f", {graft.token_chunk} tokens at a time"
-    steps = part.num_inference_steps - part.skip_steps
-    return _denoising(setting, "refine", grid, graft, steps, part.guidance_scale, adapter=part.adapter, action=action)
+    levels = flow.sigmas(part.num_inference_steps, part.flow_shift)[part.skip_steps : -1]
+    plan = _denoising(setting, "refine", grid, graft, len(levels), part.guidance_scale, adapter=part.adapter, action=action)
+    return _with_experts(plan, part, levels, setting) if part.experts else plan
+
+
+def _with_experts(plan: StagePlan, part: Refine, levels: list[float], setting: Setting) -> StagePlan:
+    """The same with the two small products an expert adds to every token, block and step at whose noise level it works."""
+    setting.info.require_experts(part.experts)
+    there, stored = setting.info.experts, setting.info.component_bytes[f"part {EXPERTS}"]
+    ranks = sum(there.experts[name].rank for name in part.experts for sigma in levels if there.experts[name].works_at(sigma))
+    passes = 1 if part.guidance_scale == 1 else 2
+    flops = passes * plan.tokens * 4 * there.dim * there.layers * ranks
+    return replace(
+        plan,
+        flops=plan.flops + flops,
+        memory_bytes=plan.memory_bytes + stored // 2 * setting.machine.itemsize,  # stored in 16 bits
+        seconds=plan.seconds + setting.machine.seconds(linear=flops, read=stored),
+        action=f"{plan.action}, experts {' and '.join(part.experts)}",
+    )
 
 
 def _denoising(setting: Setting, stage: str, grid: Grid, graft: Graft, steps: int, guidance_scale: float, *, adapter: str | None, action: str) -> StagePlan:
@@ -187,6 +207,25 @@ def _learned_upsampling(part: LearnedUpsampling, setting: Setting) -> StagePlan:
         disk_bytes=latent,
         seconds=setting.machine.seconds(linear=need.flops, read=stored),
         action=f"to {_size(setting.grid)}",
+    )
+
+
+def _pixel_interpolation(part: PixelInterpolation, setting: Setting) -> StagePlan:
+    info, machine, target = setting.info, setting.machine, setting.grid
+    small = info.geometry.legal(setting.request.config.proxy.grid(setting.request.grid))
+    decoded = decoding.decode_need(info.vae_config, small, small, machine, DecodeOptions())
+    encoded = upsampling.encode(info.vae_config, target, part.tile)
+    video = 3 * target.pixels * machine.itemsize
+    channels = info.vae_config.get("base_dim", 96)
+    return StagePlan(
+        stage="upsample",
+        work=f"decode, {part.mode}, encode",
+        flops=decoded.cost.flops + encoded.flops,
+        attention_flops=decoded.cost.attention,
+        memory_bytes=PROCESS_BYTES + _held_transformer(setting) + max(decoded.memory_bytes, 3 * video + encoded.live_bytes) + 2 * setting.latent_bytes(target),
+        disk_bytes=setting.latent_bytes(target),
+        seconds=decoded.seconds + machine.convolution_seconds(encoded.flops, channels=channels),
+        action=f"to {_size(target)} through pixels, {encoded.pieces} tiles to encode",
     )
 
 
@@ -269,5 +308,6 @@ ESTIMATES: dict[type, Callable[[Any, Setting], StagePlan]] = {
     LowResolutionProxy: _proxy,
     LatentInterpolation: _interpolation,
     LearnedUpsampling: _learned_upsampling,
+    PixelInterpolation: _pixel_interpolation,
     Refine: _refine,
 }

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from muralist.base import BaseInfo
+from muralist.base_info import BaseInfo
 from muralist.config import Config
 from muralist.errors import UserError
 from muralist.recipes.baselines import cascade, direct
+from muralist.recipes.luve import luve
 
 Recipe = Callable[[BaseInfo], Config]
 
-RECIPES: dict[str, Recipe] = {"cascade": cascade, "direct": direct}
+RECIPES: dict[str, Recipe] = {"cascade": cascade, "direct": direct, "luve": luve}
 DEFAULT = "cascade"
 
 

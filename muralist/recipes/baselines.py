@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from muralist.base import BaseInfo
+from muralist.base_info import BaseInfo
 from muralist.config import Config
 from muralist.nn.attention import FullAttention
 from muralist.stages.proxy import LowResolutionProxy

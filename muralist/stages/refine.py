@@ -38,7 +38,11 @@ class Windows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refine:
-    """How the target grid is denoised. `skip_steps`: the first steps that the guide replaces; `adapter`: a named adapter of the base."""
+    """How the target grid is denoised.
+
+    `skip_steps`: the first steps that the guide replaces; `adapter`: a named adapter of the base; `experts`: names of its experts, each of
+    which works on its own noise levels.
+    """
 
     num_inference_steps: int
     guidance_scale: float
@@ -46,6 +50,7 @@ class Refine:
     skip_steps: int = 0
     attention: FullAttention | Windows = field(default_factory=FullAttention)
     adapter: str | None = None
+    experts: tuple[str, ...] = ()
     token_chunk: int | None = 8192
 
     def __post_init__(self):
@@ -59,8 +64,9 @@ class Refine:
         from muralist.nn.transformer import Graft
 
         if isinstance(self.attention, FullAttention):
-            return Graft(token_chunk=self.token_chunk)
-        return Graft(attention=WindowAttention(size=window_size(self.attention, token_shape), shift=self.attention.shift), token_chunk=self.token_chunk)
+            return Graft(token_chunk=self.token_chunk, experts=self.experts)
+        windows = WindowAttention(size=window_size(self.attention, token_shape), shift=self.attention.shift)
+        return Graft(attention=windows, token_chunk=self.token_chunk, experts=self.experts)
 
 
 def window_size(windows: Windows, token_shape: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -40,6 +40,14 @@ def read_part(folder: Path, kind: str) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name != "kind"}
 
 
+def refuse_part(folder: Path) -> None:
+    """UserError if the weights in `folder`, which is read as a plain adapter, are a part: as one they would do something else, or nothing."""
+    for file in sorted(folder.glob("*.safetensors")):
+        if said := (weights.check_safetensors(file).get("__metadata__") or {}).get("muralist"):
+            kind = json.loads(said).get("kind")
+            raise UserError(f"{file} is a part of kind {kind!r}, not a plain LoRA", where="adapter", fix=f"move its folder to parts/{kind}")
+
+
 def load_part(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Numbers and tensors of a part."""
     return read_part(folder, kind), load_tensors(folder / WEIGHTS)

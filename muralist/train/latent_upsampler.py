@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from muralist.base import UPSAMPLER
+from muralist.base_info import UPSAMPLER
 from muralist.data.latents import PairConfig, build_pairs
 from muralist.nn.latent_upsampler import LatentUpsampler, miniature
 from muralist.store.parts import save_part

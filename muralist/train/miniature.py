@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from muralist.base import CLASSES, inspect_base
+from muralist.base_info import CLASSES, inspect_base
 from muralist.data import latents, world
 from muralist.errors import UserError
 from muralist.nn.transformer import MuralTransformer

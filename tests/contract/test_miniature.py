@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from diffusers import WanPipeline
 
-from muralist.base import inspect_base
+from muralist.base_info import inspect_base
 
 FOLDER = inspect_base("miniature").folder
 MB = 1 << 20

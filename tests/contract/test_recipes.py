@@ -7,10 +7,10 @@ import hashlib
 import av
 import pytest
 
-from muralist.base import inspect_base
+from muralist.base_info import inspect_base
 from muralist.config import Config
 from muralist.recipes import RECIPES, summary
-from muralist.request import Asked, make_request, restore
+from muralist.request import Asked, changed, make_request, restore
 from muralist.store import atomic
 from tests.shell import muralist
 
@@ -75,3 +75,26 @@ def test_a_request_survives_the_way_through_its_record(recipe, tiny_base):
 def test_every_recipe_can_be_planned(recipe, tiny_base):
     (plan,) = muralist("plan", "--recipe", recipe, "--model", tiny_base, "--json", *SMALL).events
     assert plan["totals"]["flops"] > 0
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ['upsample={"kind": "LatentInterpolation"}', 'upsample={"kind": "PixelInterpolation", "tile": 64}', "refine.experts=[]", 'refine.experts=["low"]',
+     'refine.experts=["high"]', "refine.skip_steps=2", "refine.attention.tokens=64"],
+)  # fmt: skip
+def test_every_ablation_of_luve_is_a_setting(setting, tiny22, tmp_path):
+    answer = paint("luve", tiny22, tmp_path / "a.mp4", "--set", setting)
+    assert answer.code == 0, answer.err
+    made, asked = restore(atomic.read_json(tmp_path / "a.mp4.json")["metadata"]["request"]).config, changed(RECIPES["luve"](inspect_base(str(tiny22))), [setting])
+    assert (made.proxy, made.upsample, made.refine) == (asked.proxy, asked.upsample, asked.refine)
+
+
+@pytest.mark.parametrize(
+    "setting, told",
+    [("refine.steps=3", "no 'refine.steps'"), ("refine", "sets nothing"), ("refine.flow_shift=x", "no float"), ("seed=3", "no 'seed'"),
+     ('upsample={"kind": "Path"}', "upsample"), ('upsample={"kind": "PixelInterpolation", "side": 3}', "no 'side'"), ("refine.experts=low", "no list"),
+     ('refine.experts=["middle"]', "no expert 'middle'"), ("refine.kind=Path", "no 'refine.kind'"), ("refine.attention.tokens=1", "use at least 8")],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_told_in_one_line(setting, told, tiny22, tmp_path):
+    answer = paint("luve", tiny22, tmp_path / "a.mp4", "--set", setting)
+    assert answer.code == 2 and told in answer.error and not list(tmp_path.iterdir())

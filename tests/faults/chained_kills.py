@@ -18,7 +18,8 @@ from pathlib import Path
 import av
 
 import muralist.stages.encode
-from muralist.base import Base, inspect_base, pick_device
+from muralist.base import Base, pick_device
+from muralist.base_info import inspect_base
 from muralist.config import Request
 from muralist.pipeline import generate
 from muralist.recipes import find

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
+from muralist.base import Base
+from muralist.base_info import inspect_base
 from muralist.errors import UserError
 from muralist.nn.attention import WindowAttention
-from muralist.nn.experts import FrequencyExpert
+from muralist.nn.experts import ExpertConfig, ExpertsConfig, attach
 from muralist.nn.filters import RadialFilter
 from muralist.nn.transformer import Graft, MuralTransformer
+from muralist.store.parts import save_part
+from muralist.types import TextCond
 
 GRID = (2, 6, 10)
+BOTH = {
+    "low": ExpertConfig(place="attention", band=RadialFilter(band="low", cutoff=0.5), sigmas=(0.875, 1.0), rank=3, alpha=3.0),
+    "high": ExpertConfig(place="ffn", band=RadialFilter(band="high", cutoff=0.5), sigmas=(0.0, 0.875), rank=3, alpha=6.0),
+}
 
 
 def cosine(height, width, ky, kx):
@@ -56,13 +68,7 @@ def model(seed=0):
     transformer = MuralTransformer(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=8, freq_dim=8, ffn_dim=32, num_layers=2
     )
-    for block in transformer.blocks:
-        block.experts = nn.ModuleDict(
-            {
-                "low": FrequencyExpert(24, "attention", RadialFilter(band="low", cutoff=0.5), rank=3, alpha=3.0),
-                "high": FrequencyExpert(24, "ffn", RadialFilter(band="high", cutoff=0.5), rank=3, alpha=6.0),
-            }
-        )
+    attach(transformer.blocks, 24, BOTH)
     return transformer.eval()
 
 
@@ -128,3 +134,69 @@ def test_gradients_reach_the_expert_through_chunks():
         grads.append([p.grad.clone() for block in transformer.blocks for p in block.experts.parameters()])
         transformer.zero_grad()
     assert all(g.abs().max() > 0 and torch.allclose(g, h, atol=1e-6) for g, h in zip(*grads))
+
+
+# --- experts as a part of a base ---------------------------------------------------------------------------------------------------
+
+
+def test_a_configuration_survives_the_way_through_its_record():
+    config = ExpertsConfig(dim=24, layers=2, experts=BOTH | {"plain": replace(BOTH["low"], band=None)})
+    assert ExpertsConfig.of(json.loads(json.dumps(config.record()))) == config
+
+
+@pytest.mark.parametrize("wrong", [dict(place="norm"), dict(sigmas=(0.9, 0.5)), dict(sigmas=(0.0, 1.2)), dict(rank=0)])
+def test_experts_that_cannot_be_are_refused(wrong):
+    with pytest.raises(UserError):
+        replace(BOTH["low"], **wrong)
+
+
+def test_each_expert_works_on_its_own_noise_levels():
+    assert [BOTH["low"].works_at(sigma) for sigma in (1.0, 0.9, 0.875, 0.874, 0.0)] == [True, True, True, False, False]
+    assert [BOTH["high"].works_at(sigma) for sigma in (1.0, 0.875, 0.874, 0.0)] == [False, False, True, True]
+
+
+@torch.no_grad()
+def test_a_base_uses_its_experts_where_they_work(tiny_base):
+    base = Base(inspect_base(str(tiny_base)), torch.device("cpu"), torch.float32)
+    text = TextCond(torch.randn(1, 4, 32), torch.zeros(1, 4, 32))
+    z = torch.randn(1, base.info.geometry.channels, 2, 8, 12)
+
+    def velocity(sigma, *names):
+        return base.velocity(text, guidance_scale=2.0, graft=Graft(token_chunk=64, experts=names), adapter=None)(z, sigma)
+
+    for sigma, working, idle in ((0.95, "low", "high"), (0.5, "high", "low")):
+        plain = velocity(sigma)
+        assert torch.equal(velocity(sigma, idle), plain)
+        assert (velocity(sigma, working) - plain).abs().max() > 1e-3
+        assert torch.equal(velocity(sigma, "low", "high"), velocity(sigma, working))
+
+
+def test_experts_of_another_base_are_refused(tiny22, tmp_path):
+    folder = shutil.copytree(tiny22, tmp_path / "copy")
+    other = ExpertsConfig(dim=32, layers=2, experts=BOTH)
+    save_part(folder / "parts" / "experts", "experts", other.record(), {name: torch.zeros(shape) for name, shape in other.tensors().items()})
+    with pytest.raises(UserError, match="2 blocks of width 32, this base has 2 of width 24"):
+        inspect_base(str(folder))
+
+
+def test_experts_with_other_tensors_are_refused(tiny22, tmp_path):
+    folder = shutil.copytree(tiny22, tmp_path / "copy")
+    config = ExpertsConfig(dim=24, layers=2, experts=BOTH)
+    tensors = {name: torch.zeros(shape) for name, shape in config.tensors().items()}
+    tensors.popitem()
+    save_part(folder / "parts" / "experts", "experts", config.record(), tensors)
+    with pytest.raises(UserError, match="the weights are not those"):
+        inspect_base(str(folder))
+
+
+def test_experts_are_not_read_as_a_plain_lora(tiny22, tmp_path):
+    folder = shutil.copytree(tiny22, tmp_path / "copy")
+    (folder / "adapters" / "low").mkdir(parents=True)
+    shutil.copy(folder / "parts" / "experts" / "model.safetensors", folder / "adapters" / "low" / "pytorch_lora_weights.safetensors")
+    with pytest.raises(UserError, match="a part of kind 'experts', not a plain LoRA"):
+        inspect_base(str(folder))
+
+
+def test_an_unknown_expert_is_refused_before_anything_is_loaded(tiny22):
+    with pytest.raises(UserError, match="no expert 'middle'"):
+        inspect_base(str(tiny22)).require_experts(("low", "middle"))

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import UMT5Config, UMT5EncoderModel
 
-from muralist.base import BaseInfo, Defaults
+from muralist.base_info import BaseInfo, Defaults
 from muralist.config import Config, Request
 from muralist.cost import text as text_cost
 from muralist.cost import transformer, vae

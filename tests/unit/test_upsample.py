@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import pytest
 import torch
 
-from muralist.base import UPSAMPLER, Base, inspect_base
+from muralist.base import Base
+from muralist.base_info import UPSAMPLER, inspect_base
 from muralist.cost.upsampling import measure
 from muralist.errors import UserError
 from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig
 from muralist.nn.latent_upsampler.tiles import upsample_in_tiles
-from muralist.stages.upsample import LatentInterpolation, LearnedUpsampling, pieces, upsample
-from muralist.store.parts import save_part
+from muralist.stages.upsample import LatentInterpolation, LearnedUpsampling, PixelInterpolation, pieces, upsample
 from muralist.types import Grid, LatentVideo
 from tests.tiny import save_pipeline
 
@@ -25,16 +23,12 @@ def config(channels):
     return LatentUpsamplerConfig(encoder=network, hidden=(16,), decoder=network)
 
 
-@pytest.fixture(scope="module", params=["2.1", "2.2"])
-def base(request, tmp_path_factory):
-    folder = save_pipeline(tmp_path_factory.mktemp("upsample") / request.param, request.param)
-    torch.manual_seed(0)
-    shape = config(16 if request.param == "2.1" else 48)
-    save_part(folder / "parts" / UPSAMPLER, UPSAMPLER, asdict(shape), dict(LatentUpsampler(shape).named_parameters()))
-    return Base(inspect_base(str(folder)), torch.device("cpu"), torch.float32)
+@pytest.fixture
+def base(tiny_base):
+    return Base(inspect_base(str(tiny_base)), torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize("method", [LatentInterpolation(), LearnedUpsampling()], ids=["interpolation", "learned"])
+@pytest.mark.parametrize("method", [LatentInterpolation(), LearnedUpsampling(), PixelInterpolation(tile=64)], ids=["latent", "learned", "pixels"])
 def test_the_guide_has_the_targets_shape(base, method):
     geometry = base.info.geometry
     proxy = LatentVideo(torch.randn(1, *geometry.latent_shape(SMALL)), SMALL)

@@ -1,0 +1,251 @@
+"""What a model folder says of the base in it, read from JSON and file headers alone: everything a user can get wrong is found before a weight is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from muralist.errors import UserError
+from muralist.nn.experts import EXPERTS, ExpertsConfig
+from muralist.store import parts, weights
+from muralist.types import Geometry, Grid
+
+# Wan's own negative prompt, as released with Wan2.1 and Wan2.2
+WAN_NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
+    "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+_NUMBERS = ("num_inference_steps", "max_sequence_length", "refine_steps", "guidance_scale", "flow_shift")  # of `Defaults`; the first three are whole
+TIED = ("shared.weight", "encoder.embed_tokens.weight")  # the text encoder's two names of one tensor; its file holds either
+UPSAMPLER = "latent_upsampler"  # a kind of part
+CLASSES = {"transformer": "WanTransformer3DModel", "transformer_2": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """The numbers a base was made for: its own grid, sampling, and text length. `refine_steps`: of the schedule on a guide's target grid."""
+
+    grid: Grid
+    num_inference_steps: int
+    guidance_scale: float
+    flow_shift: float
+    negative_prompt: str
+    max_sequence_length: int
+    refine_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseInfo:
+    """A checked model folder.
+
+    `boundary`: sigma from which the first of two transformers serves (Wan2.2-A14B), None where there is one.
+    `fingerprint`: a digest of all weights, so that a run is not gone on with on others.
+    `parts`: the networks of ours that stand beside it in `parts/`, by kind; `experts`: what the one of that kind says of itself.
+    `prediction`: what the transformer's output is, `flow` (velocity; every Wan model) or `sample` (clean latent; the embedded base).
+    """
+
+    name: str
+    folder: Path
+    geometry: Geometry
+    defaults: Defaults
+    transformer_config: dict[str, Any]
+    vae_config: dict[str, Any]
+    boundary: float | None
+    prediction: str
+    adapters: tuple[str, ...]
+    parts: tuple[str, ...]
+    component_bytes: dict[str, int]
+    experts: ExpertsConfig | None = None
+    fingerprint: str = ""
+
+    def require_part(self, kind: str) -> None:
+        """UserError with what to do if the base has no such part (`store/parts.py`)."""
+        if kind not in self.parts:
+            raise UserError(
+                f"the base {self.name} has no part {kind!r}",
+                where="recipe",
+                fix=f"train it (muralist train {kind.replace('_', '-')}) and copy it into its parts/",
+            )
+
+    def require_experts(self, names: Sequence[str]) -> None:
+        """UserError if one of them is not there."""
+        if names:
+            self.require_part(EXPERTS)
+        if missing := [name for name in names if name not in self.experts.experts]:
+            known = ", ".join(self.experts.experts)
+            raise UserError(f"the base {self.name} has no expert {missing[0]!r}", where="experts", fix=f"use some of {known}")
+
+
+def inspect_base(model: str, revision: str | None = None) -> BaseInfo:
+    """Find and check a model without loading it; raises UserError with the first thing that is wrong."""
+    folder = weights.locate(model, revision)
+    index = weights.read_config(folder / "model_index.json")
+    if index.get("_class_name") != "WanPipeline":
+        raise UserError(f"{folder} holds a {index.get('_class_name')}", where="model", fix="give a Wan2.1 or Wan2.2 text-to-video folder (WanPipeline)")
+    two = _has_second(index)
+    configs = {name: _component_config(folder, name) for name in ("transformer", "vae", *(("transformer_2",) if two else ()))}
+    components = {name: folder / name for name in (*configs, "text_encoder")}
+    sizes = {name: weights.check_component(path) for name, path in components.items()}
+    _check_tokenizer(folder / "tokenizer")
+    geometry = _geometry(configs["transformer"], configs["vae"])
+    adapters, kinds = (_folders_in(folder / place) for place in ("adapters", "parts"))
+    for kind in kinds:
+        parts.read_part(folder / "parts" / kind, kind)
+    for adapter in adapters:
+        parts.refuse_part(folder / "adapters" / adapter)
+    beside = {f"adapter {name}": folder / "adapters" / name for name in adapters} | {f"part {kind}": folder / "parts" / kind for kind in kinds}
+    return BaseInfo(
+        name=model,
+        folder=folder,
+        geometry=geometry,
+        defaults=_defaults(folder, geometry, two),
+        transformer_config=configs["transformer"],
+        vae_config=configs["vae"],
+        boundary=_boundary(index) if two else None,
+        prediction=_prediction(folder),
+        adapters=adapters,
+        parts=kinds,
+        component_bytes=sizes | {name: weights.check_component(path) for name, path in beside.items()},
+        experts=_experts(folder / "parts" / EXPERTS, configs["transformer"]) if EXPERTS in kinds else None,
+        fingerprint=_fingerprint([*components.values(), *beside.values()]),
+    )
+
+
+def _has_second(index: dict[str, Any]) -> bool:
+    entry = index.get("transformer_2") or [None]
+    if not isinstance(entry, list):
+        raise UserError(f"transformer_2 is {entry!r:.40}", where="model", fix="restore model_index.json")
+    return bool(entry[0])
+
+
+def _experts(folder: Path, transformer: dict[str, Any]) -> ExpertsConfig:
+    """The configuration of a base's experts, after checking that they are whole and made for a transformer like this one."""
+    experts = ExpertsConfig.of(parts.read_part(folder, EXPERTS))
+    heads, width, layers = (transformer.get(name, 0) for name in ("num_attention_heads", "attention_head_dim", "num_layers"))
+    experts.require_fit(heads * width, layers)
+    if weights.tensor_shapes(folder) != experts.tensors():
+        raise UserError(f"{folder}: the weights are not those that its config.json names", where="part", fix="fetch both files again")
+    return experts
+
+
+def _boundary(index: dict[str, Any]) -> float:
+    value = index.get("boundary_ratio") or 0.875
+    if not isinstance(value, float | int) or not 0 < value < 1:
+        raise UserError(f"boundary_ratio is {value!r:.40}", where="model", fix="restore model_index.json: a share between 0 and 1")
+    return float(value)
+
+
+def _check_tokenizer(folder: Path) -> None:
+    if (folder / "tokenizer.json").is_file():
+        weights.read_config(folder / "tokenizer.json")
+    elif not (folder / "spiece.model").is_file():
+        raise UserError(f"no tokenizer in {folder}", where="model", fix="give a complete diffusers folder")
+
+
+def _fingerprint(folders: list[Path]) -> str:
+    return hashlib.sha256("".join(f"{folder.name} {weights.fingerprint(folder)}\n" for folder in folders).encode()).hexdigest()
+
+
+def check_structure(info: BaseInfo) -> None:
+    """Compare names and shapes in the headers of all weights with what the configurations build; no weight is read. Takes a second or two.
+
+    Raises UserError for a configuration that builds nothing and for the first tensor that is missing or of another shape: diffusers would
+    fail with a traceback there, or start with random numbers in its place.
+    """
+    for name, build in _builders(info).items():
+        try:
+            with torch.device("meta"):
+                expected = build().state_dict()
+        except UserError:
+            raise
+        except Exception as error:  # whatever a constructor makes of a number it did not expect
+            raise UserError(f"{name}/config.json cannot be built ({type(error).__name__}: {error})", where="model", fix="download it again") from None
+        found = weights.tensor_shapes(info.folder / name)
+        for key, tensor in expected.items():
+            if key not in found and key not in TIED:
+                raise UserError(f"{name} lacks the tensor {key}", where="model", fix="download its weights again")
+            if key in found and found[key] != tuple(tensor.shape):
+                raise UserError(f"{name}: {key} is {found[key]}, its config.json says {tuple(tensor.shape)}", where="model", fix="download both again")
+
+
+def _builders(info: BaseInfo) -> dict[str, Callable[[], torch.nn.Module]]:
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    text = weights.read_config(info.folder / "text_encoder" / "config.json")
+    if text.get("model_type") != "umt5":
+        raise UserError(f"text_encoder is a {text.get('model_type')!r:.40}", where="model", fix="give a folder whose text_encoder is a UMT5 encoder")
+    builders = {"transformer": lambda: WanTransformer3DModel.from_config(info.transformer_config)}
+    if info.boundary is not None:
+        second = weights.read_config(info.folder / "transformer_2" / "config.json")
+        builders["transformer_2"] = lambda: WanTransformer3DModel.from_config(second)
+    return builders | {"vae": lambda: AutoencoderKLWan.from_config(info.vae_config), "text_encoder": lambda: UMT5EncoderModel(UMT5Config(**text))}
+
+
+def _folders_in(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir())) if folder.is_dir() else ()
+
+
+def _component_config(folder: Path, name: str) -> dict[str, Any]:
+    config = weights.read_config(folder / name / "config.json")
+    if config.get("_class_name") != CLASSES[name]:
+        raise UserError(f"{name} is a {config.get('_class_name')}", where="model", fix=f"give a folder whose {name} is a {CLASSES[name]}")
+    return config
+
+
+def _prediction(folder: Path) -> str:
+    kind = weights.read_config(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "flow_prediction")
+    known = {"flow_prediction": "flow", "sample": "sample"}
+    if kind not in known:
+        raise UserError(f"the scheduler's prediction_type is {kind!r}", where="model", fix=f"give a model with {' or '.join(known)}")
+    return known[kind]
+
+
+def _geometry(transformer: dict[str, Any], vae: dict[str, Any]) -> Geometry:
+    for name, value in (("z_dim", vae.get("z_dim", 16)), *((f"scale_factor_{axis}", vae.get(f"scale_factor_{axis}") or 8) for axis in ("spatial", "temporal"))):
+        if not isinstance(value, int) or not 1 <= value <= 1024:
+            raise UserError(f"the VAE's {name} is {value!r:.40}", where="model", fix="restore its config.json")
+    channels = vae.get("z_dim", 16)
+    for name in ("latents_mean", "latents_std"):
+        if name in vae and (not isinstance(vae[name], list) or len(vae[name]) != channels):
+            raise UserError(f"the VAE's {name} does not hold {channels} numbers", where="model", fix="restore its config.json")
+    if transformer.get("in_channels") != channels or transformer.get("out_channels") != channels:
+        raise UserError(
+            f"the transformer reads {transformer.get('in_channels')} channels, the VAE has {channels}", where="model", fix="give a text-to-video model"
+        )
+    patch = transformer.get("patch_size", [1, 2, 2])
+    if not isinstance(patch, list) or len(patch) != 3 or any(not isinstance(side, int) or not 1 <= side <= 16 for side in patch):
+        raise UserError(f"the transformer's patch_size is {patch!r:.40}", where="model", fix="restore its config.json")
+    factors = {name: vae.get(f"scale_factor_{axis}") or usual for name, axis, usual in (("spatial_factor", "spatial", 8), ("temporal_factor", "temporal", 4))}
+    return Geometry(**factors, channels=channels, patch=tuple(patch))
+
+
+def _defaults(folder: Path, geometry: Geometry, two: bool) -> Defaults:
+    """`muralist.json` in the folder where there is one, else Wan's published numbers for the flavour; `two`: Wan2.2-A14B."""
+    if (folder / "muralist.json").is_file():
+        values = weights.read_config(folder / "muralist.json")
+        try:
+            values = {"refine_steps": values["num_inference_steps"]} | values
+            defaults = Defaults(grid=Grid(**values["grid"]), **{k: values[k] for k in Defaults.__dataclass_fields__ if k != "grid"})
+            if not isinstance(defaults.negative_prompt, str):
+                raise TypeError("negative_prompt")
+            numbers = (*(getattr(defaults, k) for k in _NUMBERS), *(getattr(defaults.grid, k) for k in Grid.__dataclass_fields__))
+            if any(type(n) not in (int, float) or n <= 0 for n in numbers) or any(type(getattr(defaults, k)) is not int for k in _NUMBERS[:3]):
+                raise TypeError("a number")
+            return defaults
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{folder / 'muralist.json'} lacks or misnames {error}", where="model", fix="restore the file") from None
+    if two:  # its guidance is 4 above the boundary and 3 below; one scale serves both here
+        grid = Grid(num_frames=81, height=720, width=1280, fps=16)
+        numbers = {"num_inference_steps": 40, "refine_steps": 40, "guidance_scale": 3.5, "flow_shift": 12.0}
+        return Defaults(grid=grid, negative_prompt=WAN_NEGATIVE, max_sequence_length=512, **numbers)
+    small = geometry.channels == 16
+    grid = Grid(num_frames=81, height=480, width=832, fps=16) if small else Grid(num_frames=121, height=704, width=1280, fps=24)
+    return Defaults(
+        grid=grid, num_inference_steps=50, guidance_scale=5.0, flow_shift=5.0, negative_prompt=WAN_NEGATIVE, max_sequence_length=512, refine_steps=50
+    )

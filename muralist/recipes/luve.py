@@ -1,0 +1,35 @@
+"""LUVE: low-resolution motion, a learned latent upsampler, and refinement with two frequency experts.
+
+Source: "LUVE: Latent-Cascaded Ultra-High-Resolution Video Generation with Dual Frequency Experts"; the switch at sigma 0.875 is that of the
+released runtime (the paper's 0.417 is an index of a schedule of shift 5, and means the same).
+
+`luve`: muralist generate PROMPT --recipe luve --size 4k   (needs the base's parts `latent_upsampler` and `experts`)
+
+Cost beside `cascade`: the upsampler's second or two, 45 of 50 refining steps instead of 30. Ablations of the paper are other values of
+this configuration (`--set NAME=VALUE`, or `override` in `muralist.compare.ablation`):
+
+| table | switch |
+|---|---|
+| 5 | `upsample` = `PixelInterpolation`, `LatentInterpolation`, `LearnedUpsampling` |
+| 6 | `refine.experts` = (), ("low",), ("high",), ("low", "high"); without a cascade: the recipe `direct` with the adapter `uhr` |
+| 7 | `refine.skip_steps` = 2, 5, 10, 15 of 50 |
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from muralist.base_info import BaseInfo
+from muralist.config import Config
+from muralist.recipes.baselines import cascade
+from muralist.stages.upsample import LearnedUpsampling
+
+SKIP_SHARE = 0.1  # S = 5 of 50 steps (Table 7); the released runtime skips 10
+EXPERTS = ("low", "high")
+
+
+def luve(base: BaseInfo) -> Config:
+    """LUVE: a proxy, the learned latent upsampler, nine tenths of the steps again at full size with the two frequency experts."""
+    plain = cascade(base)
+    refine = replace(plain.refine, skip_steps=round(SKIP_SHARE * plain.refine.num_inference_steps), experts=EXPERTS)
+    return replace(plain, upsample=LearnedUpsampling(), refine=refine)
