@@ -21,6 +21,7 @@ from muralist.store import parts
 from muralist.types import TextCond
 
 if TYPE_CHECKING:  # diffusers takes seconds to import: only what computes pays for it, not what checks a request
+    from muralist.nn.latent_upsampler import LatentUpsampler
     from muralist.nn.transformer import Graft, MuralTransformer
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
@@ -68,7 +69,7 @@ class Base:
 
     def latent_upsampler(self):
         """The network that enlarges latents, in float32."""
-        return self._component(UPSAMPLER, lambda: _latent_upsampler(self.info.folder / "parts" / UPSAMPLER).to(self.device).eval())
+        return self._component(UPSAMPLER, lambda: load_latent_upsampler(self.info.folder / "parts" / UPSAMPLER).to(self.device).eval())
 
     def transformer(self, sigma: float = 1.0) -> MuralTransformer:
         """The transformer that serves noise level sigma; of two, the other one is let go."""
@@ -142,7 +143,8 @@ def _attach_experts(transformer: MuralTransformer, config: ExpertsConfig, folder
     attached.to(dtype).load_state_dict({name.removeprefix("blocks."): tensor for name, tensor in tensors.items()})
 
 
-def _latent_upsampler(folder: Path):
+def load_latent_upsampler(folder: Path) -> LatentUpsampler:
+    """The network in a part's folder, in float32."""
     from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig
 
     record, tensors = parts.load_part(folder, UPSAMPLER)

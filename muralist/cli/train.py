@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ from muralist.errors import UserError
 @dataclass(frozen=True, slots=True)
 class Training:
     """Where a training's function is (imported when it is asked for), which earlier result it starts from (its argument and usual place),
-    whether it can go on from a model's weights (`--init`), and where in a model's folder its result serves."""
+    whether it can go on from a model's weights (`--init`), where in a model's folder its result serves, and whether it takes `--data`."""
 
     module: str
     function: str
@@ -24,6 +24,7 @@ class Training:
     place: str = ""
     init: bool = True
     serves: str = ""
+    data: bool = False
 
 
 MODEL = "runs/miniature-base/model"
@@ -32,8 +33,11 @@ TRAININGS = {
     "miniature-vae": Training("muralist.train.miniature", "train_vae"),
     "miniature-decoder": Training("muralist.train.miniature", "train_decoder", "vae", "runs/miniature-vae/vae"),
     "miniature-base": Training("muralist.train.miniature", "train_base", "vae", "runs/miniature-vae/vae"),
-    "miniature-uhr": Training("muralist.train.uhr", "train_uhr", "model", MODEL, init=False, serves="adapters/uhr"),
-    "latent-upsampler": Training("muralist.train.latent_upsampler", "train_latent_upsampler", "model", MODEL, init=False, serves="parts/latent_upsampler"),
+    "uhr": Training("muralist.train.uhr", "train_uhr", "model", MODEL, init=False, serves="adapters/uhr", data=True),
+    "latent-upsampler": Training(
+        "muralist.train.latent_upsampler", "train_latent_upsampler", "model", MODEL, init=False, serves="parts/latent_upsampler", data=True
+    ),
+    "experts": Training("muralist.train.experts", "train_experts", "model", MODEL, init=False, serves="parts/experts", data=True),
 }
 MAX_MINUTES = 60 * 24 * 30
 
@@ -44,8 +48,13 @@ def command(
     device: Device = "auto",
     start: Annotated[
         str | None,
-        typer.Option("--from", help="The folder it starts from: a VAE (miniature-base, miniature-decoder) or a model (miniature-uhr, latent-upsampler)."),
+        typer.Option("--from", help="The folder it starts from: a VAE (miniature-base, miniature-decoder) or a model (uhr, latent-upsampler, experts)."),
     ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="DIR", help="Footage: a folder with videos.csv (file, caption, score). [default: the procedural world]")
+    ] = None,
+    height: Annotated[int, typer.Option("--height", help="Of footage, in pixels: what is larger is shrunk to it, what is smaller left out.")] = 2160,
+    min_score: Annotated[float | None, typer.Option("--min-score", help="Footage of at least this score alone, such as 6.5 of HPSv3.")] = None,
     init: Annotated[str | None, typer.Option("--init", help="A model whose weights the VAE or the base starts from, such as miniature.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output directory; without it, a directory with checkpoints is refused.")
@@ -53,7 +62,7 @@ def command(
     output: Annotated[str | None, typer.Option("--output", "-o", help="Directory for weights, checkpoints and the curve. [default: runs/NAME]")] = None,
     debug: Debug = False,
 ) -> int:
-    """Train a part of the embedded base. It can be stopped at any time and continued with --resume."""
+    """Train the embedded base, or what is added to any base. It can be stopped at any time and continued with --resume."""
     if name not in TRAININGS:
         raise UserError(f"unknown training {name!r}", where="name", fix=f"use one of {', '.join(TRAININGS)}")
     if not 0 < minutes <= MAX_MINUTES:
@@ -63,12 +72,14 @@ def command(
     from muralist.train.loop import begin
 
     training = TRAININGS[name]
-    target, earlier, folder = pick_device(device), _earlier(training, start) | _initial(training, init), _folder(output or f"runs/{name}")
+    target, folder = pick_device(device), _folder(output or f"runs/{name}")
+    earlier = _earlier(training, start) | _initial(training, init) | _footage(training, data, height, min_score)
     begin(folder, resume=resume)
     try:
         result = getattr(importlib.import_module(training.module), training.function)(folder, minutes=minutes, device=target, resume=resume, **earlier)
     except KeyboardInterrupt:
-        options = "".join(f" --{option} {value}" for option, value in (("from", start), ("init", init)) if value)
+        typed = {"from": start, "init": init, "data": data, "height": data and height, "min-score": min_score}
+        options = "".join(f" --{option} {value}" for option, value in typed.items() if value)
         again = f"muralist train {name} --minutes {minutes:g} --output {folder} --resume{options}"
         raise Interrupted(f"; go on from the newest checkpoint with: {again}") from None
     print(f"done: {result}" + (f"; a model uses it once it is copied to MODEL/{training.serves}" if training.serves else ""))
@@ -115,6 +126,23 @@ def _initial(training: Training, init: str | None) -> dict[str, Path]:
     from muralist.base_info import inspect_base
 
     return {"init": inspect_base(init).folder}
+
+
+def _footage(training: Training, data: str | None, height: int, min_score: float | None) -> dict[str, Any]:
+    """The videos to train on as an argument; none for the training's own."""
+    if data is None:
+        if min_score is not None:
+            raise UserError("the world has no scores", where="min_score", fix="leave it out, or give --data")
+        return {}
+    if not training.data:
+        raise UserError("this training makes its own videos", where="data", fix="leave it out")
+    if not 64 <= height <= 8640:
+        raise UserError(f"{height} pixels", where="height", fix="use 64 to 8640")
+    from muralist.data.sources import read_footage
+    from muralist.store.paths import typed_path
+    from muralist.train.trainee import VideoData
+
+    return {"data": VideoData(source=read_footage(typed_path(data, "data"), min_score=min_score), heights=(height,))}
 
 
 def _folder(text: str) -> Path:

@@ -1,8 +1,8 @@
-"""World videos encoded once and kept: normalised latents with their captions, in memory and on disk.
+"""Videos encoded once and kept: normalised latents with their captions, in memory and on disk.
 
-A clip of 29 frames costs about a second to render and encode and is then used many times. Shards are safetensors with the
+A world clip of 29 frames costs about a second to render and encode and is then used many times. Shards are safetensors with the
 captions in the header; a cache that was interrupted goes on where it stopped, and a shard is a pure function of its number, of the
-encoder and of the configuration. It says in its header which (`stamp`), and one that does not fit is refused: latents of another encoder
+encoder, of the source and of the configuration. It says in its header which (`stamp`), and one that does not fit is refused: latents of another encoder
 would train without a word and be worth nothing.
 """
 
@@ -20,8 +20,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from einops import rearrange
 
-from muralist.data import world
-from muralist.data.world import Crop, Scene, caption, near_object, render_clip, sample_scene
+from muralist.data.sharpen import Unsharp
+from muralist.data.sources import Drawn, Source, World
 from muralist.errors import UserError
 from muralist.nn.single_frame import single_frame_convolutions
 from muralist.store import weights
@@ -29,6 +29,7 @@ from muralist.store.tensors import load_tensors, save_tensors
 from muralist.types import Grid
 
 Shard = tuple[dict[str, torch.Tensor], dict[str, str]]  # tensors and the header's metadata
+WORLD = World()
 FORMAT = 2  # of a shard: raise it when one holds other tensors
 SHARD = 100  # videos
 BATCH_FRAMES = 24  # encoded at a time: two clips at least, since torch takes its slow convolution for a single small one
@@ -36,28 +37,28 @@ BATCH_FRAMES = 24  # encoded at a time: two clips at least, since torch takes it
 
 @dataclass(frozen=True, slots=True)
 class LatentPool:
-    """Latents [n, C, F, h, w] in half precision, one caption each, and where the caption's object is: [n, F, h, w], bool."""
+    """Latents [n, C, F, h, w] in half precision, one caption each, and where the caption's object is, if that is known: [n, F, h, w], bool."""
 
     z: torch.Tensor
     captions: list[str]
-    near_object: torch.Tensor
+    near_object: torch.Tensor | None
 
-    def take(self, index: np.ndarray) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+    def take(self, index: np.ndarray) -> tuple[torch.Tensor, list[str], torch.Tensor | None]:
         """The videos at `index`: latents in float32, captions, places of the object."""
         chosen = torch.from_numpy(index)
-        return self.z[chosen].float(), [self.captions[i] for i in index], self.near_object[chosen]
+        return self.z[chosen].float(), [self.captions[i] for i in index], None if self.near_object is None else self.near_object[chosen]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolConfig:
-    """Which videos: their grid, how many consecutive frames of it (all by default), and a crop (height, width) in pixels for large grids."""
+    """Which videos: their grid, how many consecutive frames of it (all by default), a crop (height, width) in pixels for large grids, sharpened or not."""
 
     name: str
     count: int
     grid: Grid
     frames: int | None = None
     crop: tuple[int, int] | None = None
-    camera_share: float = 0.3
+    sharpen: Unsharp | None = None
     seed: int = 1
 
     @property
@@ -75,7 +76,7 @@ class LatentPairs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairConfig:
-    """Crops of `side` pixels of scenes at the size `low`, and the same part of the scene `scale` times larger; `side * scale` must be legal."""
+    """Crops of `side` pixels of videos at the size `low`, and the same part of them `scale` times larger; `side * scale` must be legal."""
 
     name: str
     count: int
@@ -86,7 +87,7 @@ class PairConfig:
     seed: int = 1
 
 
-def stamp(vae: AutoencoderKLWan, config: PoolConfig | PairConfig) -> dict[str, str]:
+def stamp(vae: AutoencoderKLWan, config: PoolConfig | PairConfig, source: Source) -> dict[str, str]:
     """What a shard's header says of its origin: `encoder`, a sha256, and `config`, JSON.
 
     The hash covers the encoder, `quant_conv` and the statistics that normalise the latents; the decoder makes no latents. `name` and
@@ -98,7 +99,7 @@ def stamp(vae: AutoencoderKLWan, config: PoolConfig | PairConfig) -> dict[str, s
             digest.update(f"{part}.{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     fields = {name: value for name, value in asdict(config).items() if name not in ("name", "count")}
-    return {"encoder": digest.hexdigest(), "config": json.dumps(fields | {"world": world.VERSION, "format": FORMAT}, sort_keys=True)}
+    return {"encoder": digest.hexdigest(), "config": json.dumps(fields | source.identity | {"format": FORMAT}, sort_keys=True)}
 
 
 def _read(path: Path, origin: dict[str, str]) -> Shard:
@@ -114,52 +115,50 @@ def _read(path: Path, origin: dict[str, str]) -> Shard:
     return load_tensors(path), found
 
 
-def build_pairs(vae: AutoencoderKLWan, config: PairConfig, folder: Path, device: torch.device, report: Callable[[str], None] = print) -> LatentPairs:
+def build_pairs(
+    vae: AutoencoderKLWan, config: PairConfig, folder: Path, device: torch.device, report: Callable[[str], None] = print, source: Source = WORLD
+) -> LatentPairs:
     """As `build_pool`: load the shards from `folder`, encoding those that are missing."""
 
     def make(rng: np.random.Generator) -> Shard:
-        pairs = [_pair(vae, config, rng, device) for _ in range(SHARD)]
+        pairs = [[encode(vae, video[None].to(device)).half().cpu() for video in source.pair(rng, config)] for _ in range(SHARD)]
         return {name: torch.cat(tensors) for name, tensors in zip(("low", "high"), zip(*pairs))}, {}
 
-    shards = [tensors for tensors, _ in _shards(vae, config, folder, make, lambda done: report(f"{done} pairs encoded"))]
+    shards = [tensors for tensors, _ in _shards(vae, config, source, folder, make, lambda done: report(f"{done} pairs encoded"))]
     return LatentPairs(*(torch.cat([tensors[name] for tensors in shards])[: config.count] for name in ("low", "high")))
 
 
-def _pair(vae: AutoencoderKLWan, config: PairConfig, rng: np.random.Generator, device: torch.device) -> list[torch.Tensor]:
-    scene, grid, side = sample_scene(rng, duration=config.low.duration), config.low, config.side
-    first = int(rng.integers(grid.num_frames - config.frames + 1))
-    top, left = (int(rng.integers(whole - side + 1)) for whole in (grid.height, grid.width))
-    result = []
-    for scale in (1, config.scale):
-        at = [round(value * scale) for value in (top, left, side, side)]
-        large = grid.resized(height=round(grid.height * scale), width=round(grid.width * scale))
-        video = render_clip(scene, large, crop=Crop(*at), frames=range(first, first + config.frames))
-        result.append(encode(vae, video[None].to(device)).half().cpu())
-    return result
-
-
-def build_pool(vae: AutoencoderKLWan, config: PoolConfig, folder: Path, device: torch.device, report: Callable[[str], None] = print) -> LatentPool:
+def build_pool(
+    vae: AutoencoderKLWan, config: PoolConfig, folder: Path, device: torch.device, report: Callable[[str], None] = print, source: Source = WORLD
+) -> LatentPool:
     """Load the pool's shards from `folder`, encoding those that are missing.
 
     Raises UserError for a shard of another encoder or configuration, a damaged one, and a full disk.
     """
 
     def make(rng: np.random.Generator) -> Shard:
-        z, captions, near_object = _encode_shard(vae, config, rng, device)
-        return {"z": z, "near_object": near_object}, {"captions": json.dumps(captions)}
+        drawn = [source.draw(rng, config) for _ in range(SHARD)]
+        near_object = [d.near_object(vae.config.scale_factor_spatial, vae.config.scale_factor_temporal) for d in drawn]
+        known = {} if near_object[0] is None else {"near_object": torch.stack(near_object)}
+        return {"z": _encode_all(vae, config, drawn, device), **known}, {"captions": json.dumps([d.caption for d in drawn])}
 
-    shards = list(_shards(vae, config, folder, make, lambda done: report(f"{done} videos encoded")))
+    shards = list(_shards(vae, config, source, folder, make, lambda done: report(f"{done} videos encoded")))
     captions = [text for _, metadata in shards for text in json.loads(metadata["captions"])]
-    z, near_object = (torch.cat([tensors[name] for tensors, _ in shards])[: config.count] for name in ("z", "near_object"))
-    return LatentPool(z, captions[: config.count], near_object)
+    tensors = {name: torch.cat([tensors[name] for tensors, _ in shards])[: config.count] for name in shards[0][0]}
+    return LatentPool(tensors["z"], captions[: config.count], tensors.get("near_object"))
 
 
 def _shards(
-    vae: AutoencoderKLWan, config: PoolConfig | PairConfig, folder: Path, make: Callable[[np.random.Generator], Shard], report: Callable[[str], None]
+    vae: AutoencoderKLWan,
+    config: PoolConfig | PairConfig,
+    source: Source,
+    folder: Path,
+    make: Callable[[np.random.Generator], Shard],
+    report: Callable[[str], None],
 ) -> Iterator[Shard]:
     """Every shard of a pool in order; those that are missing are made first, each from a generator of its own, and published."""
     folder.mkdir(parents=True, exist_ok=True)
-    origin = stamp(vae, config)
+    origin = stamp(vae, config, source)
     for shard in range((config.count + SHARD - 1) // SHARD):
         path = folder / f"{config.name}-{shard:04d}.safetensors"
         if not path.is_file():
@@ -169,45 +168,14 @@ def _shards(
         yield _read(path, origin)
 
 
-def _encode_shard(vae: AutoencoderKLWan, config: PoolConfig, rng: np.random.Generator, device: torch.device) -> tuple[torch.Tensor, list[str], torch.Tensor]:
-    drawn = [_draw(rng, config) for _ in range(SHARD)]
+def _encode_all(vae: AutoencoderKLWan, config: PoolConfig, drawn: list[Drawn], device: torch.device) -> torch.Tensor:
     together = max(BATCH_FRAMES // config.length, 2)
     latents = []
-    for first in range(0, SHARD, together):
-        videos = [render_clip(d.scene, config.grid, crop=d.crop, frames=d.frames) for d in drawn[first : first + together]]
+    for first in range(0, len(drawn), together):
+        videos = [d.pixels() for d in drawn[first : first + together]]
+        videos = [config.sharpen(video) for video in videos] if config.sharpen else videos
         latents += encode(vae, torch.stack(videos).to(device)).half().cpu()
-    return torch.stack(latents), [caption(d.scene) for d in drawn], torch.stack([_near_object(vae, d, config.grid) for d in drawn])
-
-
-@dataclass(frozen=True, slots=True)
-class _Drawn:
-    """One video of a pool before it is rendered."""
-
-    scene: Scene
-    crop: Crop | None
-    frames: range
-
-
-def _draw(rng: np.random.Generator, config: PoolConfig) -> _Drawn:
-    scene = sample_scene(rng, camera_share=config.camera_share, duration=config.grid.duration)
-    first = int(rng.integers(config.grid.num_frames - config.length + 1))
-    return _Drawn(scene, random_crop(rng, scene, config), range(first, first + config.length))
-
-
-def _near_object(vae: AutoencoderKLWan, drawn: _Drawn, grid: Grid) -> torch.Tensor:
-    """Which latents see the object in any of their frames: [F, h, w], bool. The first latent frame is one frame, the others are several."""
-    seen = near_object(drawn.scene, grid, cell=vae.config.scale_factor_spatial, crop=drawn.crop, frames=drawn.frames)
-    later = seen[1:].unflatten(0, (-1, vae.config.scale_factor_temporal)).any(dim=1)
-    return torch.cat([seen[:1], later])
-
-
-def random_crop(rng: np.random.Generator, scene: Scene, config: PoolConfig) -> Crop | None:
-    """A crop at a place of the token grid (multiples of 32 pixels), anywhere in the frame."""
-    if config.crop is None:
-        return None
-    height, width = config.crop
-    top, left = (32 * int(rng.integers((full - side) // 32 + 1)) for full, side in ((config.grid.height, height), (config.grid.width, width)))
-    return Crop(top, left, height, width)
+    return torch.stack(latents)
 
 
 @torch.inference_mode()

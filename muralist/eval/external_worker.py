@@ -1,7 +1,7 @@
 """Runs one public tool on one video, in the environment where that tool lives: JSON in on stdin, one line of JSON out on stdout.
 
 Started by `muralist.eval.metrics.external` with another environment's python. It stands alone: the standard library and the tool, nothing
-of muralist, whose requirements contradict the tools' own. In: `{"tool": ..., "metric": ..., "frames": [PNG, ...], "video": PATH}`;
+of muralist, whose requirements contradict the tools' own. In: `{"tool": ..., "metric": ..., "frames": [PNG, ...], "video": PATH, "prompt": TEXT}`;
 out: `{"value": ..., "tool": "NAME VERSION"}` or `{"error": "one line"}`. Whatever the tool prints goes to stderr.
 """
 
@@ -52,7 +52,18 @@ def run_dover(request):
     return float(found[1]), "DOVER"
 
 
-TOOLS = {"pyiqa": run_pyiqa, "vbench": run_vbench, "dover": run_dover}
+def run_hpsv3(request):
+    """Mean preference of the frames for the prompt (the first of the two numbers that the tool gives is the mean of its distribution)."""
+    import torch
+    from hpsv3 import HPSv3RewardInferencer
+
+    judge = HPSv3RewardInferencer(device="cuda" if torch.cuda.is_available() else "cpu")
+    with torch.inference_mode():
+        rewards = judge.reward(prompts=[request["prompt"]] * len(request["frames"]), image_paths=request["frames"])
+    return sum(float(reward[0]) for reward in rewards) / len(rewards), f"hpsv3 {version('hpsv3')}"
+
+
+TOOLS = {"pyiqa": run_pyiqa, "vbench": run_vbench, "dover": run_dover, "hpsv3": run_hpsv3}
 
 
 def main():

@@ -27,6 +27,8 @@ from muralist.errors import UserError
 from muralist.store import atomic
 from muralist.train import state
 
+Report = Callable[[str], object]
+
 
 class Objective(Protocol):
     """What is trained: `module` holds every trained parameter; `loss` must draw its randomness from (seed, step) alone."""
@@ -75,7 +77,7 @@ def begin(folder: Path, *, resume: bool) -> None:
         raise UserError("matplotlib, which draws the curve, is not installed", where="train", fix="pip install 'muralist[train]'")
 
 
-def fit(objective: Objective, schedule: Schedule, folder: Path, *, resume: bool, report: Callable[[str], None] = print) -> nn.Module:
+def fit(objective: Objective, schedule: Schedule, folder: Path, *, resume: bool, report: Report = print) -> nn.Module:
     """Train until the budget is spent; returns the module with its averaged (EMA) weights.
 
     Raises FloatingPointError on a loss that is not finite, before the weights are touched; KeyboardInterrupt after Ctrl-C, with

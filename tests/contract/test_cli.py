@@ -21,7 +21,7 @@ from tests.shell import muralist
 
 VIDEO = (
     "--size --width --height --num-frames --duration --fps --seed --model --revision --recipe --negative-prompt --num-inference-steps --guidance-scale "
-    "--flow-shift --skip-steps --device --memory-limit"
+    "--flow-shift --skip-steps --set --device --memory-limit"
 )
 COMMON = VIDEO.replace("--seed ", "").replace("--recipe ", "")
 OPTIONS = {
@@ -34,7 +34,11 @@ OPTIONS = {
     "recipes": "--json",
     "compare": f"files {COMMON} --recipes --prompts --seeds --output -o --metrics --reference --weights --json --debug",
     "doctor": "--device --json --debug",
-    "train": "name --minutes --device --from --init --resume --output -o --debug",
+    "train": "name --minutes --device --from --init --data --height --min-score --resume --output -o --debug",
+    "import": "method file --model --output -o --revision --skip-unmatched --debug",
+    "score": "folder --metric --debug",
+    "psd": "prompts --model --revision --output -o --seeds --size --num-frames --negative-prompt --num-inference-steps --guidance-scale --flow-shift --cutoff "
+    "--device --json --debug",
 }
 SMALL = ("--size", "128x66", "--num-frames", 5, "--seed", 1)
 

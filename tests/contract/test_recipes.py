@@ -85,7 +85,10 @@ def test_every_recipe_can_be_planned(recipe, tiny_base):
 def test_every_ablation_of_luve_is_a_setting(setting, tiny22, tmp_path):
     answer = paint("luve", tiny22, tmp_path / "a.mp4", "--set", setting)
     assert answer.code == 0, answer.err
-    made, asked = restore(atomic.read_json(tmp_path / "a.mp4.json")["metadata"]["request"]).config, changed(RECIPES["luve"](inspect_base(str(tiny22))), [setting])
+    made, asked = (
+        restore(atomic.read_json(tmp_path / "a.mp4.json")["metadata"]["request"]).config,
+        changed(RECIPES["luve"](inspect_base(str(tiny22))), [setting]),
+    )
     assert (made.proxy, made.upsample, made.refine) == (asked.proxy, asked.upsample, asked.refine)
 
 

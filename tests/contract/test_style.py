@@ -33,12 +33,14 @@ def test_files_and_functions_stay_short():
 
 
 def test_no_pickle_and_no_evaluated_text():
-    """Nothing in the library can run code that came with a file."""
-    found = []
+    """Nothing in the library can run code that came with a file; one stand-alone script reads pickles, weights alone, in a process of its own."""
+    found, safe = [], (ROOT / "muralist" / "store" / "pickle_copy.py", "torch.load")
     for file in sorted((ROOT / "muralist").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             if {"pickle", "dill", "marshal", "shelve", "joblib"} & set(modules) or called in ("eval", "exec", "compile", "torch.load", "np.load", "yaml.load"):
+                if (file, called) == safe and {k.arg: ast.unparse(k.value) for k in node.keywords}.get("weights_only") == "True":
+                    continue
                 found.append(f"{file}:{node.lineno}")
     assert not found, "\n".join(found)

@@ -17,6 +17,7 @@ from muralist.nn.single_frame import single_frame_convolutions
 from muralist.nn.transformer import MuralTransformer
 from muralist.store.tensors import load_tensors, save_tensors
 from muralist.train import state
+from muralist.train.experts import train_experts
 from muralist.train.latent_upsampler import train_latent_upsampler
 from muralist.train.loop import Schedule, draw_curve, fit
 from muralist.train.miniature import Curriculum, TextToVideo, new_tokenizer, new_vae, train_base, train_decoder
@@ -80,7 +81,7 @@ def test_a_training_asks_before_it_encodes(tmp_path, monkeypatch):
     state.save(tmp_path / "checkpoints", 7, {"a": torch.zeros(1)}, {"step": 7})
     monkeypatch.setattr("muralist.data.latents.build_pool", lambda *a: pytest.fail("encoded"))
     monkeypatch.setattr("muralist.train.miniature.load_vae", lambda *a: pytest.fail("loaded"))
-    for train, start in ((train_base, "vae"), (train_uhr, "model"), (train_latent_upsampler, "model")):
+    for train, start in ((train_base, "vae"), (train_uhr, "model"), (train_latent_upsampler, "model"), (train_experts, "model")):
         with pytest.raises(UserError, match="step 7"):
             train(tmp_path, minutes=1, device=torch.device("cpu"), resume=False, **{start: tmp_path})
 

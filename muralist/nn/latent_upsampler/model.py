@@ -41,11 +41,12 @@ class LatentUpsamplerConfig:
 
 
 def paper(channels: int = 16) -> LatentUpsamplerConfig:
-    """LUVE's own (appendix C.2)."""
+    """LUVE's own (appendix C.2). That all of the decoder's groups see whole windows is from the released code alone: it lets VRT's eleventh
+    and twelfth layers see single frames, and the decoder has ten."""
     return LatentUpsamplerConfig(
         encoder=VrtConfig(in_channels=channels, dim=120, depth=8, refine_dim=180, refine_depth=4, groups=6),
         hidden=(512, 512, 256, 256),
-        decoder=VrtConfig(in_channels=channels, dim=24, depth=1, refine_dim=48, refine_depth=1, groups=3),
+        decoder=VrtConfig(in_channels=channels, dim=24, depth=1, refine_dim=48, refine_depth=1, groups=3, still_groups=0),
     )
 
 

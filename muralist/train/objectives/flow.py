@@ -8,7 +8,7 @@ the velocity follows as (x_sigma - x_0) / sigma ("Back to basics", arXiv 2511.13
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -45,13 +45,17 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowConfig:
-    """sigma = shift u / (1 + (shift - 1) u), u uniform in (min, max); captions are dropped at rate `drop` for guidance."""
+    """sigma = shift u / (1 + (shift - 1) u), u uniform in (0, 1), then moved into (min, max); captions are dropped at rate `drop` for guidance.
+
+    `graft`: the transformer's configuration while it learns, but for the positions, which are the batch's.
+    """
 
     prediction: str = "sample"
     shift: float = 2.0
     min_sigma: float = 0.0
     max_sigma: float = 1.0
     drop: float = 0.1
+    graft: Graft = field(default_factory=Graft)
     seed: int = 0
 
 
@@ -80,8 +84,10 @@ class FlowMatching:
         level = sigma.view(-1, 1, 1, 1, 1)
         noise = torch.randn(x.shape, generator=generator).to(self.device)
         noisy = (1 - level) * x + level * noise
-        self.transformer.configure(Graft(rope=RopeScale(t=float(batch.stride), offset=(float(batch.first), 0.0, 0.0))))
-        output = self.transformer(noisy, 1000 * sigma, self.embed(captions), return_dict=False)[0]
+        self.transformer.configure(replace(c.graft, rope=RopeScale(t=float(batch.stride), offset=(float(batch.first), 0.0, 0.0))))
+        # frozen weights may be large: on a GPU products are computed in bfloat16, the loss is not
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            output = self.transformer(noisy, 1000 * sigma, self.embed(captions), return_dict=False)[0].float()
         weighted = (output - x) / level.clamp(min=SIGMA_FLOOR) if c.prediction == "sample" else output - (noise - x)
         error = weighted.square().mean(dim=1)  # [B, F, h, w]
         if batch.focus is not None:

@@ -1,0 +1,87 @@
+"""`experts`: the two frequency experts of a base, each trained on its own noise levels (LUVE, sections 3.4 and 4.1).
+
+The low-frequency expert stands beside attention and learns above SWITCH, the high-frequency one beside the FFN and learns below it, on
+sharpened videos. The base with its adapter for large sizes, if it has one, is frozen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from muralist.base import select_adapter
+from muralist.data.sharpen import Unsharp
+from muralist.nn.experts import EXPERTS, ExpertConfig, ExpertsConfig, attach
+from muralist.nn.filters import RadialFilter
+from muralist.nn.transformer import Graft
+from muralist.store.parts import save_part
+from muralist.train.loop import Report, Schedule, begin, draw_curve, fit
+from muralist.train.objectives.flow import FlowConfig, FlowMatching
+from muralist.train.trainee import Crops, Trainee, VideoData
+from muralist.train.uhr import ADAPTER
+
+SWITCH = 0.875  # sigma; the released runtime's timestep 875
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lesson:
+    """One expert and what it is trained on."""
+
+    expert: ExpertConfig
+    sharpen: Unsharp | None = None
+
+
+LESSONS = {
+    "low": Lesson(expert=ExpertConfig(place="attention", band=RadialFilter(band="low"), sigmas=(SWITCH, 1.0))),
+    "high": Lesson(expert=ExpertConfig(place="ffn", band=RadialFilter(band="high"), sigmas=(0.0, SWITCH)), sharpen=Unsharp()),
+}
+
+
+def train_experts(
+    folder: Path,
+    *,
+    minutes: float,
+    device: torch.device,
+    resume: bool,
+    model: Path,
+    data: VideoData | None = None,
+    lessons: dict[str, Lesson] | None = None,
+    report: Report = print,
+) -> Path:
+    """One expert after the other, each in `minutes` divided by their number; writes `folder/parts/experts`. A copy of it in `model/parts` puts them to use.
+
+    `lessons`: other experts than the two of the paper, for ablations.
+    """
+    lessons, data = lessons or LESSONS, data or VideoData()
+    begin(folder, resume=resume)
+    for name in lessons:
+        begin(folder / name, resume=resume)
+    trainee = Trainee(model, device)
+    select_adapter(trainee.transformer, ADAPTER if ADAPTER in trainee.info.adapters else None)
+    width = trainee.transformer.config.num_attention_heads * trainee.transformer.config.attention_head_dim
+    experts = ExpertsConfig(dim=width, layers=len(trainee.transformer.blocks), experts={name: lesson.expert for name, lesson in lessons.items()})
+    torch.manual_seed(0)
+    attached = attach(trainee.transformer.blocks, width, experts.experts).to(device)
+    for name, lesson in lessons.items():
+        _teach(name, lesson, trainee, attached, replace(data, sharpen=lesson.sharpen), folder, minutes / len(lessons), resume, report)
+    tensors = {f"blocks.{name}": parameter.detach().half() for name, parameter in attached.named_parameters()}
+    return save_part(folder / "parts" / EXPERTS, EXPERTS, experts.record(), tensors)
+
+
+def _teach(
+    name: str, lesson: Lesson, trainee: Trainee, attached: torch.nn.ModuleList, data: VideoData, folder: Path, minutes: float, resume: bool, report: Report
+) -> None:
+    """Train one expert alone, in `folder/name`, where its checkpoints and its curve are."""
+    pools = trainee.pools(data, folder / "latents", report)
+    attached.requires_grad_(False)
+    for experts in attached:
+        experts[name].requires_grad_(True)
+    low, high = lesson.expert.sigmas
+    info = trainee.info
+    config = FlowConfig(prediction=info.prediction, shift=info.defaults.flow_shift, min_sigma=low, max_sigma=high, graft=Graft(experts=(name,)))
+    objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Crops(pools), config, trainee.base.device)
+    report(f"expert {name}: noise levels {low:g} to {high:g}")
+    fit(objective, Schedule(minutes=minutes, learning_rate=1e-3, weight_decay=0.0), folder / name, resume=resume, report=report)
+    draw_curve(folder / name)

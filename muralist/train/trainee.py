@@ -1,0 +1,101 @@
+"""A base of any kind, frozen, to which something is added and taught: an adapter, experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from muralist.base import Base
+from muralist.base_info import BaseInfo, inspect_base
+from muralist.data import latents
+from muralist.data.latents import LatentPool, PoolConfig
+from muralist.data.sharpen import Unsharp
+from muralist.data.sources import Source, World
+from muralist.errors import UserError
+from muralist.stages.prompt import encode_prompt
+from muralist.train.loop import Report
+from muralist.train.miniature import load_vae
+from muralist.train.objectives.flow import Batch
+from muralist.types import Grid
+
+FRAMES = 9  # of a crop, if the base makes as many: three latent frames
+WORLD_HEIGHTS = (1088, 2176)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoData:
+    """Crops of the base's own size from larger videos. `heights`: of the world's renders, or of the one size that footage is shrunk to."""
+
+    source: Source = field(default_factory=World)
+    heights: tuple[int, ...] = WORLD_HEIGHTS
+    crops: int = 400  # of each height
+    sharpen: Unsharp | None = None
+
+
+class Trainee(nn.Module):
+    """`transformer` in float32, nothing in it trained yet; `embed` knows the captions that it was told of.
+
+    Args:
+        model: a diffusers folder. One with two transformers is refused.
+    """
+
+    def __init__(self, model: Path, device: torch.device):
+        super().__init__()
+        self.info: BaseInfo = inspect_base(str(model))
+        if self.info.boundary is not None:
+            raise UserError("two transformers cannot be trained at once", where="from", fix="give a base with one, such as Wan2.1 or Wan2.2-TI2V-5B")
+        self.base = Base(self.info, device, torch.float32)
+        self.transformer = self.base.transformer().requires_grad_(False).train()
+        if device.type == "cuda":
+            self.transformer.enable_gradient_checkpointing()
+        self._known: dict[str, torch.Tensor] = {}
+
+    def embed(self, captions: Sequence[str]) -> torch.Tensor:
+        """[B, L, D_text]; padding is zeros."""
+        known = [self._known[text] for text in captions]
+        length = self.info.defaults.max_sequence_length
+        return torch.stack([nn.functional.pad(x.float(), (0, 0, 0, length - len(x))) for x in known]).to(self.base.device)
+
+    def learn_captions(self, captions: Sequence[str]) -> None:
+        """Embed the captions and the empty one, once each; the text encoder goes again."""
+        for text in sorted({*captions, ""} - self._known.keys()):
+            embedded = encode_prompt(self.base, text, "").positive[0]
+            self._known[text] = embedded[: int(embedded.any(dim=-1).sum())].half().cpu()
+        self.base.release("text_encoder", "tokenizer")
+
+    def pools(self, data: VideoData, folder: Path, report: Report) -> tuple[LatentPool, ...]:
+        """The data's latents, encoded where they are missing, and their captions learned."""
+        vae = load_vae(self.info.folder / "vae").to(self.base.device).eval()
+        pools = tuple(latents.build_pool(vae, self._pool(height, data), folder, self.base.device, report, data.source) for height in data.heights)
+        self.learn_captions([text for pool in pools for text in pool.captions])
+        return pools
+
+    def _pool(self, height: int, data: VideoData) -> PoolConfig:
+        own = self.info.geometry.legal(self.info.defaults.grid)
+        large = self.info.geometry.legal(Grid(num_frames=own.num_frames, height=height, width=round(height * own.width / own.height), fps=own.fps))
+        kind = "sharp" if data.sharpen else "crops"
+        return PoolConfig(
+            name=f"{kind}-{height}",
+            count=data.crops,
+            grid=large,
+            frames=min(FRAMES, own.num_frames),
+            crop=(own.height, own.width),
+            sharpen=data.sharpen,
+            seed=height,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Crops:
+    """Batches from pools of several sizes, one size a batch."""
+
+    pools: tuple[LatentPool, ...]
+    batch: int = 16
+
+    def __call__(self, rng, progress: float) -> Batch:
+        pool = self.pools[rng.integers(len(self.pools))]
+        return Batch(*pool.take(rng.integers(len(pool.captions), size=self.batch)))

@@ -1,0 +1,190 @@
+"""What is added to a base: adapter and experts, trained on the world or on footage, on either flavour; footage chosen by score."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from muralist.base_info import inspect_base
+from muralist.data.latents import PairConfig, PoolConfig
+from muralist.data.sharpen import Unsharp
+from muralist.data.sources import Footage, World, read_footage
+from muralist.errors import UserError
+from muralist.stages.encode import encode
+from muralist.store.video_write import EncodeOptions
+from muralist.train.experts import LESSONS, train_experts
+from muralist.train.trainee import Trainee, VideoData
+from muralist.train.uhr import train_uhr
+from muralist.types import FrameChunk, Grid
+from tests.shell import muralist
+
+CPU = torch.device("cpu")
+SIZE = Grid(num_frames=13, height=96, width=192, fps=16)
+
+
+def quiet(line):
+    pass
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Two clips whose frames say which they are: red is the frame's number, blue the column."""
+    folder = tmp_path_factory.mktemp("footage")
+    for name in ("a", "b"):
+        frames = torch.zeros(13, 96, 192, 3)
+        frames[..., 0] = torch.linspace(0.1, 0.9, 13)[:, None, None]
+        frames[..., 2] = torch.linspace(0, 1, 192)
+        encode(iter([FrameChunk(frames, 0)]), SIZE, folder / f"{name}.mp4", EncodeOptions(crf=4))
+    write(folder, [("a.mp4", "a red ball", "7"), ("b.mp4", "a blue star", "3.5")])
+    return folder
+
+
+def write(folder, rows, columns=("file", "caption", "score")):
+    with open(folder / "videos.csv", "w", newline="") as handle:
+        csv.writer(handle).writerows([columns, *rows])
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr("muralist.data.latents.SHARD", 2)
+
+
+@pytest.mark.parametrize("data", ["world", "footage"])
+def test_an_adapter_is_trained_and_serves(data, tiny_base, videos, tmp_path, small_shards):
+    source = World() if data == "world" else read_footage(videos)
+    model = shutil.copytree(tiny_base, tmp_path / "model")
+    made = train_uhr(tmp_path / "run", minutes=0.03, device=CPU, resume=False, model=model, data=VideoData(source=source, heights=(96,), crops=2), report=quiet)
+    shutil.copytree(made, model / "adapters" / "uhr")
+    assert inspect_base(str(model)).adapters == ("uhr",)
+    answer = muralist("generate", "a red ball", "--model", model, "-o", tmp_path / "a.mp4", "--size", "160x96", "--num-frames", 5, "--seed", 1)
+    assert answer.code == 0, answer.err
+    weights = load_file(made / "pytorch_lora_weights.safetensors")
+    assert any(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name)
+    again = train_uhr(tmp_path / "more", minutes=0.01, device=CPU, resume=False, model=model, data=VideoData(heights=(96,), crops=2), report=quiet)
+    assert load_file(again / "pytorch_lora_weights.safetensors").keys() == weights.keys()
+
+
+def test_experts_are_trained_one_after_the_other_and_serve(tiny22, tmp_path, small_shards):
+    model = shutil.copytree(tiny22, tmp_path / "model")
+    data = VideoData(heights=(96,), crops=2)
+    made = train_experts(tmp_path / "run", minutes=0.06, device=CPU, resume=False, model=model, data=data, report=quiet)
+    weights = load_file(made / "model.safetensors")
+    assert all(tensor.abs().max() > 0 for name, tensor in weights.items() if ".up." in name), "an expert has learned nothing"
+    assert (tmp_path / "run" / "latents" / "sharp-96-0000.safetensors").is_file() and (tmp_path / "run" / "latents" / "crops-96-0000.safetensors").is_file()
+    shutil.rmtree(model / "parts" / "experts")
+    shutil.copytree(made, model / "parts" / "experts")
+    experts = inspect_base(str(model)).experts.experts
+    assert experts == {name: lesson.expert for name, lesson in LESSONS.items()}
+    assert muralist("generate", "a red ball", "--recipe", "luve", "--model", model, "-o", tmp_path / "a.mp4", "--size", "160x96", "--num-frames", 5).code == 0
+    with pytest.raises(UserError, match="--resume, or name another"):
+        train_experts(tmp_path / "run", minutes=1, device=CPU, resume=False, model=model, data=data, report=quiet)
+    resumed = train_experts(tmp_path / "run", minutes=0.06, device=CPU, resume=True, model=model, data=data, report=quiet)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(resumed / "model.safetensors").items())
+
+
+def test_a_trainee_embeds_what_it_was_told(tiny21):
+    trainee = Trainee(tiny21, CPU)
+    trainee.learn_captions(["a red ball", "a star over grass"])
+    both = trainee.embed(["a star over grass", ""])
+    assert both.shape == (2, 512, 32) and both[0].abs().sum() > both[1].abs().sum() > 0
+    with pytest.raises(KeyError):
+        trainee.embed(["a cube"])
+
+
+def test_two_transformers_are_refused(tiny22, tmp_path):
+    model = shutil.copytree(tiny22, tmp_path / "model")
+    shutil.copytree(model / "transformer", model / "transformer_2")
+    index = json.loads((model / "model_index.json").read_text()) | {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
+    (model / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="two transformers"):
+        Trainee(model, CPU)
+
+
+# --- footage ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_excerpt_is_what_the_file_shows_there(videos):
+    footage = Footage(read_footage(videos).clips[:1])
+    half = Grid(num_frames=5, height=48, width=80, fps=8)  # every second frame, at half the size
+    drawn = footage.draw(np.random.default_rng(3), PoolConfig(name="p", count=1, grid=half, crop=(32, 32), frames=3))
+    pixels = drawn.pixels()
+    assert pixels.shape == (3, 32, 32, 3) and drawn.caption == "a red ball" and drawn.near_object(16, 4) is None
+    red = torch.linspace(0.1, 0.9, 13)[drawn.first : drawn.first + 5 : 2]
+    assert (pixels[..., 0].mean(dim=(1, 2)) - red).abs().max() < 0.02
+    left = (8 + drawn.crop.left) / 96  # the grid is the middle of the file's wider picture
+    assert pixels[0, 0, 0, 2].item() == pytest.approx(left, abs=0.04) and pixels[0, 0, -1, 2].item() == pytest.approx(left + 1 / 3, abs=0.04)
+
+
+def test_a_pair_is_one_clip_at_two_sizes(videos):
+    low, high = read_footage(videos).pair(
+        np.random.default_rng(0), PairConfig(name="p", count=1, low=SIZE.resized(height=48, width=80), scale=2.0, side=32, frames=5)
+    )
+    assert low.shape == (5, 32, 32, 3) and high.shape == (5, 64, 64, 3)
+    assert (low - high.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).mean(dim=(2, 4))).abs().max() < 0.05
+
+
+def test_footage_is_chosen_by_score(videos):
+    told = []
+    assert [clip.caption for clip in read_footage(videos, min_score=6.5, report=told.append).clips] == ["a red ball"]
+    assert told == ["1 of 2 clips have a score of at least 6.5"]
+    assert read_footage(videos).identity != read_footage(videos, min_score=6.5, report=quiet).identity
+
+
+def test_footage_that_is_too_small_is_not_enlarged(videos):
+    with pytest.raises(UserError, match="hardly a clip has 3840x2160"):
+        read_footage(videos).draw(np.random.default_rng(0), PoolConfig(name="p", count=1, grid=Grid(num_frames=5, height=2160, width=3840, fps=16)))
+
+
+@pytest.mark.parametrize(
+    "rows, columns, told",
+    [
+        ([("a.mp4", "a ball", "high")], ("file", "caption", "score"), "line 2: the score 'high' is no number"),
+        ([("a.mp4", "a ball", "nan")], ("file", "caption", "score"), "is no number"),
+        ([("a.mp4", "a ball")], ("file", "caption"), "no column 'score'"),
+        ([("a.mp4", "", "7")], ("file", "caption", "score"), "line 2: the caption is empty"),
+        ([("z.mp4", "a ball", "7")], ("file", "caption", "score"), "no file 'z.mp4'"),
+        ([("../a.mp4", "a ball", "7")], ("file", "caption", "score"), "is not a plain name"),
+        ([("a.mp4", "a ball", "2")], ("file", "caption", "score"), "no clip of a score of at least 6.5"),
+    ],
+)
+def test_a_wrong_manifest_is_told_in_one_line(rows, columns, told, videos, tmp_path):
+    shutil.copy(videos / "a.mp4", tmp_path)
+    write(tmp_path, rows, columns)
+    answer = muralist("train", "uhr", "--from", "miniature", "--data", tmp_path, "--min-score", 6.5, "-o", tmp_path / "run")
+    assert answer.code == 2 and told in answer.error, answer.error
+
+
+def test_unsharp_masking_steepens_edges_and_keeps_flat_parts():
+    video = torch.full((2, 16, 16, 3), 0.4)
+    video[:, :, 8:] = 0.6
+    sharp = Unsharp(radius=1.0, amount=0.5)(video)
+    assert sharp[0, 0, 7, 0] < 0.38 and sharp[0, 0, 8, 0] > 0.62
+    assert (sharp[:, :, [0, 15]] - video[:, :, [0, 15]]).abs().max() < 1e-4
+    assert Unsharp(amount=100.0)(video).amin() == 0 and Unsharp(amount=100.0)(video).amax() == 1
+
+
+# --- scores -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_scores_fill_the_column_where_there_is_none(videos, tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        shutil.copy(videos / name, tmp_path)
+    write(tmp_path, [("a.mp4", "a red ball", "7"), ("b.mp4", "a blue star", "")])
+    answer = muralist("score", tmp_path, "--metric", "temporal_flickering")
+    assert answer.code == 0, answer.err
+    scores = [clip.score for clip in read_footage(tmp_path).clips]
+    assert scores[0] == 7 and 0 < scores[1] <= 100
+
+
+def test_a_tool_that_is_not_there_is_told_in_one_line(videos, monkeypatch):
+    monkeypatch.delenv("MURALIST_EVAL_ENV", raising=False)
+    write(videos, [("a.mp4", "a red ball", "")])
+    answer = muralist("score", videos)
+    assert answer.code == 2 and "hpsv3 runs in an environment of its own" in answer.error
+    assert "no metric 'beauty'" in muralist("score", videos, "--metric", "beauty").error
