@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import gc
 import re
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -21,6 +22,7 @@ from muralist.store import parts
 from muralist.types import TextCond
 
 if TYPE_CHECKING:  # diffusers takes seconds to import: only what computes pays for it, not what checks a request
+    from muralist.nn.attention import ProxyMemory
     from muralist.nn.latent_upsampler import LatentUpsampler
     from muralist.nn.transformer import Graft, MuralTransformer
 
@@ -46,6 +48,27 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda" or torch.cpu._is_amx_tile_supported():
         return torch.bfloat16
     return torch.float32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ProxyView:
+    """A coarse video [1, C, F, h, w] that a finer one of the same scene is painted in sight of.
+
+    `time_scale`: fine latent frames from one of its own to the next; `adapter`: the one it was painted with, and is looked at with;
+    `noise`: it is seen clean, or at the noise level of each step (then with noise of its own, drawn once by `seed`).
+    """
+
+    z: torch.Tensor
+    time_scale: float
+    adapter: str | None
+    noise: Literal["clean", "same"]
+    seed: int
+
+    def at(self, sigma: float) -> tuple[torch.Tensor, float]:
+        """(latent, its noise level) for a step at sigma."""
+        if self.noise == "clean":
+            return self.z, 0.0
+        return flow.renoise(self.z, flow.keyed_noise(tuple(self.z.shape), seed=self.seed, stage="proxy view").to(self.z), sigma), sigma
 
 
 class Base:
@@ -79,25 +102,45 @@ class Base:
         self.release(other)
         return self._component(name, lambda: self._load_transformer(name))
 
-    def velocity(self, text: TextCond, *, guidance_scale: float, graft: Graft, adapter: str | None) -> flow.Velocity:
+    def velocity(self, text: TextCond, *, guidance_scale: float, graft: Graft, adapter: str | None, proxy: ProxyView | None = None) -> flow.Velocity:
         """The guided velocity field under a graft, with a named adapter switched on or all of them off; runs without gradients.
 
-        Of the graft's experts those work that are there for the noise level.
+        Of the graft's experts those work that are there for the noise level. `proxy`: for guided windows.
         """
         positive, negative = (e.to(self.device, self.dtype) for e in (text.positive, text.negative))
-        return flow.guided(self._field(positive, graft, adapter), self._field(negative, graft, adapter), guidance_scale)
+        return flow.guided(self._field(positive, graft, adapter, proxy), self._field(negative, graft, adapter, proxy), guidance_scale)
 
-    def _field(self, embeds: torch.Tensor, graft: Graft, adapter: str | None) -> flow.Velocity:
+    def _field(self, embeds: torch.Tensor, graft: Graft, adapter: str | None, proxy: ProxyView | None) -> flow.Velocity:
+        remember = None if proxy is None else self._memory(embeds, proxy)
+
         @torch.inference_mode()
         def velocity(z: torch.Tensor, sigma: float) -> torch.Tensor:
             transformer = self.transformer(sigma)
+            seen = None if remember is None else {"proxy": remember(sigma)}
             select_adapter(transformer, adapter)
             transformer.configure(replace(graft, experts=tuple(name for name in graft.experts if self.info.experts.experts[name].works_at(sigma))))
-            timestep = torch.tensor([1000 * sigma], device=self.device, dtype=torch.float32)
-            output = transformer(z.to(self.dtype), timestep, embeds, return_dict=False)[0].float()
+            output = transformer(z.to(self.dtype), self._timestep(sigma), embeds, return_dict=False, attention_kwargs=seen)[0].float()
             return output if self.info.prediction == "flow" else flow.velocity_of_sample(z, output, sigma)
 
         return velocity
+
+    def _memory(self, embeds: torch.Tensor, proxy: ProxyView) -> Callable[[float], ProxyMemory]:
+        """The proxy's keys and values for a step at sigma; those of the last step again if nothing that they depend on has changed."""
+        held: dict[tuple[int, float], ProxyMemory] = {}
+
+        @torch.inference_mode()
+        def remember(sigma: float) -> ProxyMemory:
+            transformer, (z, level) = self.transformer(sigma), proxy.at(sigma)
+            if (key := (id(transformer), level)) not in held:
+                held.clear()
+                select_adapter(transformer, proxy.adapter)
+                held[key] = transformer.remember(z.to(self.device, self.dtype), self._timestep(level), embeds, proxy.time_scale)
+            return held[key]
+
+        return remember
+
+    def _timestep(self, sigma: float) -> torch.Tensor:
+        return torch.tensor([1000 * sigma], device=self.device, dtype=torch.float32)
 
     def release(self, *names: str) -> None:
         """Let components go and give their memory back."""

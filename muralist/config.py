@@ -11,8 +11,8 @@ from typing import Any
 
 from muralist.errors import UserError
 from muralist.stages.decode_options import DecodeOptions
-from muralist.stages.proxy import LowResolutionProxy
-from muralist.stages.refine import Refine
+from muralist.stages.proxy import LowFrameRateProxy, LowResolutionProxy
+from muralist.stages.refine import ProxyWindows, Refine
 from muralist.stages.upsample import Upsampling
 from muralist.store.video_write import EncodeOptions
 from muralist.types import Grid
@@ -24,19 +24,26 @@ MAX_FRAMES = 4097
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """One part a stage, in the order of the data flow. No proxy: refinement starts from pure noise and nothing is upsampled."""
+    """One part a stage, in the order of the data flow.
 
-    proxy: LowResolutionProxy | None
+    No proxy: refinement starts from pure noise and nothing is upsampled. A proxy is enlarged and noised again, or refinement looks at it while
+    it works (`ProxyWindows`), or both.
+    """
+
+    proxy: LowResolutionProxy | LowFrameRateProxy | None
     upsample: Upsampling | None
     refine: Refine
     decode: DecodeOptions = field(default_factory=DecodeOptions)
     encode: EncodeOptions = field(default_factory=EncodeOptions)
 
     def __post_init__(self):
-        if (self.proxy is None) != (self.upsample is None):
-            raise UserError("a proxy needs an upsampler and the other way round", where="recipe", fix="give both or neither")
-        if self.proxy is None and self.refine.skip_steps:
-            raise UserError(f"{self.refine.skip_steps} skipped steps without a proxy to start from", where="skip_steps", fix="use 0 or a recipe with a proxy")
+        looks = isinstance(self.refine.attention, ProxyWindows)
+        if self.proxy is None and (self.upsample is not None or looks):
+            raise UserError("there is no proxy to work from", where="recipe", fix="give one, or neither an upsampler nor proxy windows")
+        if self.proxy is not None and self.upsample is None and not looks:
+            raise UserError("nothing uses the proxy", where="recipe", fix="give an upsampler or proxy windows")
+        if self.upsample is None and self.refine.skip_steps:
+            raise UserError(f"{self.refine.skip_steps} skipped steps without a guide to start from", where="skip_steps", fix="use 0, or give an upsampler")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from muralist.stages.decode import decode, plan_decode
 from muralist.stages.encode import encode, next_frame
 from muralist.stages.prompt import encode_prompt
 from muralist.stages.proxy import make_proxy
-from muralist.stages.refine import refine
+from muralist.stages.refine import proxy_view, refine
 from muralist.stages.upsample import pieces, upsample
 from muralist.store.run import RunDirectory
 from muralist.types import FrameChunk, LatentVideo, TextCond
@@ -37,7 +37,7 @@ def denoise(request: Request, base: Base, run: RunDirectory, observer: Observer)
     text = _text(request, base, run, observer)
     proxy = _proxy(text, request, base, run, observer)
     guide = _guide(proxy, request, base, run, observer)
-    return _refine(text, guide, request, base, run, observer)
+    return _refine(text, guide, proxy, request, base, run, observer)
 
 
 def _text(request: Request, base: Base, run: RunDirectory, observer: Observer) -> TextCond:
@@ -54,7 +54,7 @@ def _proxy(text: TextCond, request: Request, base: Base, run: RunDirectory, obse
     config = request.config.proxy
     if config is None:
         return None
-    grid = base.info.geometry.legal(config.grid(request.grid))
+    grid = config.grid(request.grid, base.info.geometry)
     if not run.has("proxy"):
         with measured(observer, "proxy", config.num_inference_steps):
             saved, after_step = _steps(run, "proxy", observer)
@@ -64,9 +64,9 @@ def _proxy(text: TextCond, request: Request, base: Base, run: RunDirectory, obse
 
 
 def _guide(proxy: LatentVideo | None, request: Request, base: Base, run: RunDirectory, observer: Observer) -> LatentVideo | None:
-    if proxy is None:
-        return None
     config, grid = request.config.upsample, base.info.geometry.legal(request.grid)
+    if proxy is None or config is None:
+        return None
     if not run.has("upsample"):
         with measured(observer, "upsample", pieces(config, proxy.grid, base.info.geometry)):
             latent = upsample(proxy, grid, base, config, on_piece=lambda done, total: observer.advance("upsample", done))
@@ -75,12 +75,15 @@ def _guide(proxy: LatentVideo | None, request: Request, base: Base, run: RunDire
     return LatentVideo(run.load("upsample")[0]["latent"].to(base.device), grid)
 
 
-def _refine(text: TextCond, guide: LatentVideo | None, request: Request, base: Base, run: RunDirectory, observer: Observer) -> LatentVideo:
+def _refine(
+    text: TextCond, guide: LatentVideo | None, proxy: LatentVideo | None, request: Request, base: Base, run: RunDirectory, observer: Observer
+) -> LatentVideo:
     config, grid = request.config.refine, base.info.geometry.legal(request.grid)
     if not run.has("refine"):
         with measured(observer, "refine", config.num_inference_steps):
             saved, after_step = _steps(run, "refine", observer)
-            latent = refine(base, text, guide, grid, config, seed=request.seed, saved=saved, after_step=after_step)
+            seen = None if proxy is None else proxy_view(config, request.config.proxy, proxy, seed=request.seed)
+            latent = refine(base, text, guide, grid, config, proxy=seen, seed=request.seed, saved=saved, after_step=after_step)
             _finish(run, "refine", latent)
     base.release("transformer", "transformer_2")
     return LatentVideo(run.load("refine")[0]["latent"].to(base.device), grid)

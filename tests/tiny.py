@@ -53,7 +53,21 @@ def add_parts(folder: Path) -> Path:
     experts = ExpertsConfig(dim=24, layers=2, experts={"low": low, "high": high})
     tensors = {name: torch.randn(shape) / 3 for name, shape in experts.tensors().items()}
     save_part(folder / "parts" / EXPERTS, EXPERTS, experts.record(), tensors)
+    _add_adapters(folder, "proxy", "detail")
     return folder
+
+
+def _add_adapters(folder: Path, *names: str) -> None:
+    """Random low-rank adapters."""
+    from diffusers import WanTransformer3DModel
+    from peft import LoraConfig
+
+    for name in names:
+        transformer = WanTransformer3DModel.from_pretrained(folder / "transformer")
+        transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False), adapter_name=name)
+        for parameter in transformer.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+        transformer.save_lora_adapter(folder / "adapters" / name, adapter_name=name)
 
 
 def _defaults(flavour: str) -> dict:

@@ -37,6 +37,8 @@ TRAININGS = {
     "latent-upsampler": Training(
         "muralist.train.latent_upsampler", "train_latent_upsampler", "model", MODEL, init=False, serves="parts/latent_upsampler", data=True
     ),
+    "proxy": Training("muralist.train.long", "train_proxy", "model", MODEL, init=False, serves="adapters/proxy", data=True),
+    "detail": Training("muralist.train.long", "train_detail", "model", MODEL, init=False, serves="adapters/detail", data=True),
     "experts": Training("muralist.train.experts", "train_experts", "model", MODEL, init=False, serves="parts/experts", data=True),
 }
 MAX_MINUTES = 60 * 24 * 30
@@ -48,7 +50,7 @@ def command(
     device: Device = "auto",
     start: Annotated[
         str | None,
-        typer.Option("--from", help="The folder it starts from: a VAE (miniature-base, miniature-decoder) or a model (uhr, latent-upsampler, experts)."),
+        typer.Option("--from", help="The folder it starts from: a VAE (miniature-base, miniature-decoder) or a model (all that add to one)."),
     ] = None,
     data: Annotated[
         str | None, typer.Option("--data", metavar="DIR", help="Footage: a folder with videos.csv (file, caption, score). [default: the procedural world]")

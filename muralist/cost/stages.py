@@ -17,13 +17,14 @@ from muralist.cost import decoding, text, transformer, upsampling
 from muralist.cost.decoding import DecodeNeed
 from muralist.cost.machine import Machine
 from muralist.errors import UserError
-from muralist.nn.attention import FullAttention
+from muralist.nn.attention import FullAttention, GuidedWindows
+from muralist.nn.attention.guided import pooled_shape
 from muralist.nn.experts import EXPERTS
 from muralist.nn.transformer import Graft
 from muralist.sampling import flow
 from muralist.stages.decode_options import DecodeOptions
-from muralist.stages.proxy import LowResolutionProxy
-from muralist.stages.refine import Refine
+from muralist.stages.proxy import LowFrameRateProxy, LowResolutionProxy
+from muralist.stages.refine import ProxyWindows, Refine
 from muralist.stages.upsample import LatentInterpolation, LearnedUpsampling, PixelInterpolation
 from muralist.store import weights
 from muralist.store.video_write import EncodeOptions
@@ -123,20 +124,49 @@ def _text_config(info: BaseInfo) -> dict[str, Any] | None:
 
 
 def _proxy(part: LowResolutionProxy, setting: Setting) -> StagePlan:
-    grid = setting.info.geometry.legal(part.grid(setting.request.grid))
-    action = f"{_size(grid)}, {_attention(Graft())}"
-    return _denoising(setting, "proxy", grid, Graft(), part.num_inference_steps, part.guidance_scale, adapter=None, action=action)
+    grid = _proxy_grid(setting)
+    action = f"{_size(grid)}, {_attention(Graft())}" + (f", one latent frame in {part.time_scale:g}" if part.time_scale > 1 else "")
+    return _denoising(setting, "proxy", grid, Graft(), part.num_inference_steps, part.guidance_scale, adapter=part.adapter, action=action)
 
 
 def _refine(part: Refine, setting: Setting) -> StagePlan:
     grid = setting.grid
-    graft = part.graft(setting.info.geometry.token_shape(grid))
+    graft = _as_seen(part.graft(setting.info.geometry.token_shape(grid)), setting)
     action = f"{_size(grid)}, {_attention(graft)}"
     if graft.token_chunk and graft.token_chunk < math.prod(setting.info.geometry.token_shape(grid)):
         action += f", {graft.token_chunk} tokens at a time"
     levels = flow.sigmas(part.num_inference_steps, part.flow_shift)[part.skip_steps : -1]
     plan = _denoising(setting, "refine", grid, graft, len(levels), part.guidance_scale, adapter=part.adapter, action=action)
+    plan = _with_proxy(plan, part.attention, part.guidance_scale, setting) if isinstance(part.attention, ProxyWindows) else plan
     return _with_experts(plan, part, levels, setting) if part.experts else plan
+
+
+def _as_seen(graft: Graft, setting: Setting) -> Graft:
+    """The same with no more proxy and pooled tokens for a window than there are."""
+    attention, geometry = graft.attention, setting.info.geometry
+    if not isinstance(attention, GuidedWindows):
+        return graft
+    near = attention.near.within(geometry.token_shape(_proxy_grid(setting)))
+    middle = attention.middle and replace(
+        attention.middle, near=attention.middle.near.within(pooled_shape(geometry.token_shape(setting.grid), attention.middle.pool))
+    )
+    return replace(graft, attention=replace(attention, near=near, middle=middle))
+
+
+def _with_proxy(plan: StagePlan, attention: ProxyWindows, guidance_scale: float, setting: Setting) -> StagePlan:
+    """The same with the passes over the proxy, one for each prompt or for each step and prompt, and the keys and values that they leave."""
+    size, shape, passes = setting.dimensions, setting.info.geometry.token_shape(_proxy_grid(setting)), 1 if guidance_scale == 1 else 2
+    one = transformer.forward(size, Graft(), shape, setting.info.defaults.max_sequence_length)
+    part = setting.request.config.refine
+    times = passes * (1 if attention.proxy_noise == "clean" else part.num_inference_steps - part.skip_steps)
+    return replace(
+        plan,
+        flops=plan.flops + times * one.flops,
+        attention_flops=plan.attention_flops + times * one.attention,
+        memory_bytes=plan.memory_bytes + passes * 2 * size.layers * size.width * one.tokens * setting.machine.itemsize,
+        seconds=plan.seconds + setting.machine.seconds(linear=times * one.linear, attention=times * one.attention),
+        action=f"{plan.action}, in sight of a proxy of {one.tokens:,} tokens",
+    )
 
 
 def _with_experts(plan: StagePlan, part: Refine, levels: list[float], setting: Setting) -> StagePlan:
@@ -196,7 +226,7 @@ def _interpolation(part: LatentInterpolation, setting: Setting) -> StagePlan:
 
 def _learned_upsampling(part: LearnedUpsampling, setting: Setting) -> StagePlan:
     setting.info.require_part(UPSAMPLER)
-    source = setting.info.geometry.latent_shape(setting.info.geometry.legal(setting.request.config.proxy.grid(setting.request.grid)))[1:]
+    source = setting.info.geometry.latent_shape(_proxy_grid(setting))[1:]
     need = upsampling.measure(setting.info.folder / "parts" / UPSAMPLER, part, source, setting.info.geometry.latent_shape(setting.grid)[1:])
     stored, latent = setting.info.component_bytes[f"part {UPSAMPLER}"], setting.latent_bytes(setting.grid)
     return StagePlan(
@@ -212,7 +242,7 @@ def _learned_upsampling(part: LearnedUpsampling, setting: Setting) -> StagePlan:
 
 def _pixel_interpolation(part: PixelInterpolation, setting: Setting) -> StagePlan:
     info, machine, target = setting.info, setting.machine, setting.grid
-    small = info.geometry.legal(setting.request.config.proxy.grid(setting.request.grid))
+    small = _proxy_grid(setting)
     decoded = decoding.decode_need(info.vae_config, small, small, machine, DecodeOptions())
     encoded = upsampling.encode(info.vae_config, target, part.tile)
     video = 3 * target.pixels * machine.itemsize
@@ -227,6 +257,10 @@ def _pixel_interpolation(part: PixelInterpolation, setting: Setting) -> StagePla
         seconds=decoded.seconds + machine.convolution_seconds(encoded.flops, channels=channels),
         action=f"to {_size(target)} through pixels, {encoded.pieces} tiles to encode",
     )
+
+
+def _proxy_grid(setting: Setting) -> Grid:
+    return setting.request.config.proxy.grid(setting.request.grid, setting.info.geometry)
 
 
 def _held_transformer(setting: Setting) -> int:
@@ -300,12 +334,14 @@ def _size(grid: Grid) -> str:
 def _attention(graft: Graft) -> str:
     if isinstance(graft.attention, FullAttention):
         return "full attention"
-    frames, rows, columns = graft.attention.size
-    return f"windows of {frames}x{rows}x{columns} tokens" + (", shifted every other layer" if graft.attention.shift else "")
+    windows = graft.attention.windows if isinstance(graft.attention, GuidedWindows) else graft.attention
+    frames, rows, columns = windows.size
+    return f"windows of {frames}x{rows}x{columns} tokens" + (", shifted every other layer" if windows.shift else "")
 
 
 ESTIMATES: dict[type, Callable[[Any, Setting], StagePlan]] = {
     LowResolutionProxy: _proxy,
+    LowFrameRateProxy: _proxy,
     LatentInterpolation: _interpolation,
     LearnedUpsampling: _learned_upsampling,
     PixelInterpolation: _pixel_interpolation,

@@ -17,7 +17,7 @@ from typing import Any
 
 from diffusers import WanTransformer3DModel
 
-from muralist.nn.attention import FullAttention, WindowAttention
+from muralist.nn.attention import FullAttention, GuidedWindows, WindowAttention
 from muralist.nn.transformer import Graft
 from muralist.nn.windows import Shape, windows_of
 
@@ -94,7 +94,15 @@ def _window_pairs(attention: WindowAttention, token_shape: Shape) -> tuple[int, 
     return tuple(sum(count * tokens**2 for count, tokens in windows_of(token_shape, attention.size, shift)) for shift in kinds)
 
 
-_PAIRS: dict[type, Callable[[Any, Shape], tuple[int, ...]]] = {FullAttention: _full_pairs, WindowAttention: _window_pairs}
+def _guided_pairs(attention: GuidedWindows, token_shape: Shape) -> tuple[int, ...]:
+    """A proxy, or the pooled tokens, are taken to hold as many tokens as a window asks for (`Near.within` sees to that)."""
+    more = math.prod(attention.near.count) + (math.prod(attention.middle.near.count) if attention.middle else 0)
+    return tuple(pairs + math.prod(token_shape) * more for pairs in _window_pairs(attention.windows, token_shape))
+
+
+_PAIRS: dict[type, Callable[[Any, Shape], tuple[int, ...]]] = {
+    FullAttention: _full_pairs, WindowAttention: _window_pairs, GuidedWindows: _guided_pairs
+}  # fmt: skip
 
 
 def pairs(attention: Any, token_shape: Shape, layers: int) -> int:
@@ -156,7 +164,8 @@ def live_bytes(size: Dimensions, graft: Graft, token_shape: Shape, itemsize: int
 
 def _largest_window(attention: Any, token_shape: Shape) -> int:
     """A chunk holds whole windows; attention without windows takes any chunk."""
-    return max(tokens for _, tokens in windows_of(token_shape, attention.size)) if isinstance(attention, WindowAttention) else 1
+    windows = attention.windows if isinstance(attention, GuidedWindows) else attention
+    return max(tokens for _, tokens in windows_of(token_shape, windows.size)) if isinstance(windows, WindowAttention) else 1
 
 
 def _bytes_per_token(size: Dimensions, itemsize: int) -> int:

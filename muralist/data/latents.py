@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +37,15 @@ BATCH_FRAMES = 24  # encoded at a time: two clips at least, since torch takes it
 
 @dataclass(frozen=True, slots=True)
 class LatentPool:
-    """Latents [n, C, F, h, w] in half precision, one caption each, and where the caption's object is, if that is known: [n, F, h, w], bool."""
+    """Latents [n, C, F, h, w] in half precision, one caption each, where the caption's object is, if that is known: [n, F, h, w], bool.
+
+    `proxy` [n, C, F', h', w']: the same videos on a coarse grid, if one was asked for.
+    """
 
     z: torch.Tensor
     captions: list[str]
     near_object: torch.Tensor | None
+    proxy: torch.Tensor | None = None
 
     def take(self, index: np.ndarray) -> tuple[torch.Tensor, list[str], torch.Tensor | None]:
         """The videos at `index`: latents in float32, captions, places of the object."""
@@ -51,7 +55,10 @@ class LatentPool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolConfig:
-    """Which videos: their grid, how many consecutive frames of it (all by default), a crop (height, width) in pixels for large grids, sharpened or not."""
+    """Which videos: their grid, how many consecutive frames of it (all by default), a crop (height, width) in pixels for large grids, sharpened or not.
+
+    `proxy`: a coarse grid on which whole videos are encoded too.
+    """
 
     name: str
     count: int
@@ -59,6 +66,7 @@ class PoolConfig:
     frames: int | None = None
     crop: tuple[int, int] | None = None
     sharpen: Unsharp | None = None
+    proxy: Grid | None = None
     seed: int = 1
 
     @property
@@ -140,12 +148,13 @@ def build_pool(
         drawn = [source.draw(rng, config) for _ in range(SHARD)]
         near_object = [d.near_object(vae.config.scale_factor_spatial, vae.config.scale_factor_temporal) for d in drawn]
         known = {} if near_object[0] is None else {"near_object": torch.stack(near_object)}
-        return {"z": _encode_all(vae, config, drawn, device), **known}, {"captions": json.dumps([d.caption for d in drawn])}
+        coarse = {} if config.proxy is None else {"proxy": _encode_all(vae, replace(config, sharpen=None), [d.on(config.proxy) for d in drawn], device)}
+        return {"z": _encode_all(vae, config, drawn, device), **coarse, **known}, {"captions": json.dumps([d.caption for d in drawn])}
 
     shards = list(_shards(vae, config, source, folder, make, lambda done: report(f"{done} videos encoded")))
     captions = [text for _, metadata in shards for text in json.loads(metadata["captions"])]
     tensors = {name: torch.cat([tensors[name] for tensors, _ in shards])[: config.count] for name in shards[0][0]}
-    return LatentPool(tensors["z"], captions[: config.count], tensors.get("near_object"))
+    return LatentPool(tensors["z"], captions[: config.count], tensors.get("near_object"), tensors.get("proxy"))
 
 
 def _shards(

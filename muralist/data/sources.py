@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -44,6 +44,9 @@ class Drawn(Protocol):
 
     def near_object(self, cell: int, group: int) -> torch.Tensor | None:
         """Which latents see the object of the caption: [F, h, w], bool, for cells of `cell` pixels and `group` frames; None where nobody knows."""
+
+    def on(self, grid: Grid) -> Drawn:
+        """The same scene from the same moment on another grid, all of its picture and frames; where a clip ends, its last frame stays."""
 
 
 class Source(Protocol):
@@ -79,6 +82,12 @@ class _Rendering:
         seen = near_object(self.scene, self.grid, cell=cell, crop=self.crop, frames=self.frames)
         # the first latent frame is one frame, the others are `group` of them
         return torch.cat([seen[:1], seen[1:].unflatten(0, (-1, group)).any(dim=1)])
+
+    def on(self, grid: Grid) -> _Rendering:
+        first = self.frames.start / self.grid.fps * grid.fps
+        if not first.is_integer():
+            raise ValueError(f"frame {self.frames.start} at {self.grid.fps:g} fps has no counterpart at {grid.fps:g}")
+        return _Rendering(self.scene, grid, None, range(int(first), int(first) + grid.num_frames))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,8 +161,12 @@ class _Excerpt:
     def near_object(self, cell: int, group: int) -> None:
         return None
 
+    def on(self, grid: Grid) -> _Excerpt:
+        return replace(self, grid=grid, crop=Crop(0, 0, grid.height, grid.width), count=grid.num_frames)
+
     def pixels(self) -> torch.Tensor:
-        wanted = [self.first + round(i * self.info.fps / self.grid.fps) for i in range(self.count)]
+        last = self.info.num_frames - 1
+        wanted = [min(self.first + round(i * self.info.fps / self.grid.fps), last) for i in range(self.count)]
         frames = enumerate(itertools.islice(read_frames(self.clip.path, self.info), wanted[-1] + 1))
         kept = {index: self._cut(frame) for index, frame in frames if index in set(wanted)}
         return torch.stack([kept[index] for index in wanted])

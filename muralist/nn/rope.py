@@ -67,12 +67,16 @@ def axis_dims(head_dim: int) -> Shape:
     return (head_dim - 2 * side, side, side)
 
 
+def frequencies(dim: int) -> torch.Tensor:
+    """Radians a position turns each of an axis's `dim` / 2 channel pairs by, float64 on the CPU."""
+    return 1.0 / THETA ** (torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
+
+
 def rotary_table(rope: RopeScale, token_shape: Shape, head_dim: int, device: torch.device | str = "cpu") -> RotaryTable:
     """The table of a token grid. Computed on the CPU, since not every device has float64, and moved to `device`."""
     axes = []
     for positions, dim in zip(rope.positions(token_shape), axis_dims(head_dim)):
-        frequencies = 1.0 / THETA ** (torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
-        angles = torch.outer(positions, frequencies)
+        angles = torch.outer(positions, frequencies(dim))
         axes.append(torch.stack([angles.cos(), angles.sin()], dim=1).float().to(device))
     return RotaryTable(token_shape, tuple(axes))
 

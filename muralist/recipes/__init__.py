@@ -7,12 +7,13 @@ from collections.abc import Callable
 from muralist.base_info import BaseInfo
 from muralist.config import Config
 from muralist.errors import UserError
+from muralist.recipes.atlasvid import atlasvid
 from muralist.recipes.baselines import cascade, direct
 from muralist.recipes.luve import luve
 
 Recipe = Callable[[BaseInfo], Config]
 
-RECIPES: dict[str, Recipe] = {"cascade": cascade, "direct": direct, "luve": luve}
+RECIPES: dict[str, Recipe] = {"cascade": cascade, "direct": direct, "luve": luve, "atlasvid": atlasvid}
 DEFAULT = "cascade"
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from muralist.base import Base
 from muralist.errors import UserError
 from muralist.sampling import flow
-from muralist.types import Grid, LatentVideo, TextCond
+from muralist.types import Geometry, Grid, LatentVideo, TextCond
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,12 +27,56 @@ class LowResolutionProxy:
         flow.sigmas(self.num_inference_steps, self.flow_shift)
         check_guidance(self.guidance_scale)
 
-    def grid(self, target: Grid) -> Grid:
-        """The proxy's grid: its own area, the target's shape. A portrait target gets a portrait proxy of the same number of pixels."""
+    @property
+    def adapter(self) -> str | None:
+        """The base's adapter that paints it."""
+        return None
+
+    @property
+    def time_scale(self) -> float:
+        """Latent frames of the target from one of the proxy to the next."""
+        return 1.0
+
+    def grid(self, target: Grid, geometry: Geometry) -> Grid:
+        """The proxy's own legal grid for a target."""
+        return geometry.legal(self._sized(target))
+
+    def _sized(self, target: Grid) -> Grid:
+        """Its own area, the target's shape: a portrait target gets a portrait proxy of the same number of pixels."""
         area, shape = self.height * self.width, target.width / target.height
         if abs(shape / (self.width / self.height) - 1) < 0.05:
             return target.resized(height=self.height, width=self.width)
         return target.resized(height=max(round((area / shape) ** 0.5), 1), width=max(round((area * shape) ** 0.5), 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowFrameRateProxy(LowResolutionProxy):
+    """A proxy that also has fewer frames: one latent frame where the target has `every`, at its place on the target's time axis.
+
+    A base that makes F latent frames then spans every * (F - 1) + 1 of them; `trained_as` names the adapter that taught it to.
+    """
+
+    every: int = 4
+    trained_as: str | None = None
+
+    def __post_init__(self):
+        LowResolutionProxy.__post_init__(self)
+        if not 1 <= self.every <= 16:
+            raise UserError(f"every {self.every} latent frames", where="proxy.every", fix="use 1 to 16, such as 4")
+
+    @property
+    def adapter(self) -> str | None:
+        return self.trained_as
+
+    @property
+    def time_scale(self) -> float:
+        return float(self.every)
+
+    def grid(self, target: Grid, geometry: Geometry) -> Grid:
+        """Its last latent frame stands at the target's last one or after it."""
+        factor = geometry.temporal_factor
+        latent = -(-((target.num_frames - 1) // factor) // self.every) + 1
+        return geometry.legal(replace(self._sized(target), num_frames=(latent - 1) * factor + 1, fps=target.fps / self.every))
 
 
 def check_guidance(guidance_scale: float) -> None:
@@ -51,11 +95,12 @@ def make_proxy(
     after_step: Callable[[int, torch.Tensor], None],
 ) -> LatentVideo:
     """Denoise pure noise [1, C, F, h, w] on the proxy's grid; `saved` is (steps done, latent) of an interrupted run."""
+    from muralist.nn.rope import RopeScale
     from muralist.nn.transformer import Graft
 
-    grid = base.info.geometry.legal(proxy.grid(target))
+    grid = proxy.grid(target, base.info.geometry)
     levels = flow.sigmas(proxy.num_inference_steps, proxy.flow_shift)
     start, z = saved or (0, flow.keyed_noise((1, *base.info.geometry.latent_shape(grid)), seed=seed, stage="proxy"))
-    velocity = base.velocity(text, guidance_scale=proxy.guidance_scale, graft=Graft(), adapter=None)
+    velocity = base.velocity(text, guidance_scale=proxy.guidance_scale, graft=Graft(rope=RopeScale(t=proxy.time_scale)), adapter=proxy.adapter)
     z = flow.denoise(velocity, z.to(base.device), levels, start=start, after_step=after_step)
     return LatentVideo(z, grid)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from muralist.base import Base
+from muralist.base import Base, ProxyView
 from muralist.errors import UserError
-from muralist.nn.attention import FullAttention
+from muralist.nn.attention import FullAttention, GuidedWindows, Middle, Near
 from muralist.nn.windows import WindowAttention, choose_window
 from muralist.sampling import flow
-from muralist.stages.proxy import check_guidance
+from muralist.stages.proxy import LowResolutionProxy, check_guidance
 from muralist.types import Geometry, Grid, LatentVideo, TextCond
 
 if TYPE_CHECKING:
@@ -37,6 +37,21 @@ class Windows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProxyWindows(Windows):
+    """Windows whose queries also see the proxy around them (`nn/attention/guided.py`).
+
+    `near`: proxy tokens a window sees along time, height and width; `reach`: how far from the window's middle their places may be, in
+    tokens; `pool`: blocks of tokens whose means are a level between window and proxy, seen in the same number, None: no such level.
+    `proxy_noise`: the proxy is seen clean at every step, which costs one pass for the whole video, or at the step's own noise level.
+    """
+
+    near: tuple[int, int, int] = (4, 4, 4)
+    reach: tuple[float, float, float] = (16.0, 16.0, 24.0)
+    pool: tuple[int, int, int] | None = None
+    proxy_noise: Literal["clean", "same"] = "clean"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Refine:
     """How the target grid is denoised.
 
@@ -48,7 +63,7 @@ class Refine:
     guidance_scale: float
     flow_shift: float
     skip_steps: int = 0
-    attention: FullAttention | Windows = field(default_factory=FullAttention)
+    attention: FullAttention | Windows | ProxyWindows = field(default_factory=FullAttention)
     adapter: str | None = None
     experts: tuple[str, ...] = ()
     token_chunk: int | None = 8192
@@ -66,7 +81,13 @@ class Refine:
         if isinstance(self.attention, FullAttention):
             return Graft(token_chunk=self.token_chunk, experts=self.experts)
         windows = WindowAttention(size=window_size(self.attention, token_shape), shift=self.attention.shift)
-        return Graft(attention=windows, token_chunk=self.token_chunk, experts=self.experts)
+        attention = _guided(self.attention, windows) if isinstance(self.attention, ProxyWindows) else windows
+        return Graft(attention=attention, token_chunk=self.token_chunk, experts=self.experts)
+
+
+def _guided(asked: ProxyWindows, windows: WindowAttention) -> GuidedWindows:
+    near = Near(asked.near, asked.reach)
+    return GuidedWindows(windows, near, None if asked.pool is None else Middle(asked.pool, near))
 
 
 def window_size(windows: Windows, token_shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -76,6 +97,13 @@ def window_size(windows: Windows, token_shape: tuple[int, int, int]) -> tuple[in
     return (frames, rows, columns)
 
 
+def proxy_view(how: Refine, part: LowResolutionProxy, proxy: LatentVideo, *, seed: int) -> ProxyView | None:
+    """What refinement sees of the proxy while it works; None where its attention does not look at it."""
+    if not isinstance(how.attention, ProxyWindows):
+        return None
+    return ProxyView(proxy.z, part.time_scale, part.adapter, how.attention.proxy_noise, seed)
+
+
 def refine(
     base: Base,
     text: TextCond,
@@ -83,16 +111,17 @@ def refine(
     grid: Grid,
     how: Refine,
     *,
+    proxy: ProxyView | None = None,
     seed: int,
     saved: tuple[int, torch.Tensor] | None,
     after_step: Callable[[int, torch.Tensor], None],
 ) -> LatentVideo:
-    """Denoise [1, C, F, h, w] on the legal `grid`; with a guide from x = (1 - sigma_S) guide + sigma_S eps at step S."""
+    """Denoise [1, C, F, h, w] on the legal `grid`; with a guide from x = (1 - sigma_S) guide + sigma_S eps at step S, with `proxy` in its sight."""
     geometry: Geometry = base.info.geometry
     levels = flow.sigmas(how.num_inference_steps, how.flow_shift)
     start, z = saved or (how.skip_steps, _start(guide, (1, *geometry.latent_shape(grid)), levels[how.skip_steps], seed))
     graft = how.graft(geometry.token_shape(grid))
-    velocity = base.velocity(text, guidance_scale=how.guidance_scale, graft=graft, adapter=how.adapter)
+    velocity = base.velocity(text, guidance_scale=how.guidance_scale, graft=graft, adapter=how.adapter, proxy=proxy)
     z = flow.denoise(velocity, z.to(base.device), levels, start=start, after_step=after_step)
     return LatentVideo(z, grid)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -59,9 +59,9 @@ Upsampling = LatentInterpolation | LearnedUpsampling | PixelInterpolation
 
 
 def upsample(proxy: LatentVideo, to: Grid, base: Base, method: Upsampling, on_piece: Progress = lambda done, total: None) -> LatentVideo:
-    """[1, C, F, h, w] -> [1, C, F, H', W'] of the legal grid `to`; samples stand at pixel centres."""
+    """[1, C, F, h, w] -> [1, C, F', H', W'] of the legal grid `to`; samples stand at pixel centres, latent frames at their times."""
     _, frames, height, width = base.info.geometry.latent_shape(to)
-    assert proxy.z.shape[2] == frames, f"{proxy.z.shape[2]} latent frames for a grid of {frames}"
+    proxy = _in_time(proxy, frames, to.fps)
     match method:
         case LatentInterpolation():
             images = F.interpolate(rearrange(proxy.z, "1 c f h w -> f c h w"), size=(height, width), mode=method.mode, align_corners=False)
@@ -72,6 +72,18 @@ def upsample(proxy: LatentVideo, to: Grid, base: Base, method: Upsampling, on_pi
             return LatentVideo(upsample_in_tiles(base.latent_upsampler(), proxy.z.float(), (height, width), method.tile, method.overlap, on_piece), to)
         case PixelInterpolation():
             return LatentVideo(_through_pixels(base.vae(), proxy, to, method), to)
+
+
+def _in_time(proxy: LatentVideo, frames: int, fps: float) -> LatentVideo:
+    """The proxy at another rate: linear between its latent frames, frame f of the target at f * (the proxy's rate) / (the target's)."""
+    if proxy.grid.fps == fps:
+        assert proxy.z.shape[2] == frames, f"{proxy.z.shape[2]} latent frames for a grid of {frames}"
+        return proxy
+    place = torch.arange(frames, device=proxy.z.device) * (proxy.grid.fps / fps)
+    before = place.floor().long().clamp(max=proxy.z.shape[2] - 1)
+    after = (before + 1).clamp(max=proxy.z.shape[2] - 1)
+    z = torch.lerp(proxy.z[:, :, before], proxy.z[:, :, after], (place - before).to(proxy.z.dtype)[:, None, None])
+    return LatentVideo(z, replace(proxy.grid, num_frames=(frames - 1) * ((proxy.grid.num_frames - 1) // max(proxy.z.shape[2] - 1, 1)) + 1, fps=fps))
 
 
 def _through_pixels(vae: AutoencoderKLWan, proxy: LatentVideo, to: Grid, method: PixelInterpolation) -> torch.Tensor:

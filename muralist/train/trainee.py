@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from torch import nn
 
-from muralist.base import Base
+from muralist.base import Base, select_adapter
 from muralist.base_info import BaseInfo, inspect_base
 from muralist.data import latents
 from muralist.data.latents import LatentPool, PoolConfig
@@ -17,13 +18,15 @@ from muralist.data.sharpen import Unsharp
 from muralist.data.sources import Source, World
 from muralist.errors import UserError
 from muralist.stages.prompt import encode_prompt
-from muralist.train.loop import Report
+from muralist.train.loop import Report, Schedule, draw_curve, fit
 from muralist.train.miniature import load_vae
-from muralist.train.objectives.flow import Batch
+from muralist.train.objectives.flow import Batch, FlowMatching
 from muralist.types import Grid
 
 FRAMES = 9  # of a crop, if the base makes as many: three latent frames
 WORLD_HEIGHTS = (1088, 2176)
+RANK = 32  # of adapters
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,11 @@ class Trainee(nn.Module):
             self.transformer.enable_gradient_checkpointing()
         self._known: dict[str, torch.Tensor] = {}
 
+    @property
+    def own_grid(self) -> Grid:
+        """The grid that the base was made for."""
+        return self.info.geometry.legal(self.info.defaults.grid)
+
     def embed(self, captions: Sequence[str]) -> torch.Tensor:
         """[B, L, D_text]; padding is zeros."""
         known = [self._known[text] for text in captions]
@@ -69,13 +77,17 @@ class Trainee(nn.Module):
 
     def pools(self, data: VideoData, folder: Path, report: Report) -> tuple[LatentPool, ...]:
         """The data's latents, encoded where they are missing, and their captions learned."""
+        return self.encoded([self._pool(height, data) for height in data.heights], data.source, folder, report)
+
+    def encoded(self, configs: Sequence[PoolConfig], source: Source, folder: Path, report: Report) -> tuple[LatentPool, ...]:
+        """These pools, encoded where they are missing, and their captions learned."""
         vae = load_vae(self.info.folder / "vae").to(self.base.device).eval()
-        pools = tuple(latents.build_pool(vae, self._pool(height, data), folder, self.base.device, report, data.source) for height in data.heights)
+        pools = tuple(latents.build_pool(vae, config, folder, self.base.device, report, source) for config in configs)
         self.learn_captions([text for pool in pools for text in pool.captions])
         return pools
 
     def _pool(self, height: int, data: VideoData) -> PoolConfig:
-        own = self.info.geometry.legal(self.info.defaults.grid)
+        own = self.own_grid
         large = self.info.geometry.legal(Grid(num_frames=own.num_frames, height=height, width=round(height * own.width / own.height), fps=own.fps))
         kind = "sharp" if data.sharpen else "crops"
         return PoolConfig(
@@ -99,3 +111,23 @@ class Crops:
     def __call__(self, rng, progress: float) -> Batch:
         pool = self.pools[rng.integers(len(self.pools))]
         return Batch(*pool.take(rng.integers(len(pool.captions), size=self.batch)))
+
+
+def give_adapter(trainee: Trainee, name: str) -> None:
+    """A new adapter on every projection, or the base's own one of that name, ready to be trained; nothing else is."""
+    torch.manual_seed(0)
+    if name not in trainee.info.adapters:
+        trainee.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS), adapter_name=name)
+    select_adapter(trainee.transformer, name)
+    for parameter_name, parameter in trainee.transformer.named_parameters():
+        parameter.requires_grad_(f".{name}." in parameter_name)
+
+
+def fit_adapter(trainee: Trainee, name: str, objective: FlowMatching, folder: Path, minutes: float, resume: bool, report: Report) -> Path:
+    """Train the adapter alone and write it to `folder/adapters/name`, in bfloat16."""
+    fit(objective, Schedule(minutes=minutes, learning_rate=1e-3, weight_decay=0.0), folder, resume=resume, report=report)
+    for parameter in trainee.transformer.parameters():  # `to` would warn of modules that diffusers keeps in float32; only the adapter is saved
+        parameter.data = parameter.data.to(torch.bfloat16)
+    trainee.transformer.save_lora_adapter(folder / "adapters" / name, adapter_name=name)
+    draw_curve(folder)
+    return folder / "adapters" / name

@@ -9,16 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 
-from muralist.base import select_adapter
-from muralist.train.loop import Report, Schedule, begin, draw_curve, fit
+from muralist.train.loop import Report, begin
 from muralist.train.objectives.flow import FlowConfig, FlowMatching
-from muralist.train.trainee import Crops, Trainee, VideoData
+from muralist.train.trainee import Crops, Trainee, VideoData, fit_adapter, give_adapter
 
 ADAPTER = "uhr"
-RANK = 32
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 MAX_SIGMA = 0.9
 
 
@@ -30,20 +26,7 @@ def train_uhr(folder: Path, *, minutes: float, device: torch.device, resume: boo
     begin(folder, resume=resume)
     trainee = Trainee(model, device)
     pools = trainee.pools(data or VideoData(), folder / "latents", report)
-    _give_adapter(trainee)
+    give_adapter(trainee, ADAPTER)
     config = FlowConfig(prediction=trainee.info.prediction, shift=trainee.info.defaults.flow_shift, max_sigma=MAX_SIGMA)
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Crops(pools), config, device)
-    fit(objective, Schedule(minutes=minutes, learning_rate=1e-3, weight_decay=0.0), folder, resume=resume, report=report)
-    trainee.transformer.to(torch.bfloat16).save_lora_adapter(folder / "adapters" / ADAPTER, adapter_name=ADAPTER)
-    draw_curve(folder)
-    return folder / "adapters" / ADAPTER
-
-
-def _give_adapter(trainee: Trainee) -> None:
-    """A new adapter, or the base's own one, ready to be trained."""
-    torch.manual_seed(0)
-    if ADAPTER not in trainee.info.adapters:
-        trainee.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS), adapter_name=ADAPTER)
-    select_adapter(trainee.transformer, ADAPTER)
-    for name, parameter in trainee.transformer.named_parameters():
-        parameter.requires_grad_(f".{ADAPTER}." in name)
+    return fit_adapter(trainee, ADAPTER, objective, folder, minutes, resume, report)

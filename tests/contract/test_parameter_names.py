@@ -11,7 +11,8 @@ from diffusers.models.transformers import transformer_wan
 from diffusers.utils import apply_lora_scale
 
 from muralist.nn.attention import WindowAttention
-from muralist.nn.transformer import TEXT_LENGTH, Graft, MuralBlock, MuralTransformer
+from muralist.nn.block import TEXT_LENGTH, MuralBlock
+from muralist.nn.transformer import Graft, MuralTransformer
 
 BASES = {
     "wan2.1-1.3b": dict(num_layers=30, num_attention_heads=12, ffn_dim=8960, in_channels=16, out_channels=16),

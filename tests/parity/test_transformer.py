@@ -16,8 +16,9 @@ from peft import LoraConfig
 from muralist.errors import UserError
 from muralist.nn.attention import FullAttention, WindowAttention
 from muralist.nn.attention.reference import window_mask
+from muralist.nn.block import MuralBlock
 from muralist.nn.rope import RopeScale
-from muralist.nn.transformer import Graft, MuralBlock, MuralTransformer
+from muralist.nn.transformer import Graft, MuralTransformer
 from muralist.nn.windows import partition
 
 SHAPE = (3, 5, 7)  # token grid: no side divides it, so windows are ragged

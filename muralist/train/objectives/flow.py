@@ -27,7 +27,8 @@ FOCUS_BELOW = 0.9  # sigma up to which the noisy latents show where the object i
 class Batch:
     """Latents `x` [B, C, F, h, w], their captions, and where the object of the caption is: `focus` [B, F, h, w], bool, or None.
 
-    `first` and `stride` are the latent frames' places in the full clip.
+    `first` and `stride` are the latent frames' places in the full clip; `proxy` [B, C, F', h', w'], for objectives that use it, is the same clip
+    on a coarse grid.
     """
 
     x: torch.Tensor
@@ -35,6 +36,7 @@ class Batch:
     focus: torch.Tensor | None = None
     first: int = 0
     stride: int = 1
+    proxy: torch.Tensor | None = None
 
 
 class Source(Protocol):
@@ -84,16 +86,19 @@ class FlowMatching:
         level = sigma.view(-1, 1, 1, 1, 1)
         noise = torch.randn(x.shape, generator=generator).to(self.device)
         noisy = (1 - level) * x + level * noise
-        self.transformer.configure(replace(c.graft, rope=RopeScale(t=float(batch.stride), offset=(float(batch.first), 0.0, 0.0))))
         # frozen weights may be large: on a GPU products are computed in bfloat16, the loss is not
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            output = self.transformer(noisy, 1000 * sigma, self.embed(captions), return_dict=False)[0].float()
+            output = self._predict(batch, noisy, sigma, self.embed(captions)).float()
         weighted = (output - x) / level.clamp(min=SIGMA_FLOOR) if c.prediction == "sample" else output - (noise - x)
         error = weighted.square().mean(dim=1)  # [B, F, h, w]
         if batch.focus is not None:
             error = error * (1 + (FOCUS - 1) * (batch.focus.to(self.device) & (level[:, 0] < FOCUS_BELOW)))
         each = error.mean(dim=(1, 2, 3))
         return each.mean(), {f"{name}": each.detach()[mask].mean().item() for name, mask in _thirds(sigma) if mask.any()}
+
+    def _predict(self, batch: Batch, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        self.transformer.configure(replace(self.config.graft, rope=RopeScale(t=float(batch.stride), offset=(float(batch.first), 0.0, 0.0))))
+        return self.transformer(noisy, 1000 * sigma, text, return_dict=False)[0]
 
     def _sigmas(self, rng: np.random.Generator, count: int) -> torch.Tensor:
         # one draw in each of `count` equal parts: the same distribution with less variance from batch to batch

@@ -1,0 +1,218 @@
+"""A block of Wan's transformer that computes in chunks, in windows, and with what a graft puts beside its layers.
+
+`MuralBlock` has the stock block's parameters and none of its own. `Layer` is all that it is told: which tokens stand where, and what they see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
+from einops import rearrange
+
+from muralist.nn.attention import FullAttention, GuidedWindows, WindowAttention, attend_full, attend_windows
+from muralist.nn.attention.guided import Neighbours, Pooling, joined
+from muralist.nn.attention.window import ExtraKeys
+from muralist.nn.chunked import join_chunks, map_chunks
+from muralist.nn.experts import Branch, Place
+from muralist.nn.rope import RotaryTable, rotate
+from muralist.nn.windows import Chunk, Partition
+
+TEXT_LENGTH = 512  # diffusers' fixed number of text tokens; image tokens stand in front of them
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """What a grafted block has to know about the tokens of this forward; one for each partition that layers cycle through.
+
+    `levels` [B, N], in the partition's order: the row of the timestep embedding that a token takes; None: its sample's row.
+    `windows`: chunks of whole windows; `spans`: plain chunks. `attend`: the self-attention of a block.
+    `in_place`: no gradient is wanted, tensors may be overwritten. `experts`: names of those at work.
+    `proxy`, `middle`: the neighbours of each window in the proxy and among the pooled tokens; `memory`: the proxy's keys and values in this block.
+    """
+
+    partition: Partition
+    raster: Partition
+    rope: RotaryTable
+    levels: torch.Tensor | None
+    windows: tuple[Chunk, ...]
+    spans: tuple[Chunk, ...]
+    attend: Callable[[MuralBlock, torch.Tensor, torch.Tensor, Layer, Branch | None], torch.Tensor]
+    in_place: bool
+    experts: tuple[str, ...]
+    proxy: Neighbours | None = None
+    middle: tuple[Pooling, Neighbours] | None = None
+    memory: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+class MuralBlock(WanTransformerBlock):
+    """A stock block (same parameters) that computes in chunks and in windows."""
+
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor, layer: Layer) -> torch.Tensor:
+        """hidden_states [B, N, D] in the layer's order, encoder_hidden_states [B, L, D], temb [B or levels, 6, D] -> [B, N, D].
+
+        Without gradients `hidden_states` may be overwritten: the result is the same storage.
+        """
+        table = self.scale_shift_table + temb.float()
+        hidden_states = layer.attend(self, hidden_states, table, layer, self._branch("attention", layer))
+        return _per_token(self, hidden_states, _text_keys(self.attn2, encoder_hidden_states), table, layer, self._branch("ffn", layer))
+
+    def _branch(self, place: Place, layer: Layer) -> Branch | None:
+        """The expert at work beside the attention or the FFN."""
+        found = [expert for name in layer.experts if (expert := self.experts[name]).place == place]
+        return Branch(found[0], layer.partition, layer.raster) if found else None
+
+
+# -- Self-attention: x [B, N, D] in the layer's order, table [B or levels, 6, D] -> x + gate * attention, [B, N, D] --
+
+
+def _window_attention(block: MuralBlock, x: torch.Tensor, table: torch.Tensor, layer: Layer, branch: Branch | None) -> torch.Tensor:
+    """A chunk holds whole windows, so queries, keys and values of the full sequence never exist together."""
+    attn, extra = block.attn1, _extra_keys(block, x, table, layer)
+
+    def update(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        shift, scale, gate, *_ = token_rows(table, layer.levels, chunk)
+        normed = _seen(modulated(block.norm1, part, shift, scale), branch)
+        rope = layer.rope.at(layer.partition.order[chunk.span])
+        query, key, value = _query(attn, normed, rope), _key(attn, normed, rope), _value(attn, normed)
+        return _gated(part, _project(attn, attend_windows(query, key, value, chunk.runs, extra)), gate)
+
+    return _with_branch(map_chunks(update, x, layer.windows, layer.in_place), branch, table, layer, gate=2)
+
+
+def _extra_keys(block: MuralBlock, x: torch.Tensor, table: torch.Tensor, layer: Layer) -> ExtraKeys | None:
+    """What windows see besides themselves: their neighbours in the proxy, and in the means of the tokens."""
+    if layer.proxy is None:
+        return None
+    sources = [(layer.proxy, *layer.memory)]
+    if layer.middle is not None:
+        pooling, between = layer.middle
+
+        def normed(chunk: Chunk) -> torch.Tensor:
+            shift, scale, *_ = token_rows(table, layer.levels, chunk)
+            return modulated(block.norm1, x[:, chunk.span], shift, scale)
+
+        means = pooling.mean((chunk.span, normed(chunk)) for chunk in layer.spans)
+        sources.append((between, *_unrotated(block.attn1, means)))
+    return joined(sources)
+
+
+def keys_and_values(block: MuralBlock, x: torch.Tensor, temb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a block's self-attention offers to others, keys not rotated: x [B, N, D] -> twice [B, N, H, d]."""
+    shift, scale, *_ = (block.scale_shift_table + temb.float()).unsqueeze(1).unbind(2)
+    return _unrotated(block.attn1, modulated(block.norm1, x, shift, scale))
+
+
+def _unrotated(attn: WanAttention, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _heads(attn, attn.norm_k(attn.to_k(normed))), _value(attn, normed)
+
+
+def _full_attention(block: MuralBlock, x: torch.Tensor, table: torch.Tensor, layer: Layer, branch: Branch | None) -> torch.Tensor:
+    """Keys and values of the full sequence first, then queries chunk by chunk."""
+    attn = block.attn1
+
+    def prepare(part: torch.Tensor, chunk: Chunk) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        shift, scale, gate, *_ = token_rows(table, layer.levels, chunk)
+        return modulated(block.norm1, part, shift, scale), layer.rope.at(layer.partition.order[chunk.span]), gate
+
+    def keys_and_values(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        normed, rope, _ = prepare(part, chunk)
+        return torch.stack([_key(attn, normed, rope), _value(attn, normed)], dim=2)  # [B, n, 2, H, d]
+
+    def update(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        normed, rope, gate = prepare(part, chunk)
+        _seen(normed, branch)
+        return _gated(part, _project(attn, attend_full(_query(attn, normed, rope), key, value)), gate)
+
+    key, value = join_chunks(keys_and_values, x, layer.spans, layer.in_place).unbind(2)
+    return _with_branch(map_chunks(update, x, layer.spans, layer.in_place), branch, table, layer, gate=2)
+
+
+SELF_ATTENTION = {FullAttention: _full_attention, WindowAttention: _window_attention, GuidedWindows: _window_attention}
+
+
+def _query(attn: WanAttention, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return rotate(_heads(attn, attn.norm_q(attn.to_q(x))), *rope)
+
+
+def _key(attn: WanAttention, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return rotate(_heads(attn, attn.norm_k(attn.to_k(x))), *rope)
+
+
+def _value(attn: WanAttention, x: torch.Tensor) -> torch.Tensor:
+    return _heads(attn, attn.to_v(x))
+
+
+def _heads(attn: WanAttention, x: torch.Tensor) -> torch.Tensor:
+    return rearrange(x, "b n (H d) -> b n H d", H=attn.heads)
+
+
+def _project(attn: WanAttention, x: torch.Tensor) -> torch.Tensor:
+    """Output projection and dropout: [B, n, H, d] -> [B, n, D]."""
+    return attn.to_out[1](attn.to_out[0](rearrange(x, "b n H d -> b n (H d)")))
+
+
+# -- Work that treats every token alone --
+
+
+def _per_token(
+    block: MuralBlock, x: torch.Tensor, texts: Sequence[tuple[torch.Tensor, torch.Tensor]], table: torch.Tensor, layer: Layer, branch: Branch | None
+) -> torch.Tensor:
+    """Cross-attention and FFN of a block, chunk by chunk: [B, N, D] -> [B, N, D]."""
+
+    def update(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        *_, shift, scale, gate = token_rows(table, layer.levels, chunk)
+        part = part + _cross_attention(block.attn2, block.norm2(part.float()).type_as(part), texts)
+        return _gated(part, block.ffn(_seen(modulated(block.norm3, part, shift, scale), branch)).float(), gate)
+
+    return _with_branch(map_chunks(update, x, layer.spans, layer.in_place), branch, table, layer, gate=5)
+
+
+def _seen(normed: torch.Tensor, branch: Branch | None) -> torch.Tensor:
+    if branch is not None:
+        branch.see(normed)
+    return normed
+
+
+def _with_branch(x: torch.Tensor, branch: Branch | None, table: torch.Tensor, layer: Layer, gate: int) -> torch.Tensor:
+    """x + gate * what the expert adds, [B, N, D]; `gate` is the row of the table that belongs to the layer beside it."""
+    if branch is None:
+        return x
+    filtered = branch.filtered()
+
+    def update(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        return _gated(part, branch.update(filtered[:, chunk.span]), token_rows(table, layer.levels, chunk)[gate])
+
+    return map_chunks(update, x, layer.spans, layer.in_place)
+
+
+def _text_keys(attn: WanAttention, context: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of the text, and of the image in front of it where the base takes one: each [B, L, H, d]. Once a block, not once a chunk."""
+    num_image = 0 if attn.add_k_proj is None else context.shape[1] - TEXT_LENGTH
+    image, text = context[:, :num_image], context[:, num_image:]
+    pairs = [(_heads(attn, attn.norm_k(attn.to_k(text))), _value(attn, text))]
+    if attn.add_k_proj is not None:
+        pairs.append((_heads(attn, attn.norm_added_k(attn.add_k_proj(image))), _heads(attn, attn.add_v_proj(image))))
+    return pairs
+
+
+def _cross_attention(attn: WanAttention, x: torch.Tensor, texts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """One softmax for the text and one for the image, summed: [B, n, D] -> [B, n, D]."""
+    query = _heads(attn, attn.norm_q(attn.to_q(x)))
+    return _project(attn, sum(attend_full(query, key, value) for key, value in texts))
+
+
+def modulated(norm: torch.nn.Module, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (norm(x.float()) * (1 + scale) + shift).type_as(x)
+
+
+def _gated(x: torch.Tensor, update: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    return (x.float() + update * gate).type_as(x)
+
+
+def token_rows(table: torch.Tensor, levels: torch.Tensor | None, chunk: Chunk) -> tuple[torch.Tensor, ...]:
+    """The modulation vectors of a chunk: table [B, m, D] -> m tensors [B, 1, D]; with levels table [levels, m, D] -> m tensors [B, n, D]."""
+    rows = table.unsqueeze(1) if levels is None else table[levels[:, chunk.span]]
+    return rows.unbind(2)

@@ -1,0 +1,76 @@
+"""What the plan says of whole recipes, against PyTorch's counter over the same stages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from muralist.base import Base, ProxyView
+from muralist.base_info import inspect_base
+from muralist.cost.machine import Machine
+from muralist.nn.attention import GuidedWindows, Near
+from muralist.nn.transformer import Graft
+from muralist.nn.windows import WindowAttention
+from muralist.pipeline import denoise
+from muralist.plan import plan
+from muralist.progress import Silent
+from muralist.recipes import RECIPES
+from muralist.request import Asked, make_request
+from muralist.stages.proxy import LowFrameRateProxy
+from muralist.stages.upsample import LatentInterpolation, upsample
+from muralist.store.run import RunDirectory
+from muralist.types import Grid, LatentVideo, TextCond
+from tests.unit.test_plan import counter
+
+CPU = torch.device("cpu")
+
+
+NOISY = ("refine.attention.proxy_noise=same", "refine.attention.pool=[1, 2, 2]")
+
+
+@pytest.mark.parametrize("recipe, settings", [*((name, ()) for name in sorted(RECIPES)), ("atlasvid", NOISY)])
+def test_the_flops_of_a_recipe_are_those_counted(recipe, settings, tiny_base, tmp_path):
+    info = inspect_base(str(tiny_base))
+    asked = Asked(prompt="a red ball", width=320, height=192, num_frames=17, seed=1, recipe=recipe, settings=settings)
+    request = make_request(asked, info, note=print)
+    said = plan(request, info, Machine.measure(CPU))
+    with RunDirectory.create(tmp_path / "run", {"test": True}) as run, counter() as counted:
+        denoise(request, Base(info, CPU, torch.float32), run, Silent())
+    stages = {stage.stage: stage.flops for stage in said.stages if stage.stage in ("prompt", "proxy", "upsample", "refine")}
+    assert 0.98 <= counted.get_total_flops() / sum(stages.values()) <= 1.02, stages
+
+
+@pytest.mark.parametrize("frames, latent", [(29, 3), (113, 8), (321, 21), (5, 2), (1, 1)])
+def test_a_proxy_of_few_frames_spans_the_target(frames, latent, tiny_base):
+    geometry = inspect_base(str(tiny_base)).geometry
+    proxy = LowFrameRateProxy(height=64, width=128, num_inference_steps=4, guidance_scale=2.0, flow_shift=5.0)
+    target = Grid(num_frames=frames, height=2160, width=3840, fps=16)
+    grid = proxy.grid(target, geometry)
+    assert geometry.latent_shape(grid)[1] == latent and grid.fps == 4
+    assert grid.num_frames / grid.fps >= (frames - 3) / target.fps and proxy.time_scale * (latent - 1) >= (frames - 1) // 4
+
+
+def test_a_proxy_of_few_frames_is_enlarged_in_time_too(tiny22):
+    base = Base(inspect_base(str(tiny22)), CPU, torch.float32)
+    small, large = Grid(num_frames=9, height=64, width=128, fps=4), Grid(num_frames=29, height=64, width=128, fps=16)
+    z = torch.arange(3.0).view(1, 1, 3, 1, 1).expand(1, 48, 3, 4, 8)
+    guide = upsample(LatentVideo(z, small), large, base, LatentInterpolation())
+    assert guide.z[0, 0, :, 2, 3].tolist() == pytest.approx([f / 4 for f in range(8)])
+
+
+def test_a_clean_proxy_is_looked_at_once_and_a_noisy_one_at_every_step(tiny22, monkeypatch):
+    base, looked = Base(inspect_base(str(tiny22)), CPU, torch.float32), []
+    transformer = base.transformer()
+    remember = transformer.remember
+    monkeypatch.setattr(transformer, "remember", lambda *given: looked.append(given[1].item()) or remember(*given))
+    text = TextCond(torch.randn(1, 4, 32), torch.zeros(1, 4, 32))
+    graft = Graft(attention=GuidedWindows(WindowAttention((2, 2, 2)), Near((1, 2, 2))))
+    for noise, levels in (("clean", [0.0, 0.0]), ("same", [900.0, 900.0, 500.0, 500.0])):
+        view = ProxyView(torch.randn(1, 48, 2, 4, 8), 4.0, "proxy", noise, seed=3)
+        velocity = base.velocity(text, guidance_scale=2.0, graft=graft, adapter="detail", proxy=view)
+        for sigma in (0.9, 0.5):
+            velocity(torch.randn(1, 48, 5, 8, 16), sigma)
+        assert looked == pytest.approx(levels)
+        looked.clear()
+    z, level = view.at(0.3)
+    assert level == 0.3 and torch.equal(z, view.at(0.3)[0]) and not torch.equal(z, view.z)
