@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,9 +160,7 @@ class Base:
 
         transformer = MuralTransformer.from_pretrained(self.info.folder / name, torch_dtype=self.dtype)
         for adapter in self.info.adapters:
-            folder = self.info.folder / "adapters" / adapter
-            # without both names diffusers falls back to a pickle
-            transformer.load_lora_adapter(str(folder), prefix=None, adapter_name=adapter, weight_name=ADAPTER_FILE, use_safetensors=True)
+            _load_adapter(transformer, adapter, self.info.folder / "adapters" / adapter)
         if self.info.experts is not None:
             _attach_experts(transformer, self.info.experts, self.info.folder / "parts" / EXPERTS, self.dtype)
         return transformer.to(self.device).eval()
@@ -178,6 +177,13 @@ def select_adapter(transformer: MuralTransformer, adapter: str | None) -> None:
     else:
         transformer.enable_adapters()
         transformer.set_adapters([adapter])
+
+
+def _load_adapter(transformer: MuralTransformer, name: str, folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters beside each other are meant
+        # without both names diffusers falls back to a pickle
+        transformer.load_lora_adapter(str(folder), prefix=None, adapter_name=name, weight_name=ADAPTER_FILE, use_safetensors=True)
 
 
 def _attach_experts(transformer: MuralTransformer, config: ExpertsConfig, folder: Path, dtype: torch.dtype) -> None:
