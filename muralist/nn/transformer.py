@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle
 from typing import Any
@@ -38,9 +38,12 @@ from muralist.errors import UserError
 from muralist.nn.attention import FullAttention, GuidedWindows, ProxyMemory, WindowAttention
 from muralist.nn.attention.guided import Pooling, neighbours, places, pooled_places
 from muralist.nn.block import SELF_ATTENTION, Layer, MuralBlock, keys_and_values, modulated, token_rows
-from muralist.nn.chunked import join_chunks
+from muralist.nn.chunked import join_chunks, map_chunks
 from muralist.nn.rope import RopeScale, interleaved, rotary_table
 from muralist.nn.windows import Chunk, Partition, Shape, chunks, partition, reorder, spans
+
+Injected = Callable[[int, torch.Tensor, Layer | None], torch.Tensor]
+"""(number of a block, tokens [B, N, D], their layer; None: raster order, all at once) -> tokens"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +122,17 @@ class MuralTransformer(WanTransformer3DModel):
             encoder_hidden_states: [B, L, D_text].
             encoder_hidden_states_image: [B, L_image, D_image] for image-conditioned bases.
             attention_kwargs: `scale` of adapters as in diffusers; `proxy`: what `remember` made of a coarse video of the same scene, for
-                `GuidedWindows`, which cannot do without.
+                `GuidedWindows`, which cannot do without; `step_size`: [B], 0 to 1000, for a transformer that was given a `StepSizeEmbedding`; `anchor`:
+                [B, N, D] in raster order, what its `AnchorInjector` made of a small video.
 
         Returns:
             [B, C_out, F, h, w], as `.sample` or as a tuple of one.
         """
         patch, token_shape = self.config.patch_size, self._token_shape(hidden_states)
-        inputs = (hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, token_shape)
-        tokens = self._stock_blocks(*inputs) if self.graft.keeps_stock_blocks else self._grafted_blocks(*inputs, (attention_kwargs or {}).get("proxy"))
+        given = attention_kwargs or {}
+        inputs = (hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, token_shape, given.get("step_size"))
+        injected = self._injected(given.get("anchor"), timestep, given.get("step_size"))
+        tokens = self._stock_blocks(*inputs, injected) if self.graft.keeps_stock_blocks else self._grafted_blocks(*inputs, injected, given.get("proxy"))
         f, y, x = token_shape
         pt, py, px = patch
         output = rearrange(tokens, "b (f y x) (pt py px c) -> b c (f pt) (y py) (x px)", f=f, y=y, x=x, pt=pt, py=py, px=px)
@@ -153,15 +159,25 @@ class MuralTransformer(WanTransformer3DModel):
     def _token_shape(self, latents: torch.Tensor) -> Shape:
         return tuple(size // side for size, side in zip(latents.shape[2:], self.config.patch_size))
 
-    def _stock_blocks(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, image: torch.Tensor | None, token_shape: Shape) -> torch.Tensor:
+    def _stock_blocks(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        text: torch.Tensor,
+        image: torch.Tensor | None,
+        token_shape: Shape,
+        step_size: torch.Tensor | None,
+        injected: Injected | None,
+    ) -> torch.Tensor:
         """diffusers' own sequence of operations -> [B, N, C_out * patch]; only the rotary positions may differ."""
         rotary = self._rotary(latents, token_shape)
         tokens = self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()  # [B, N, D]
         per_token = timestep.shape[1] if timestep.ndim == 2 else None
-        temb, temb6, text, image = self.condition_embedder(timestep.flatten(), text, image, timestep_seq_len=per_token)
+        temb, temb6, text, image = self._conditioned(timestep.flatten(), text, image, step_size, timestep_seq_len=per_token)
         temb6 = temb6.unflatten(-1, (6, -1))  # [B, 6, D] or [B, N, 6, D]
         context = text if image is None else torch.cat([image, text], dim=1)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
+            tokens = tokens if injected is None else injected(number, tokens, None)
             tokens = self._run(block, tokens, context, temb6, rotary)
         # [1, 2, D] + [B, 1, D], or [1, 1, 2, D] + [B, N, 1, D]
         table = self.scale_shift_table if per_token is None else self.scale_shift_table.unsqueeze(0)
@@ -177,6 +193,8 @@ class MuralTransformer(WanTransformer3DModel):
         text: torch.Tensor,
         image: torch.Tensor | None,
         token_shape: Shape,
+        step_size: torch.Tensor | None = None,
+        injected: Injected | None = None,
         proxy: ProxyMemory | None = None,
         collect: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> torch.Tensor:
@@ -184,7 +202,7 @@ class MuralTransformer(WanTransformer3DModel):
         levels = None
         if timestep.ndim == 2:  # few distinct values (one a frame): embed each once instead of 6 D numbers for every token
             timestep, levels = torch.unique(timestep, return_inverse=True)
-        temb, temb6, text, image = self.condition_embedder(timestep, text, image)
+        temb, temb6, text, image = self._conditioned(timestep, text, image, step_size)
         temb6 = temb6.unflatten(-1, (6, -1))  # [B or levels, 6, D]
         context = text if image is None else torch.cat([image, text], dim=1)
         raster = partition(token_shape, token_shape).to(latents.device)
@@ -194,12 +212,49 @@ class MuralTransformer(WanTransformer3DModel):
         order = raster
         for number, (block, layer) in enumerate(zip(self.blocks, cycle(layers))):
             tokens, order = reorder(tokens, order, layer.partition), layer.partition
+            if injected is not None:
+                tokens = injected(number, tokens, layer)
             if proxy is not None:
                 layer = replace(layer, memory=proxy.layers[number])
             if collect is not None:
                 collect.append(keys_and_values(block, tokens, temb6))
             tokens = self._run(block, tokens.contiguous(), context, temb6, layer)
         return reorder(self._output(tokens, temb, layer), order, raster)
+
+    def _injected(self, anchor: torch.Tensor | None, timestep: torch.Tensor, step_size: torch.Tensor | None) -> Injected | None:
+        """Adds the anchor's features [B, N, D] to the tokens before a block; a layer says in which order they stand and in which chunks to work."""
+        if anchor is None:
+            return None
+        if timestep.ndim != 1:
+            raise ValueError("an anchor goes with one timestep a sample")
+        gain = self.injector.gain(timestep, torch.zeros_like(timestep) if step_size is None else step_size)
+
+        def inject(number: int, tokens: torch.Tensor, layer: Layer | None) -> torch.Tensor:
+            if not self.injector.works_before(number):
+                return tokens
+            if layer is None:
+                return tokens + self.injector.update(number, anchor, gain).to(tokens.dtype)
+            features = reorder(anchor, layer.raster, layer.partition)
+
+            def update(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+                return part + self.injector.update(number, features[:, chunk.span], gain).to(part.dtype)
+
+            return map_chunks(update, tokens, layer.spans, layer.in_place)
+
+        return inject
+
+    def _conditioned(
+        self, timestep: torch.Tensor, text: torch.Tensor, image: torch.Tensor | None, step_size: torch.Tensor | None, **rest: Any
+    ) -> tuple[torch.Tensor, ...]:
+        """The stock embedding of noise level and texts; a step's size is added to the noise level's before that is projected for the blocks."""
+        embedder = self.condition_embedder
+        temb, temb6, text, image = embedder(timestep, text, image, **rest)
+        if step_size is None:
+            return temb, temb6, text, image
+        if temb.ndim != 2 or len(temb) != len(step_size):
+            raise ValueError("step sizes go with one timestep a sample")
+        temb = temb + self.step_size(step_size).to(temb.dtype)
+        return temb, embedder.time_proj(embedder.act_fn(temb)), text, image
 
     def _layers(self, raster: Partition, levels: torch.Tensor | None, device: torch.device, proxy: ProxyMemory | None) -> list[Layer]:
         """One for each partition of the token grid."""

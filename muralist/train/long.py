@@ -77,7 +77,7 @@ def train_detail(
 class InSightOfProxy(FlowMatching):
     """Flow matching of clips in guided windows. The proxy is seen clean, as the base and its own adapter see it; no gradient goes there."""
 
-    def _predict(self, batch: Batch, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def _predict(self, batch: Batch, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, **extra: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             select_adapter(self.transformer, PROXY if PROXY in self.module.info.adapters else None)
             memory = self.transformer.remember(batch.proxy.to(self.device), torch.zeros_like(sigma), text, float(EVERY))
@@ -85,7 +85,7 @@ class InSightOfProxy(FlowMatching):
         for name, parameter in self.transformer.named_parameters():  # switching an adapter on makes it trainable and freezes the others
             parameter.requires_grad_(f".{DETAIL}." in name)
         self.transformer.configure(self.config.graft)
-        return self.transformer(noisy, 1000 * sigma, text, return_dict=False, attention_kwargs={"proxy": memory})[0]
+        return self.transformer(noisy, 1000 * sigma, text, return_dict=False, attention_kwargs={"proxy": memory, **extra})[0]
 
 
 def training_windows(trainee: Trainee) -> Refine:

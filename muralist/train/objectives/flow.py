@@ -79,32 +79,43 @@ class FlowMatching:
         c = self.config
         rng = np.random.Generator(np.random.Philox(key=[c.seed, step]))
         batch = self.source(rng, progress)
-        generator = torch.Generator().manual_seed(c.seed * 1_000_003 + step)
         x = batch.x.to(self.device, torch.float32)
         captions = ["" if drop else text for text, drop in zip(batch.captions, rng.random(len(x)) < c.drop)]
         sigma = self._sigmas(rng, len(x)).to(self.device)
         level = sigma.view(-1, 1, 1, 1, 1)
-        noise = torch.randn(x.shape, generator=generator).to(self.device)
-        noisy = (1 - level) * x + level * noise
-        # frozen weights may be large: on a GPU products are computed in bfloat16, the loss is not
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            output = self._predict(batch, noisy, sigma, self.embed(captions)).float()
-        weighted = (output - x) / level.clamp(min=SIGMA_FLOOR) if c.prediction == "sample" else output - (noise - x)
-        error = weighted.square().mean(dim=1)  # [B, F, h, w]
-        if batch.focus is not None:
-            error = error * (1 + (FOCUS - 1) * (batch.focus.to(self.device) & (level[:, 0] < FOCUS_BELOW)))
-        each = error.mean(dim=(1, 2, 3))
+        noise = batch_noise(x.shape, c.seed, step).to(self.device)
+        output = self._at(batch, (1 - level) * x + level * noise, sigma, self.embed(captions))
+        each = self._errors(batch, output, x if c.prediction == "sample" else noise - x, level)
         return each.mean(), {f"{name}": each.detach()[mask].mean().item() for name, mask in _thirds(sigma) if mask.any()}
 
-    def _predict(self, batch: Batch, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def _at(self, batch: Batch, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """The network's answer in float32."""
+        # frozen weights may be large: on a GPU products are computed in bfloat16, the loss is not
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            return self._predict(batch, noisy, sigma, text).float()
+
+    def _predict(self, batch: Batch, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, **extra: torch.Tensor) -> torch.Tensor:
         self.transformer.configure(replace(self.config.graft, rope=RopeScale(t=float(batch.stride), offset=(float(batch.first), 0.0, 0.0))))
-        return self.transformer(noisy, 1000 * sigma, text, return_dict=False)[0]
+        return self.transformer(noisy, 1000 * sigma, text, return_dict=False, attention_kwargs=extra)[0]
+
+    def _errors(self, batch: Batch, output: torch.Tensor, wanted: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """Mean square error of the velocity that each output stands for, [B]; `level`: noise levels, [B, 1, 1, 1, 1]."""
+        scale = level.clamp(min=SIGMA_FLOOR) if self.config.prediction == "sample" else 1.0
+        error = ((output - wanted) / scale).square().mean(dim=1)  # [B, F, h, w]
+        if batch.focus is not None:
+            error = error * (1 + (FOCUS - 1) * (batch.focus.to(self.device) & (level[:, 0] < FOCUS_BELOW)))
+        return error.mean(dim=(1, 2, 3))
 
     def _sigmas(self, rng: np.random.Generator, count: int) -> torch.Tensor:
         # one draw in each of `count` equal parts: the same distribution with less variance from batch to batch
         u = torch.from_numpy((rng.permutation(count) + rng.random(count)) / count).float()
         sigma = self.config.shift * u / (1 + (self.config.shift - 1) * u)
         return self.config.min_sigma + (self.config.max_sigma - self.config.min_sigma) * sigma.clamp(1e-3, 1)
+
+
+def batch_noise(shape: tuple[int, ...], seed: int, step: int) -> torch.Tensor:
+    """The noise of a step, on the CPU: the same whichever device trains, and after a resume."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
 
 
 def _thirds(sigma: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

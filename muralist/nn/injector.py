@@ -1,0 +1,114 @@
+"""The anchor-guided injector (PixelWizard, section 3.3): a small video of the scene, refined and added to the tokens of a large one.
+
+    tokens = tokens + out((1 + alpha) z'),   z' = norm(conv3(conv1(anchor at the token grid))),   alpha = tanh(MLP(Sin(t)) + MLP(Sin(dt)))
+
+t is the noise level and dt the size of the step, both on the scale of timesteps. `out` is zero at the start, so that a fresh injector changes
+nothing. z' does not depend on t: it is made once a video. As in the release the two MLPs are apart, the anchor's latent is resized to the
+grid of tokens, and injection stands before block 1; per channel or scalar gates, all blocks, and plain addition are variants.
+
+A part of kind `injector` (`store/parts.py`) holds the weights and `InjectorConfig`.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import get_timestep_embedding
+from einops import rearrange
+from torch import nn
+
+from muralist.errors import UserError
+from muralist.nn.windows import Shape
+
+INJECTOR = "injector"  # the kind of part
+FREQUENCIES = 256
+GROUPS = 16
+Gate = Literal["channel", "scalar", "none"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InjectorConfig:
+    """Latent channels, the base's width, the blocks before which the anchor is added, and how it is gated.
+
+    `gate` none: alpha is 0. `refined` False: the anchor is only projected to the width (element-wise addition, an ablation).
+    """
+
+    channels: int
+    dim: int
+    blocks: tuple[int, ...] = (1,)
+    gate: Gate = "channel"
+    refined: bool = True
+
+    def __post_init__(self) -> None:
+        if self.gate not in typing.get_args(Gate):
+            raise UserError(f"gate {self.gate!r}", where="injector", fix=f"use one of {', '.join(typing.get_args(Gate))}")
+        if not self.blocks or min(self.blocks) < 0 or len(set(self.blocks)) != len(self.blocks):
+            raise UserError(f"blocks {self.blocks}", where="injector", fix="name different blocks, from 0")
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> InjectorConfig:
+        """Back from `dataclasses.asdict`, also after a trip through JSON. Raises UserError."""
+        try:
+            return cls(**{**record, "blocks": tuple(record["blocks"])})
+        except (KeyError, TypeError) as error:
+            raise UserError(f"the injector's configuration lacks or misnames {error}", where="part", fix="restore its config.json") from None
+
+
+class AnchorInjector(nn.Module):
+    """See the module's docstring."""
+
+    def __init__(self, config: InjectorConfig):
+        super().__init__()
+        self.config, dim = config, config.dim
+        inner = dim // 4
+        self.features = _refinement(config.channels, inner, dim) if config.refined else nn.Conv3d(config.channels, dim, 1)
+        self.norm = nn.LayerNorm(dim)
+        width = {"channel": dim, "scalar": 1, "none": 0}[config.gate]
+        self.gate_t, self.gate_dt = (_gate(dim, width) if width else None for _ in range(2))
+        self.out = nn.ModuleDict({str(block): nn.Linear(dim, dim) for block in config.blocks})
+        for layer in self.out.values():
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def refine(self, anchor: torch.Tensor, token_shape: Shape) -> torch.Tensor:
+        """The anchor's latent [B, C, F, h, w] on a token grid of as many latent frames: z' [B, N, D], N in raster order."""
+        frames, rows, columns = token_shape
+        if anchor.shape[2] != frames:
+            raise UserError(f"an anchor of {anchor.shape[2]} latent frames for {frames}", where="anchor", fix="use a proxy at the target's frame rate")
+        images = F.interpolate(rearrange(anchor, "b c f h w -> (b f) c h w"), size=(rows, columns), mode="bilinear", align_corners=False)
+        video = rearrange(images, "(b f) c y x -> b c f y x", f=frames)
+        return self.norm(rearrange(self.features(video), "b d f y x -> b (f y x) d"))
+
+    def gain(self, timestep: torch.Tensor, step_size: torch.Tensor) -> torch.Tensor:
+        """1 + alpha for timesteps [B] and step sizes [B]: [B, 1, D], [B, 1, 1] for a scalar gate."""
+        if self.gate_t is None:
+            return torch.ones(len(timestep), 1, 1, device=timestep.device)
+        waves = (get_timestep_embedding(v, FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0) for v in (timestep, step_size))
+        of_t, of_dt = (gate(wave.to(gate[0].weight.dtype)) for gate, wave in zip((self.gate_t, self.gate_dt), waves))
+        return 1 + torch.tanh(of_t + of_dt)[:, None]
+
+    def works_before(self, block: int) -> bool:
+        return str(block) in self.out
+
+    def update(self, block: int, features: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        """What is added before a block, from any part of z' [B, n, D]."""
+        return self.out[str(block)](features * gain.to(features.dtype))
+
+
+def _refinement(channels: int, inner: int, dim: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv3d(channels, inner, 1), nn.GroupNorm(min(GROUPS, inner), inner), nn.SiLU(), nn.Conv3d(inner, dim, 3, padding=1), nn.SiLU()
+    )  # fmt: skip
+
+
+def _gate(dim: int, width: int) -> nn.Sequential:
+    """Zero at the start: the gain is then 1."""
+    gate = nn.Sequential(nn.Linear(FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, width))
+    nn.init.zeros_(gate[2].weight)
+    nn.init.zeros_(gate[2].bias)
+    return gate
