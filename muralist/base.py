@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +18,7 @@ import torch
 from muralist.base_info import UPSAMPLER, BaseInfo
 from muralist.errors import UserError
 from muralist.nn.experts import EXPERTS, ExpertsConfig, attach
+from muralist.nn.kinds import INJECTOR, STEP_SIZE, InjectorConfig
 from muralist.sampling import flow
 from muralist.store import parts
 from muralist.types import TextCond
@@ -72,6 +73,22 @@ class ProxyView:
         return flow.renoise(self.z, flow.keyed_noise(tuple(self.z.shape), seed=self.seed, stage="proxy view").to(self.z), sigma), sigma
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Sight:
+    """What a velocity field is told beside text and noise; nothing by default.
+
+    `proxy`: for guided windows. `anchor` [1, C, F, h, w]: for the injector. `step_sizes`: how far the step goes that starts at a noise level, on
+    the scale of timesteps, for a base that was given step sizes.
+    """
+
+    proxy: ProxyView | None = None
+    anchor: torch.Tensor | None = None
+    step_sizes: Mapping[float, float] | None = None
+
+
+NOTHING = Sight()
+
+
 class Base:
     """The components of a checked model on one device, loaded when first asked for."""
 
@@ -103,27 +120,55 @@ class Base:
         self.release(other)
         return self._component(name, lambda: self._load_transformer(name))
 
-    def velocity(self, text: TextCond, *, guidance_scale: float, graft: Graft, adapter: str | None, proxy: ProxyView | None = None) -> flow.Velocity:
+    def velocity(self, text: TextCond, *, guidance_scale: float, graft: Graft, adapter: str | None, sight: Sight = NOTHING) -> flow.Velocity:
         """The guided velocity field under a graft, with a named adapter switched on or all of them off; runs without gradients.
 
-        Of the graft's experts those work that are there for the noise level. `proxy`: for guided windows.
+        Of the graft's experts those work that are there for the noise level.
         """
         positive, negative = (e.to(self.device, self.dtype) for e in (text.positive, text.negative))
-        return flow.guided(self._field(positive, graft, adapter, proxy), self._field(negative, graft, adapter, proxy), guidance_scale)
+        return flow.guided(self._field(positive, graft, adapter, sight), self._field(negative, graft, adapter, sight), guidance_scale)
 
-    def _field(self, embeds: torch.Tensor, graft: Graft, adapter: str | None, proxy: ProxyView | None) -> flow.Velocity:
-        remember = None if proxy is None else self._memory(embeds, proxy)
+    def _field(self, embeds: torch.Tensor, graft: Graft, adapter: str | None, sight: Sight) -> flow.Velocity:
+        given = self._given(embeds, sight)
 
         @torch.inference_mode()
         def velocity(z: torch.Tensor, sigma: float) -> torch.Tensor:
-            transformer = self.transformer(sigma)
-            seen = None if remember is None else {"proxy": remember(sigma)}
+            transformer, seen = self.transformer(sigma), given(z, sigma)
             select_adapter(transformer, adapter)
             transformer.configure(replace(graft, experts=tuple(name for name in graft.experts if self.info.experts.experts[name].works_at(sigma))))
             output = transformer(z.to(self.dtype), self._timestep(sigma), embeds, return_dict=False, attention_kwargs=seen)[0].float()
             return output if self.info.prediction == "flow" else flow.velocity_of_sample(z, output, sigma)
 
         return velocity
+
+    def _given(self, embeds: torch.Tensor, sight: Sight) -> Callable[[torch.Tensor, float], dict[str, Any]]:
+        """(z, sigma) -> what the transformer is given of `sight` for that step; what does not change between steps is computed once."""
+        remember = None if sight.proxy is None else self._memory(embeds, sight.proxy)
+        features = None if sight.anchor is None else self._features(sight.anchor)
+
+        def given(z: torch.Tensor, sigma: float) -> dict[str, Any]:
+            seen = {} if remember is None else {"proxy": remember(sigma)}
+            if features is not None:
+                seen["anchor"] = features(z, sigma)
+            if sight.step_sizes is not None:
+                seen["step_size"] = torch.tensor([sight.step_sizes[sigma]], device=self.device)
+            return seen
+
+        return given
+
+    def _features(self, anchor: torch.Tensor) -> Callable[[torch.Tensor, float], torch.Tensor]:
+        """What the injector makes of an anchor for the token grid of z."""
+        held: dict[int, torch.Tensor] = {}
+
+        @torch.inference_mode()
+        def features(z: torch.Tensor, sigma: float) -> torch.Tensor:
+            transformer = self.transformer(sigma)
+            if id(transformer) not in held:
+                held.clear()
+                held[id(transformer)] = transformer.injector.refine(anchor.to(self.device, self.dtype), transformer.token_shape(z))
+            return held[id(transformer)]
+
+        return features
 
     def _memory(self, embeds: torch.Tensor, proxy: ProxyView) -> Callable[[float], ProxyMemory]:
         """The proxy's keys and values for a step at sigma; those of the last step again if nothing that they depend on has changed."""
@@ -163,6 +208,10 @@ class Base:
             _load_adapter(transformer, adapter, self.info.folder / "adapters" / adapter)
         if self.info.experts is not None:
             _attach_experts(transformer, self.info.experts, self.info.folder / "parts" / EXPERTS, self.dtype)
+        if STEP_SIZE in self.info.parts:
+            transformer.step_size = _step_size(self.info.folder / "parts" / STEP_SIZE).to(self.dtype)
+        if self.info.injector is not None:
+            transformer.injector = _injector(self.info.injector, self.info.folder / "parts" / INJECTOR).to(self.dtype)
         return transformer.to(self.device).eval()
 
 
@@ -190,6 +239,28 @@ def _attach_experts(transformer: MuralTransformer, config: ExpertsConfig, folder
     _, tensors = parts.load_part(folder, EXPERTS)
     attached = attach(transformer.blocks, config.dim, config.experts)
     attached.to(dtype).load_state_dict({name.removeprefix("blocks."): tensor for name, tensor in tensors.items()})
+
+
+def _step_size(folder: Path):
+    from muralist.nn.step_size import StepSizeEmbedding
+
+    record, tensors = parts.load_part(folder, STEP_SIZE)
+    return _loaded(StepSizeEmbedding(record["dim"]), tensors, folder)
+
+
+def _injector(config: InjectorConfig, folder: Path):
+    from muralist.nn.injector import AnchorInjector
+
+    return _loaded(AnchorInjector(config), parts.load_part(folder, INJECTOR)[1], folder)
+
+
+def _loaded(network: torch.nn.Module, tensors: dict[str, torch.Tensor], folder: Path) -> torch.nn.Module:
+    """The network with a part's weights, in float32. Raises UserError if they are another network's."""
+    try:
+        network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    except RuntimeError as error:
+        raise UserError(f"{folder}: {str(error).splitlines()[-1].strip():.120}", where="part", fix="fetch the part again, config.json and weights") from None
+    return network
 
 
 def load_latent_upsampler(folder: Path) -> LatentUpsampler:

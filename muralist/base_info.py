@@ -12,6 +12,7 @@ import torch
 
 from muralist.errors import UserError
 from muralist.nn.experts import EXPERTS, ExpertsConfig
+from muralist.nn.kinds import INJECTOR, STEP_SIZE, InjectorConfig
 from muralist.store import parts, weights
 from muralist.types import Geometry, Grid
 
@@ -23,6 +24,7 @@ WAN_NEGATIVE = (
 _NUMBERS = ("num_inference_steps", "max_sequence_length", "refine_steps", "guidance_scale", "flow_shift")  # of `Defaults`; the first three are whole
 TIED = ("shared.weight", "encoder.embed_tokens.weight")  # the text encoder's two names of one tensor; its file holds either
 UPSAMPLER = "latent_upsampler"  # a kind of part
+TRAINED_BY = {INJECTOR: "anchored", STEP_SIZE: "anchored"}  # where a part's training has another name than its kind
 CLASSES = {"transformer": "WanTransformer3DModel", "transformer_2": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
 
 
@@ -45,7 +47,7 @@ class BaseInfo:
 
     `boundary`: sigma from which the first of two transformers serves (Wan2.2-A14B), None where there is one.
     `fingerprint`: a digest of all weights, so that a run is not gone on with on others.
-    `parts`: the networks of ours that stand beside it in `parts/`, by kind; `experts`: what the one of that kind says of itself.
+    `parts`: the networks of ours that stand beside it in `parts/`, by kind; `experts`, `injector`: what those kinds say of themselves.
     `prediction`: what the transformer's output is, `flow` (velocity; every Wan model) or `sample` (clean latent; the embedded base).
     """
 
@@ -61,16 +63,14 @@ class BaseInfo:
     parts: tuple[str, ...]
     component_bytes: dict[str, int]
     experts: ExpertsConfig | None = None
+    injector: InjectorConfig | None = None
     fingerprint: str = ""
 
     def require_part(self, kind: str) -> None:
         """UserError with what to do if the base has no such part (`store/parts.py`)."""
         if kind not in self.parts:
-            raise UserError(
-                f"the base {self.name} has no part {kind!r}",
-                where="recipe",
-                fix=f"train it (muralist train {kind.replace('_', '-')}) and copy it into its parts/",
-            )
+            fix = f"train it (muralist train {TRAINED_BY.get(kind, kind).replace('_', '-')}) and copy it into its parts/"
+            raise UserError(f"the base {self.name} has no part {kind!r}", where="recipe", fix=fix)
 
     def require_experts(self, names: Sequence[str]) -> None:
         """UserError if one of them is not there."""
@@ -96,6 +96,8 @@ def inspect_base(model: str, revision: str | None = None) -> BaseInfo:
     adapters, kinds = (_folders_in(folder / place) for place in ("adapters", "parts"))
     for kind in kinds:
         parts.read_part(folder / "parts" / kind, kind)
+    if STEP_SIZE in kinds:
+        _require_width(parts.read_part(folder / "parts" / STEP_SIZE, STEP_SIZE).get("dim"), configs["transformer"], STEP_SIZE)
     for adapter in adapters:
         parts.refuse_part(folder / "adapters" / adapter)
     beside = {f"adapter {name}": folder / "adapters" / name for name in adapters} | {f"part {kind}": folder / "parts" / kind for kind in kinds}
@@ -112,6 +114,7 @@ def inspect_base(model: str, revision: str | None = None) -> BaseInfo:
         parts=kinds,
         component_bytes=sizes | {name: weights.check_component(path) for name, path in beside.items()},
         experts=_experts(folder / "parts" / EXPERTS, configs["transformer"]) if EXPERTS in kinds else None,
+        injector=_injector(folder / "parts" / INJECTOR, configs["transformer"], geometry) if INJECTOR in kinds else None,
         fingerprint=_fingerprint([*components.values(), *beside.values()]),
     )
 
@@ -126,11 +129,28 @@ def _has_second(index: dict[str, Any]) -> bool:
 def _experts(folder: Path, transformer: dict[str, Any]) -> ExpertsConfig:
     """The configuration of a base's experts, after checking that they are whole and made for a transformer like this one."""
     experts = ExpertsConfig.of(parts.read_part(folder, EXPERTS))
-    heads, width, layers = (transformer.get(name, 0) for name in ("num_attention_heads", "attention_head_dim", "num_layers"))
-    experts.require_fit(heads * width, layers)
+    experts.require_fit(_width(transformer), transformer.get("num_layers", 0))
     if weights.tensor_shapes(folder) != experts.tensors():
         raise UserError(f"{folder}: the weights are not those that its config.json names", where="part", fix="fetch both files again")
     return experts
+
+
+def _injector(folder: Path, transformer: dict[str, Any], geometry: Geometry) -> InjectorConfig:
+    config = InjectorConfig.of(parts.read_part(folder, INJECTOR))
+    _require_width(config.dim, transformer, INJECTOR)
+    if config.channels != geometry.channels or max(config.blocks) >= transformer.get("num_layers", 0):
+        what = f"the injector is for {config.channels} channels and stands before block {max(config.blocks)}"
+        raise UserError(what, where="part", fix="use one that was trained for this base")
+    return config
+
+
+def _require_width(width: object, transformer: dict[str, Any], kind: str) -> None:
+    if width != _width(transformer):
+        raise UserError(f"the {kind} is for a width of {width!r:.40}, this base has {_width(transformer)}", where="part", fix="use one trained for this base")
+
+
+def _width(transformer: dict[str, Any]) -> int:
+    return transformer.get("num_attention_heads", 0) * transformer.get("attention_head_dim", 0)
 
 
 def _boundary(index: dict[str, Any]) -> float:

@@ -27,7 +27,7 @@ class Config:
     """One part a stage, in the order of the data flow.
 
     No proxy: refinement starts from pure noise and nothing is upsampled. A proxy is enlarged and noised again, or refinement looks at it while
-    it works (`ProxyWindows`), or both.
+    it works (`ProxyWindows`), or it is added to the tokens (`Refine.anchor`), or several of these.
     """
 
     proxy: LowResolutionProxy | LowFrameRateProxy | None
@@ -37,11 +37,13 @@ class Config:
     encode: EncodeOptions = field(default_factory=EncodeOptions)
 
     def __post_init__(self):
-        looks = isinstance(self.refine.attention, ProxyWindows)
+        looks = isinstance(self.refine.attention, ProxyWindows) or self.refine.anchor != "none"
         if self.proxy is None and (self.upsample is not None or looks):
-            raise UserError("there is no proxy to work from", where="recipe", fix="give one, or neither an upsampler nor proxy windows")
+            raise UserError("there is no proxy to work from", where="recipe", fix="give one, or no upsampler, proxy windows and anchor")
         if self.proxy is not None and self.upsample is None and not looks:
-            raise UserError("nothing uses the proxy", where="recipe", fix="give an upsampler or proxy windows")
+            raise UserError("nothing uses the proxy", where="recipe", fix="give an upsampler, proxy windows or an anchor")
+        if self.refine.anchor != "none" and self.proxy.time_scale != 1:
+            raise UserError("an anchor has the target's frames, this proxy has fewer", where="recipe", fix="use a proxy of every latent frame")
         if self.upsample is None and self.refine.skip_steps:
             raise UserError(f"{self.refine.skip_steps} skipped steps without a guide to start from", where="skip_steps", fix="use 0, or give an upsampler")
 

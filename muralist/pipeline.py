@@ -19,7 +19,7 @@ from muralist.stages.decode import decode, plan_decode
 from muralist.stages.encode import encode, next_frame
 from muralist.stages.prompt import encode_prompt
 from muralist.stages.proxy import make_proxy
-from muralist.stages.refine import proxy_view, refine
+from muralist.stages.refine import refine, sight
 from muralist.stages.upsample import pieces, upsample
 from muralist.store.run import RunDirectory
 from muralist.types import FrameChunk, LatentVideo, TextCond
@@ -82,8 +82,8 @@ def _refine(
     if not run.has("refine"):
         with measured(observer, "refine", config.num_inference_steps):
             saved, after_step = _steps(run, "refine", observer)
-            seen = None if proxy is None else proxy_view(config, request.config.proxy, proxy, seed=request.seed)
-            latent = refine(base, text, guide, grid, config, proxy=seen, seed=request.seed, saved=saved, after_step=after_step)
+            seen = sight(config, request.config.proxy, proxy, seed=request.seed)
+            latent = refine(base, text, guide, grid, config, sight=seen, seed=request.seed, saved=saved, after_step=after_step)
             _finish(run, "refine", latent)
     base.release("transformer", "transformer_2")
     return LatentVideo(run.load("refine")[0]["latent"].to(base.device), grid)

@@ -20,6 +20,8 @@ from muralist import recipes
 from muralist.base_info import BaseInfo, check_structure
 from muralist.config import MAX_FRAMES, MAX_PROMPT, Config, Request, jsonable
 from muralist.errors import UserError
+from muralist.nn.kinds import INJECTOR, STEP_SIZE
+from muralist.sampling.shortcut import ShortcutSteps
 from muralist.store.run import RunDirectory
 from muralist.types import Geometry, Grid, nearest_frames
 
@@ -72,7 +74,7 @@ def parse_duration(text: str) -> float:
 def make_request(asked: Asked, info: BaseInfo, note: Callable[[str], None]) -> Request:
     """Every choice made: the recipe's configuration with the overrides, the exact grid, the resolved seed. `note` is told of each adjustment."""
     config = changed(override(recipes.find(asked.recipe)(info), asked), asked.settings)
-    info.require_experts(config.refine.experts)
+    _require_parts(config, info)
     request = Request(
         prompt=_text("prompt", asked.prompt),
         negative_prompt=_text("negative_prompt", info.defaults.negative_prompt if asked.negative_prompt is None else asked.negative_prompt),
@@ -85,6 +87,19 @@ def make_request(asked: Asked, info: BaseInfo, note: Callable[[str], None]) -> R
     )
     config.encode.resolve(request.grid)  # codec and rate are checked now, not after hours of work
     return request
+
+
+def _require_parts(config: Config, info: BaseInfo) -> None:
+    """UserError if the configuration asks for something that the base does not have."""
+    refine = config.refine
+    info.require_experts(refine.experts)
+    if isinstance(refine.steps, ShortcutSteps):
+        info.require_part(STEP_SIZE)
+    if refine.anchor != "none":
+        info.require_part(INJECTOR)
+    for adapter in (refine.adapter, config.proxy and config.proxy.adapter):
+        if adapter is not None and adapter not in info.adapters:
+            raise UserError(f"the base {info.name} has no adapter {adapter!r:.60}", where="adapter", fix=f"use one of {', '.join(info.adapters) or 'none'}")
 
 
 def check_prompt(prompt: str) -> None:
@@ -256,10 +271,19 @@ def _member(members: tuple[Any, ...], value: Any) -> Any:
         if value.get("kind") not in known:
             raise TypeError(f"{value.get('kind')!r:.40} is none of {', '.join(known)}")
         return known[value["kind"]]
+    found = [m for m in members if _takes(m, value)]
+    if not found:
+        raise TypeError(f"{value!r:.40} is none of {', '.join(getattr(m, '__name__', str(m)) for m in members)}")
+    return found[0]
+
+
+def _takes(member: Any, value: Any) -> bool:
+    """Whether a member of a union is what a plain JSON value can be."""
     if isinstance(value, list):
-        return next((m for m in members if typing.get_origin(m) is tuple), None)
-    plain = {type(None)} if value is None else {type(value)}
-    return next((m for m in members if m in plain or (m is float and isinstance(value, int)) or typing.get_origin(m) is typing.Literal), None)
+        return typing.get_origin(member) is tuple
+    if value is None or typing.get_origin(member) is not typing.Literal:
+        return member is type(value) or (member is float and isinstance(value, int))
+    return True
 
 
 def _dataclass(hint: type, value: dict[str, Any]) -> Any:

@@ -40,7 +40,10 @@ def add_parts(folder: Path) -> Path:
     from muralist.base_info import UPSAMPLER, inspect_base
     from muralist.nn.experts import EXPERTS, ExpertConfig, ExpertsConfig
     from muralist.nn.filters import RadialFilter
+    from muralist.nn.injector import AnchorInjector
+    from muralist.nn.kinds import INJECTOR, STEP_SIZE, InjectorConfig
     from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig
+    from muralist.nn.step_size import StepSizeEmbedding
     from muralist.store.parts import save_part
 
     torch.manual_seed(0)
@@ -53,8 +56,19 @@ def add_parts(folder: Path) -> Path:
     experts = ExpertsConfig(dim=24, layers=2, experts={"low": low, "high": high})
     tensors = {name: torch.randn(shape) / 3 for name, shape in experts.tensors().items()}
     save_part(folder / "parts" / EXPERTS, EXPERTS, experts.record(), tensors)
-    _add_adapters(folder, "proxy", "detail")
+    injector = InjectorConfig(channels=channels, dim=24)
+    _save_random(folder, INJECTOR, asdict(injector), AnchorInjector(injector))
+    _save_random(folder, STEP_SIZE, {"dim": 24}, StepSizeEmbedding(24))
+    _add_adapters(folder, "proxy", "detail", "anchored")
     return folder
+
+
+def _save_random(folder: Path, kind: str, record: dict, network: torch.nn.Module) -> None:
+    """A part whose network does something, also where it starts at zero."""
+    from muralist.store.parts import save_part
+
+    tensors = {name: parameter if parameter.any() else torch.randn_like(parameter) / 5 for name, parameter in network.named_parameters()}
+    save_part(folder / "parts" / kind, kind, record, tensors)
 
 
 def _add_adapters(folder: Path, *names: str) -> None:

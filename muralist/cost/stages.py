@@ -20,6 +20,7 @@ from muralist.errors import UserError
 from muralist.nn.attention import FullAttention, GuidedWindows
 from muralist.nn.attention.guided import pooled_shape
 from muralist.nn.experts import EXPERTS
+from muralist.nn.kinds import INJECTOR
 from muralist.nn.transformer import Graft
 from muralist.sampling import flow
 from muralist.stages.decode_options import DecodeOptions
@@ -138,7 +139,25 @@ def _refine(part: Refine, setting: Setting) -> StagePlan:
     levels = flow.sigmas(part.num_inference_steps, part.flow_shift)[part.skip_steps : -1]
     plan = _denoising(setting, "refine", grid, graft, len(levels), part.guidance_scale, adapter=part.adapter, action=action)
     plan = _with_proxy(plan, part.attention, part.guidance_scale, setting) if isinstance(part.attention, ProxyWindows) else plan
+    plan = _with_injector(plan, part, setting) if part.anchor != "none" else plan
     return _with_experts(plan, part, levels, setting) if part.experts else plan
+
+
+def _with_injector(plan: StagePlan, part: Refine, setting: Setting) -> StagePlan:
+    """The same with the refining of the anchor, once, and a product for every token where it is added; z' stays for all steps."""
+    injector, stored = setting.info.injector, setting.info.component_bytes[f"part {INJECTOR}"]
+    passes = 1 if part.guidance_scale == 1 else 2
+    inner = injector.dim // 4
+    refining = injector.channels * inner + 27 * inner * injector.dim if injector.refined else injector.channels * injector.dim
+    adding = passes * (part.num_inference_steps - part.skip_steps) * len(injector.blocks) * injector.dim**2
+    flops = 2 * plan.tokens * (passes * refining + adding)
+    return replace(
+        plan,
+        flops=plan.flops + flops,
+        memory_bytes=plan.memory_bytes + stored // 2 * setting.machine.itemsize + (passes + 2) * plan.tokens * injector.dim * setting.machine.itemsize,
+        seconds=plan.seconds + setting.machine.seconds(linear=flops, read=stored),
+        action=f"{plan.action}, the proxy injected",
+    )
 
 
 def _as_seen(graft: Graft, setting: Setting) -> Graft:

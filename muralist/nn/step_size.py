@@ -13,7 +13,6 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
-STEP_SIZE = "step_size"  # the kind of part
 FREQUENCIES = 256
 
 

@@ -128,7 +128,7 @@ class MuralTransformer(WanTransformer3DModel):
         Returns:
             [B, C_out, F, h, w], as `.sample` or as a tuple of one.
         """
-        patch, token_shape = self.config.patch_size, self._token_shape(hidden_states)
+        patch, token_shape = self.config.patch_size, self.token_shape(hidden_states)
         given = attention_kwargs or {}
         inputs = (hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, token_shape, given.get("step_size"))
         injected = self._injected(given.get("anchor"), timestep, given.get("step_size"))
@@ -148,7 +148,7 @@ class MuralTransformer(WanTransformer3DModel):
             time_scale: fine latent frames from one coarse one to the next; the coarse frames take those places.
         """
         before, collected = self.graft, []
-        shape = self._token_shape(hidden_states)
+        shape = self.token_shape(hidden_states)
         self.configure(Graft(rope=RopeScale(t=time_scale), token_chunk=math.prod(shape)))
         try:
             self._grafted_blocks(hidden_states, timestep, encoder_hidden_states, None, shape, collect=collected)
@@ -156,7 +156,8 @@ class MuralTransformer(WanTransformer3DModel):
             self.configure(before)
         return ProxyMemory(shape, time_scale, tuple(collected))
 
-    def _token_shape(self, latents: torch.Tensor) -> Shape:
+    def token_shape(self, latents: torch.Tensor) -> Shape:
+        """The token grid (f, y, x) of latents [B, C, F, h, w]."""
         return tuple(size // side for size, side in zip(latents.shape[2:], self.config.patch_size))
 
     def _stock_blocks(

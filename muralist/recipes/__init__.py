@@ -10,10 +10,11 @@ from muralist.errors import UserError
 from muralist.recipes.atlasvid import atlasvid
 from muralist.recipes.baselines import cascade, direct
 from muralist.recipes.luve import luve
+from muralist.recipes.pixelwizard import pixelwizard
 
 Recipe = Callable[[BaseInfo], Config]
 
-RECIPES: dict[str, Recipe] = {"cascade": cascade, "direct": direct, "luve": luve, "atlasvid": atlasvid}
+RECIPES: dict[str, Recipe] = {"cascade": cascade, "direct": direct, "luve": luve, "atlasvid": atlasvid, "pixelwizard": pixelwizard}
 DEFAULT = "cascade"
 
 

@@ -36,7 +36,7 @@ def atlasvid(base: BaseInfo) -> Config:
     d = base.defaults
     sampling = dict(num_inference_steps=d.num_inference_steps, guidance_scale=d.guidance_scale, flow_shift=d.flow_shift)
     return Config(
-        proxy=LowFrameRateProxy(height=d.grid.height, width=d.grid.width, trained_as=PROXY, **sampling),
+        proxy=LowFrameRateProxy(height=d.grid.height, width=d.grid.width, adapter=PROXY, **sampling),
         upsample=None,
         refine=Refine(attention=ProxyWindows(tokens=1024, max_frames=MAX_FRAMES), adapter=DETAIL, **sampling),
     )

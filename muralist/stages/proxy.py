@@ -15,22 +15,18 @@ from muralist.types import Geometry, Grid, LatentVideo, TextCond
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowResolutionProxy:
-    """Pixel height and width of the proxy and how it is sampled; it has the target's frames."""
+    """Pixel height and width of the proxy, how it is sampled, and the base's adapter that paints it, if one does; it has the target's frames."""
 
     height: int
     width: int
     num_inference_steps: int
     guidance_scale: float
     flow_shift: float
+    adapter: str | None = None
 
     def __post_init__(self):
         flow.sigmas(self.num_inference_steps, self.flow_shift)
         check_guidance(self.guidance_scale)
-
-    @property
-    def adapter(self) -> str | None:
-        """The base's adapter that paints it."""
-        return None
 
     @property
     def time_scale(self) -> float:
@@ -53,20 +49,15 @@ class LowResolutionProxy:
 class LowFrameRateProxy(LowResolutionProxy):
     """A proxy that also has fewer frames: one latent frame where the target has `every`, at its place on the target's time axis.
 
-    A base that makes F latent frames then spans every * (F - 1) + 1 of them; `trained_as` names the adapter that taught it to.
+    A base that makes F latent frames then spans every * (F - 1) + 1 of them.
     """
 
     every: int = 4
-    trained_as: str | None = None
 
     def __post_init__(self):
         LowResolutionProxy.__post_init__(self)
         if not 1 <= self.every <= 16:
             raise UserError(f"every {self.every} latent frames", where="proxy.every", fix="use 1 to 16, such as 4")
-
-    @property
-    def adapter(self) -> str | None:
-        return self.trained_as
 
     @property
     def time_scale(self) -> float:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from muralist.base import Base, ProxyView
+from muralist.base import NOTHING, Base, ProxyView, Sight
 from muralist.errors import UserError
 from muralist.nn.attention import FullAttention, GuidedWindows, Middle, Near
 from muralist.nn.windows import WindowAttention, choose_window
 from muralist.sampling import flow
+from muralist.sampling.shortcut import PlainSteps, ShortcutSteps
 from muralist.stages.proxy import LowResolutionProxy, check_guidance
 from muralist.types import Geometry, Grid, LatentVideo, TextCond
 
@@ -56,7 +57,7 @@ class Refine:
     """How the target grid is denoised.
 
     `skip_steps`: the first steps that the guide replaces; `adapter`: a named adapter of the base; `experts`: names of its experts, each of
-    which works on its own noise levels.
+    which works on its own noise levels; `steps`: what a step's velocity is; `anchor`: the proxy is added to the tokens by the base's injector.
     """
 
     num_inference_steps: int
@@ -66,10 +67,12 @@ class Refine:
     attention: FullAttention | Windows | ProxyWindows = field(default_factory=FullAttention)
     adapter: str | None = None
     experts: tuple[str, ...] = ()
+    steps: PlainSteps | ShortcutSteps = field(default_factory=PlainSteps)
+    anchor: Literal["none", "injected"] = "none"
     token_chunk: int | None = 8192
 
     def __post_init__(self):
-        flow.sigmas(self.num_inference_steps, self.flow_shift)
+        self.steps.sizes(flow.sigmas(self.num_inference_steps, self.flow_shift))
         check_guidance(self.guidance_scale)
         if not 0 <= self.skip_steps < self.num_inference_steps:
             raise UserError(f"{self.skip_steps} of {self.num_inference_steps} steps", where="skip_steps", fix="skip fewer than all steps")
@@ -97,11 +100,13 @@ def window_size(windows: Windows, token_shape: tuple[int, int, int]) -> tuple[in
     return (frames, rows, columns)
 
 
-def proxy_view(how: Refine, part: LowResolutionProxy, proxy: LatentVideo, *, seed: int) -> ProxyView | None:
-    """What refinement sees of the proxy while it works; None where its attention does not look at it."""
-    if not isinstance(how.attention, ProxyWindows):
-        return None
-    return ProxyView(proxy.z, part.time_scale, part.adapter, how.attention.proxy_noise, seed)
+def sight(how: Refine, part: LowResolutionProxy | None, proxy: LatentVideo | None, *, seed: int) -> Sight:
+    """What refinement is told of the proxy, and of its own steps, while it works."""
+    levels = flow.sigmas(how.num_inference_steps, how.flow_shift)
+    view = None
+    if isinstance(how.attention, ProxyWindows):
+        view = ProxyView(proxy.z, part.time_scale, part.adapter, how.attention.proxy_noise, seed)
+    return Sight(view, proxy.z if how.anchor == "injected" else None, how.steps.sizes(levels))
 
 
 def refine(
@@ -111,17 +116,17 @@ def refine(
     grid: Grid,
     how: Refine,
     *,
-    proxy: ProxyView | None = None,
+    sight: Sight = NOTHING,
     seed: int,
     saved: tuple[int, torch.Tensor] | None,
     after_step: Callable[[int, torch.Tensor], None],
 ) -> LatentVideo:
-    """Denoise [1, C, F, h, w] on the legal `grid`; with a guide from x = (1 - sigma_S) guide + sigma_S eps at step S, with `proxy` in its sight."""
+    """Denoise [1, C, F, h, w] on the legal `grid`; with a guide from x = (1 - sigma_S) guide + sigma_S eps at step S, by what is in its `sight`."""
     geometry: Geometry = base.info.geometry
     levels = flow.sigmas(how.num_inference_steps, how.flow_shift)
     start, z = saved or (how.skip_steps, _start(guide, (1, *geometry.latent_shape(grid)), levels[how.skip_steps], seed))
     graft = how.graft(geometry.token_shape(grid))
-    velocity = base.velocity(text, guidance_scale=how.guidance_scale, graft=graft, adapter=how.adapter, proxy=proxy)
+    velocity = base.velocity(text, guidance_scale=how.guidance_scale, graft=graft, adapter=how.adapter, sight=sight)
     z = flow.denoise(velocity, z.to(base.device), levels, start=start, after_step=after_step)
     return LatentVideo(z, grid)
 

@@ -94,10 +94,21 @@ def test_every_ablation_of_luve_is_a_setting(setting, tiny22, tmp_path):
 
 @pytest.mark.parametrize(
     "setting, told",
-    [("refine.steps=3", "no 'refine.steps'"), ("refine", "sets nothing"), ("refine.flow_shift=x", "no float"), ("seed=3", "no 'seed'"),
-     ('upsample={"kind": "Path"}', "upsample"), ('upsample={"kind": "PixelInterpolation", "side": 3}', "no 'side'"), ("refine.experts=low", "no list"),
-     ('refine.experts=["middle"]', "no expert 'middle'"), ("refine.kind=Path", "no 'refine.kind'"), ("refine.attention.tokens=1", "use at least 8")],
-)  # fmt: skip
+    [
+        ("refine.step=3", "no 'refine.step'"),
+        ("refine.steps=3", "3 is none of PlainSteps, ShortcutSteps"),
+        ("refine.anchor=left", "none of ('none', 'injected')"),
+        ("refine", "sets nothing"),
+        ("refine.flow_shift=x", "no float"),
+        ("seed=3", "no 'seed'"),
+        ('upsample={"kind": "Path"}', "upsample"),
+        ('upsample={"kind": "PixelInterpolation", "side": 3}', "no 'side'"),
+        ("refine.experts=low", "no list"),
+        ('refine.experts=["middle"]', "no expert 'middle'"),
+        ("refine.kind=Path", "no 'refine.kind'"),
+        ("refine.attention.tokens=1", "use at least 8"),
+    ],
+)
 def test_settings_that_cannot_be_are_told_in_one_line(setting, told, tiny22, tmp_path):
     answer = paint("luve", tiny22, tmp_path / "a.mp4", "--set", setting)
     assert answer.code == 2 and told in answer.error and not list(tmp_path.iterdir())

@@ -11,7 +11,8 @@ from torch import nn
 
 from muralist.errors import UserError
 from muralist.nn.attention import WindowAttention
-from muralist.nn.injector import AnchorInjector, InjectorConfig
+from muralist.nn.injector import AnchorInjector
+from muralist.nn.kinds import InjectorConfig
 from muralist.nn.transformer import Graft, MuralTransformer
 
 CONFIG = InjectorConfig(channels=4, dim=24)

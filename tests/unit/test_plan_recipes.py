@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from muralist.base import Base, ProxyView
+from muralist.base import Base, ProxyView, Sight
 from muralist.base_info import inspect_base
 from muralist.cost.machine import Machine
 from muralist.nn.attention import GuidedWindows, Near
@@ -67,7 +67,7 @@ def test_a_clean_proxy_is_looked_at_once_and_a_noisy_one_at_every_step(tiny22, m
     graft = Graft(attention=GuidedWindows(WindowAttention((2, 2, 2)), Near((1, 2, 2))))
     for noise, levels in (("clean", [0.0, 0.0]), ("same", [900.0, 900.0, 500.0, 500.0])):
         view = ProxyView(torch.randn(1, 48, 2, 4, 8), 4.0, "proxy", noise, seed=3)
-        velocity = base.velocity(text, guidance_scale=2.0, graft=graft, adapter="detail", proxy=view)
+        velocity = base.velocity(text, guidance_scale=2.0, graft=graft, adapter="detail", sight=Sight(proxy=view))
         for sigma in (0.9, 0.5):
             velocity(torch.randn(1, 48, 5, 8, 16), sigma)
         assert looked == pytest.approx(levels)
