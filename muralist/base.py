@@ -8,7 +8,8 @@ from __future__ import annotations
 import gc
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -228,9 +229,16 @@ def select_adapter(transformer: MuralTransformer, adapter: str | None) -> None:
         transformer.set_adapters([adapter])
 
 
-def _load_adapter(transformer: MuralTransformer, name: str, folder: Path) -> None:
+@contextmanager
+def several_adapters() -> Iterator[None]:
+    """peft warns of a second adapter in a model; here that is meant."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters beside each other are meant
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        yield
+
+
+def _load_adapter(transformer: MuralTransformer, name: str, folder: Path) -> None:
+    with several_adapters():
         # without both names diffusers falls back to a pickle
         transformer.load_lora_adapter(str(folder), prefix=None, adapter_name=name, weight_name=ADAPTER_FILE, use_safetensors=True)
 

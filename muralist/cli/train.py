@@ -39,6 +39,7 @@ TRAININGS = {
     ),
     "proxy": Training("muralist.train.long", "train_proxy", "model", MODEL, init=False, serves="adapters/proxy", data=True),
     "detail": Training("muralist.train.long", "train_detail", "model", MODEL, init=False, serves="adapters/detail", data=True),
+    "anchored": Training("muralist.train.anchored", "train_anchored", "model", MODEL, init=False, serves="adapters/anchored (and parts/)", data=True),
     "experts": Training("muralist.train.experts", "train_experts", "model", MODEL, init=False, serves="parts/experts", data=True),
 }
 MAX_MINUTES = 60 * 24 * 30

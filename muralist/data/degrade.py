@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -62,3 +63,27 @@ def of_grade(kind: str, u: float) -> float:
     """The inverse of `grade`."""
     low, high = RANGES[kind]
     return low + u * (high - low) if kind == "compression" else low * (high / low) ** u
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnchorDamage:
+    """What is done to a training video so that it can stand for a generated anchor (PixelWizard, section 3.3; ranges as released).
+
+    Shrunk by a factor, enlarged again, blurred, and in half of the cases noised; factor and blur in pixels of a frame `height` pixels high,
+    noise as the standard deviation of values in [0, 1] (the release counts in [-1, 1]).
+    """
+
+    factor: tuple[float, float] = (8.0, 32.0)
+    blur: tuple[float, float] = (3.0, 5.0)
+    noise: tuple[float, float] = (0.0, 0.05)
+    height: int = 1440
+
+    def __call__(self, video: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        """[T, H, W, 3] in [0, 1] -> the same, one strength for all frames."""
+        share = video.shape[1] / self.height  # strengths are named for frames of 1440 rows
+        frames = enlarge(video.permute(0, 3, 1, 2), max(rng.uniform(*self.factor) * share, 1.0))
+        frames = blur(frames, max(rng.uniform(*self.blur) * share, 0.1))
+        if rng.random() < 0.5:
+            generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+            frames = degrade(frames, "noise", rng.uniform(*self.noise), generator)
+        return frames.permute(0, 2, 3, 1)

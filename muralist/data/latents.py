@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from einops import rearrange
 
+from muralist.data.degrade import AnchorDamage
 from muralist.data.sharpen import Unsharp
 from muralist.data.sources import Drawn, Source, World
 from muralist.errors import UserError
@@ -39,13 +40,15 @@ BATCH_FRAMES = 24  # encoded at a time: two clips at least, since torch takes it
 class LatentPool:
     """Latents [n, C, F, h, w] in half precision, one caption each, where the caption's object is, if that is known: [n, F, h, w], bool.
 
-    `proxy` [n, C, F', h', w']: the same videos on a coarse grid, if one was asked for.
+    `proxy` [n, C, F', h', w']: the same videos on a coarse grid, if one was asked for; `places` [n, 4]: top, left, height and width of each crop
+    as shares of the whole frame.
     """
 
     z: torch.Tensor
     captions: list[str]
     near_object: torch.Tensor | None
     proxy: torch.Tensor | None = None
+    places: torch.Tensor | None = None
 
     def take(self, index: np.ndarray) -> tuple[torch.Tensor, list[str], torch.Tensor | None]:
         """The videos at `index`: latents in float32, captions, places of the object."""
@@ -57,7 +60,7 @@ class LatentPool:
 class PoolConfig:
     """Which videos: their grid, how many consecutive frames of it (all by default), a crop (height, width) in pixels for large grids, sharpened or not.
 
-    `proxy`: a coarse grid on which whole videos are encoded too.
+    `proxy`: a coarse grid on which whole videos are encoded too, damaged or not.
     """
 
     name: str
@@ -67,6 +70,7 @@ class PoolConfig:
     crop: tuple[int, int] | None = None
     sharpen: Unsharp | None = None
     proxy: Grid | None = None
+    damage: AnchorDamage | None = None
     seed: int = 1
 
     @property
@@ -148,13 +152,14 @@ def build_pool(
         drawn = [source.draw(rng, config) for _ in range(SHARD)]
         near_object = [d.near_object(vae.config.scale_factor_spatial, vae.config.scale_factor_temporal) for d in drawn]
         known = {} if near_object[0] is None else {"near_object": torch.stack(near_object)}
-        coarse = {} if config.proxy is None else {"proxy": _encode_all(vae, replace(config, sharpen=None), [d.on(config.proxy) for d in drawn], device)}
-        return {"z": _encode_all(vae, config, drawn, device), **coarse, **known}, {"captions": json.dumps([d.caption for d in drawn])}
+        z = _encode_all(vae, [_sharpened(d.pixels, config) for d in drawn], device)
+        coarse = {} if config.proxy is None else _coarse(vae, config, drawn, rng, device)
+        return {"z": z, **coarse, **known}, {"captions": json.dumps([d.caption for d in drawn])}
 
     shards = list(_shards(vae, config, source, folder, make, lambda done: report(f"{done} videos encoded")))
     captions = [text for _, metadata in shards for text in json.loads(metadata["captions"])]
     tensors = {name: torch.cat([tensors[name] for tensors, _ in shards])[: config.count] for name in shards[0][0]}
-    return LatentPool(tensors["z"], captions[: config.count], tensors.get("near_object"), tensors.get("proxy"))
+    return LatentPool(tensors["z"], captions[: config.count], tensors.get("near_object"), tensors.get("proxy"), tensors.get("places"))
 
 
 def _shards(
@@ -177,13 +182,31 @@ def _shards(
         yield _read(path, origin)
 
 
-def _encode_all(vae: AutoencoderKLWan, config: PoolConfig, drawn: list[Drawn], device: torch.device) -> torch.Tensor:
-    together = max(BATCH_FRAMES // config.length, 2)
-    latents = []
-    for first in range(0, len(drawn), together):
-        videos = [d.pixels() for d in drawn[first : first + together]]
-        videos = [config.sharpen(video) for video in videos] if config.sharpen else videos
-        latents += encode(vae, torch.stack(videos).to(device)).half().cpu()
+def _coarse(vae: AutoencoderKLWan, config: PoolConfig, drawn: list[Drawn], rng: np.random.Generator, device: torch.device) -> dict[str, torch.Tensor]:
+    """The drawn videos whole on the coarse grid, and where in them the crops lie."""
+    whole = [d.on(config.proxy).pixels for d in drawn]
+    if config.damage is not None:
+        whole = [_damaged(make, config.damage, np.random.default_rng(rng.integers(2**63))) for make in whole]
+    places = torch.tensor([d.place for d in drawn], dtype=torch.float32)
+    return {"proxy": _encode_all(vae, whole, device), "places": places}
+
+
+def _damaged(make: Callable[[], torch.Tensor], damage: AnchorDamage, rng: np.random.Generator) -> Callable[[], torch.Tensor]:
+    return lambda: damage(make(), rng)
+
+
+def _sharpened(make: Callable[[], torch.Tensor], config: PoolConfig) -> Callable[[], torch.Tensor]:
+    return make if config.sharpen is None else lambda: config.sharpen(make())
+
+
+def _encode_all(vae: AutoencoderKLWan, makers: list[Callable[[], torch.Tensor]], device: torch.device) -> torch.Tensor:
+    """Latents of videos [T, H, W, 3], which are made when their turn comes."""
+    latents, waiting = [], []
+    for number, make in enumerate(makers, start=1):
+        waiting.append(make())
+        if number == len(makers) or len(waiting) >= max(BATCH_FRAMES // len(waiting[0]), 2):
+            latents += encode(vae, torch.stack(waiting).to(device)).half().cpu()
+            waiting = []
     return torch.stack(latents)
 
 

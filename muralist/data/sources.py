@@ -39,6 +39,10 @@ class Drawn(Protocol):
     @property
     def caption(self) -> str: ...
 
+    @property
+    def place(self) -> tuple[float, float, float, float]:
+        """Top, left, height and width of the crop as shares of the whole frame."""
+
     def pixels(self) -> torch.Tensor:
         """[T, H, W, 3] float32 in [0, 1]."""
 
@@ -74,6 +78,10 @@ class _Rendering:
     @property
     def caption(self) -> str:
         return caption(self.scene)
+
+    @property
+    def place(self) -> tuple[float, float, float, float]:
+        return _share(self.crop, self.grid)
 
     def pixels(self) -> torch.Tensor:
         return render_clip(self.scene, self.grid, crop=self.crop, frames=self.frames)
@@ -131,6 +139,11 @@ def _crop(rng: np.random.Generator, config: PoolConfig) -> Crop | None:
     return Crop(top, left, height, width)
 
 
+def _share(crop: Crop | None, grid: Grid) -> tuple[float, float, float, float]:
+    c = crop or Crop(0, 0, grid.height, grid.width)
+    return (c.top / grid.height, c.left / grid.width, c.height / grid.height, c.width / grid.width)
+
+
 # --- footage ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +170,10 @@ class _Excerpt:
     @property
     def caption(self) -> str:
         return self.clip.caption
+
+    @property
+    def place(self) -> tuple[float, float, float, float]:
+        return _share(self.crop, self.grid)
 
     def near_object(self, cell: int, group: int) -> None:
         return None

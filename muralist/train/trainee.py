@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from muralist.base import Base, select_adapter
+from muralist.base import Base, select_adapter, several_adapters
 from muralist.base_info import BaseInfo, inspect_base
 from muralist.data import latents
 from muralist.data.latents import LatentPool, PoolConfig
@@ -77,7 +77,7 @@ class Trainee(nn.Module):
 
     def pools(self, data: VideoData, folder: Path, report: Report) -> tuple[LatentPool, ...]:
         """The data's latents, encoded where they are missing, and their captions learned."""
-        return self.encoded([self._pool(height, data) for height in data.heights], data.source, folder, report)
+        return self.encoded([self.crop_pool(height, data) for height in data.heights], data.source, folder, report)
 
     def encoded(self, configs: Sequence[PoolConfig], source: Source, folder: Path, report: Report) -> tuple[LatentPool, ...]:
         """These pools, encoded where they are missing, and their captions learned."""
@@ -86,7 +86,8 @@ class Trainee(nn.Module):
         self.learn_captions([text for pool in pools for text in pool.captions])
         return pools
 
-    def _pool(self, height: int, data: VideoData) -> PoolConfig:
+    def crop_pool(self, height: int, data: VideoData) -> PoolConfig:
+        """Crops of the base's own size from videos of one height."""
         own = self.own_grid
         large = self.info.geometry.legal(Grid(num_frames=own.num_frames, height=height, width=round(height * own.width / own.height), fps=own.fps))
         kind = "sharp" if data.sharpen else "crops"
@@ -117,7 +118,8 @@ def give_adapter(trainee: Trainee, name: str) -> None:
     """A new adapter on every projection, or the base's own one of that name, ready to be trained; nothing else is."""
     torch.manual_seed(0)
     if name not in trainee.info.adapters:
-        trainee.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS), adapter_name=name)
+        with several_adapters():
+            trainee.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS), adapter_name=name)
     select_adapter(trainee.transformer, name)
     for parameter_name, parameter in trainee.transformer.named_parameters():
         parameter.requires_grad_(f".{name}." in parameter_name)

@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from muralist.base_info import inspect_base
+from muralist.data.degrade import AnchorDamage
 from muralist.data.latents import PairConfig, PoolConfig
 from muralist.data.sharpen import Unsharp
 from muralist.data.sources import Footage, World, read_footage
 from muralist.errors import UserError
 from muralist.stages.encode import encode
 from muralist.store.video_write import EncodeOptions
+from muralist.train.anchored import cut_to, train_anchored
 from muralist.train.experts import LESSONS, train_experts
 from muralist.train.long import train_detail, train_proxy
 from muralist.train.trainee import Trainee, VideoData
@@ -102,6 +104,41 @@ def test_proxy_and_detail_are_trained_at_the_bases_own_size_and_serve(source, ti
     command = ("generate", "a red ball", "--recipe", "atlasvid", "--model", model, "-o", tmp_path / "a.mp4", "--size", "160x96", "--num-frames", 17)
     answer = muralist(*command)
     assert answer.code == 0, answer.err
+
+
+@pytest.mark.parametrize("source", ["world", "footage"])
+def test_anchored_synthesis_is_trained_and_serves(source, tiny22, videos, tmp_path, small_shards):
+    model = shutil.copytree(tiny22, tmp_path / "model")
+    for folder in ("adapters/anchored", "parts/injector", "parts/step_size"):
+        shutil.rmtree(model / folder)
+    data = VideoData(source=World() if source == "world" else read_footage(videos), heights=(96,), crops=2)
+    made = train_anchored(tmp_path / "run", minutes=0.08, device=CPU, resume=False, model=model, data=data, report=quiet)
+    shutil.copytree(made, model / "adapters" / "anchored")
+    for kind, learned in (("injector", "out.1.weight"), ("step_size", "linear_2.weight")):
+        tensors = load_file(tmp_path / "run" / "parts" / kind / "model.safetensors")
+        assert tensors[learned].abs().max() > 0, f"{kind} has learned nothing"
+        shutil.copytree(tmp_path / "run" / "parts" / kind, model / "parts" / kind)
+    command = ("generate", "a red ball", "--recipe", "pixelwizard", "--model", model, "-o", tmp_path / "a.mp4", "--size", "160x96", "--num-frames", 5)
+    answer = muralist(*command)
+    assert answer.code == 0, answer.err
+
+
+def test_an_anchor_is_cut_where_its_crop_lies():
+    whole = torch.arange(20.0).view(1, 1, 1, 1, 20).expand(1, 2, 3, 10, 20)  # every latent says its column
+    place = torch.tensor([[0.5, 0.25, 0.2, 0.5]])
+    cut = cut_to(whole, place, (2, 4, 10))
+    assert cut.shape == (1, 2, 2, 4, 10) and cut[0, 0, 0, 0].tolist() == pytest.approx([5.0 + i for i in range(10)], abs=1e-4)
+    halves = cut_to(whole, torch.tensor([[0.0, 0.0, 1.0, 1.0]]), (1, 10, 40))
+    assert halves[0, 0, 0, 0, 1:-1].tolist() == pytest.approx([-0.25 + 0.5 * i for i in range(1, 39)], abs=1e-4)
+
+
+def test_the_damage_of_an_anchor_takes_detail_and_keeps_the_rest():
+    video = 0.5 + 0.2 * torch.randn(2, 256, 448, 3)
+    video[:, :, 200:] += 0.2
+    damaged = AnchorDamage()(video.clamp(0, 1), np.random.default_rng(0))
+    assert damaged.shape == video.shape and damaged.diff(dim=2).abs().mean() < 0.3 * video.diff(dim=2).abs().mean()
+    assert (damaged[:, :, 220:].mean() - damaged[:, :, :180].mean()).item() == pytest.approx(0.2, abs=0.03)
+    assert torch.equal(damaged, AnchorDamage()(video.clamp(0, 1), np.random.default_rng(0)))
 
 
 def test_a_trainee_embeds_what_it_was_told(tiny21):

@@ -1,0 +1,123 @@
+"""`anchored`: what a base learns to paint a large video from noise in a few steps, led by an anchor (PixelWizard, sections 3.3 and 3.4).
+
+Trained together on crops of large videos: an adapter on every projection, the injector, the step-size embedding. The anchor of a crop is the
+damaged video at the base's own size, encoded whole and cut where the crop lies: it says what is there and nothing of its detail. Flow
+matching alternates with self-consistency of large steps (`objectives/shortcut.py`); a tenth of the captions is left out, and with them the anchor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from muralist.data.degrade import AnchorDamage
+from muralist.data.latents import LatentPool, PoolConfig
+from muralist.nn.injector import AnchorInjector
+from muralist.nn.kinds import INJECTOR, STEP_SIZE, InjectorConfig
+from muralist.nn.step_size import StepSizeEmbedding
+from muralist.store.parts import save_part
+from muralist.train.loop import Report, begin
+from muralist.train.objectives.flow import Batch, FlowConfig
+from muralist.train.objectives.shortcut import ShortcutConfig, ShortcutMatching
+from muralist.train.trainee import Trainee, VideoData, fit_adapter, give_adapter
+
+ANCHORED = "anchored"  # the adapter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnchoredConfig:
+    """What an ablation may change: the injector (None: no anchor at all), how large steps are learned, and the damage that makes anchors."""
+
+    injector: InjectorConfig | None
+    shortcut: ShortcutConfig = field(default_factory=lambda: ShortcutConfig(guidance=3.0))
+    damage: AnchorDamage = field(default_factory=AnchorDamage)
+
+
+def train_anchored(
+    folder: Path,
+    *,
+    minutes: float,
+    device: torch.device,
+    resume: bool,
+    model: Path,
+    data: VideoData | None = None,
+    config: AnchoredConfig | None = None,
+    report: Report = print,
+) -> Path:
+    """Writes `folder/adapters/anchored`, `folder/parts/injector` and `folder/parts/step_size`; copies in the model's folder put them to use."""
+    begin(folder, resume=resume)
+    trainee = Trainee(model, device)
+    width = trainee.transformer.config.num_attention_heads * trainee.transformer.config.attention_head_dim
+    config = config or AnchoredConfig(injector=InjectorConfig(channels=trainee.info.geometry.channels, dim=width))
+    pools = _pools(trainee, data or VideoData(), config, folder, report)
+    give_adapter(trainee, ANCHORED)
+    added = _add_parts(trainee, config, width, device)
+    flow = FlowConfig(prediction=trainee.info.prediction, shift=trainee.info.defaults.flow_shift)
+    objective = Anchored(trainee, trainee.transformer, trainee.embed, Crops(pools), flow, device, shortcut=config.shortcut)
+    adapter = fit_adapter(trainee, ANCHORED, objective, folder, minutes, resume, report)
+    for kind, (record, network) in added.items():
+        save_part(folder / "parts" / kind, kind, record, {name: p.detach().half().cpu() for name, p in network.named_parameters()})
+    return adapter
+
+
+def _pools(trainee: Trainee, data: VideoData, config: AnchoredConfig, folder: Path, report: Report) -> tuple[LatentPool, ...]:
+    def pool(height: int) -> PoolConfig:
+        crops = trainee.crop_pool(height, data)
+        return replace(crops, name=f"anchored-{height}", proxy=replace(trainee.own_grid, num_frames=crops.length), damage=config.damage)
+
+    return trainee.encoded([pool(height) for height in data.heights], data.source, folder / "latents", report)
+
+
+def _add_parts(trainee: Trainee, config: AnchoredConfig, width: int, device: torch.device) -> dict[str, tuple[dict, torch.nn.Module]]:
+    """The step-size embedding, and the injector if there is one, in the transformer and trained with it."""
+    torch.manual_seed(0)
+    trainee.transformer.step_size = StepSizeEmbedding(width).to(device)
+    added = {STEP_SIZE: ({"dim": width}, trainee.transformer.step_size)}
+    if config.injector is not None:
+        trainee.transformer.injector = AnchorInjector(config.injector).to(device)
+        added[INJECTOR] = (asdict(config.injector), trainee.transformer.injector)
+    return added
+
+
+@dataclass(frozen=True, slots=True)
+class Crops:
+    """Batches of crops with the anchors cut to them."""
+
+    pools: tuple[LatentPool, ...]
+    batch: int = 12
+
+    def __call__(self, rng: np.random.Generator, progress: float) -> Batch:
+        pool = self.pools[rng.integers(len(self.pools))]
+        index = rng.integers(len(pool.captions), size=self.batch)
+        z, captions, near_object = pool.take(index)
+        chosen = torch.from_numpy(index)
+        return Batch(z, captions, near_object, proxy=cut_to(pool.proxy[chosen].float(), pool.places[chosen], z.shape[2:]))
+
+
+def cut_to(whole: torch.Tensor, places: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Latents of whole videos [B, C, F', h', w'] -> those of crops, [B, C, F, h, w], the first F frames.
+
+    `places` [B, 4]: top, left, height and width of each crop as shares of the frame. Samples stand at the middles of the crop's latents.
+    """
+    frames, rows, columns = shape
+    y, x = ((torch.arange(n) + 0.5) / n for n in (rows, columns))
+    top, left, height, width = (v[:, None] for v in places.unbind(1))
+    grid_y, grid_x = (2 * (start + side * axis) - 1 for start, side, axis in ((top, height, y), (left, width, x)))
+    grid = torch.stack(torch.broadcast_tensors(grid_x[:, None, :], grid_y[:, :, None]), dim=-1)  # [B, rows, columns, 2]
+    images = whole[:, :, :frames].transpose(1, 2).flatten(0, 1)
+    cut = F.grid_sample(images, grid.repeat_interleave(frames, dim=0), mode="bilinear", padding_mode="border", align_corners=False)
+    return cut.unflatten(0, (-1, frames)).transpose(1, 2)
+
+
+class Anchored(ShortcutMatching):
+    """Shortcut training of crops with anchors; where the caption is left out the anchor is too, and the injector is given zeros."""
+
+    def _predict(self, batch: Batch, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, **extra: torch.Tensor) -> torch.Tensor:
+        if hasattr(self.transformer, "injector"):
+            anchor = batch.proxy.to(self.device) * text.ne(self.embed([""])).flatten(1).any(dim=1).view(-1, 1, 1, 1, 1)
+            extra["anchor"] = self.transformer.injector.refine(anchor, self.transformer.token_shape(noisy))
+        return super()._predict(batch, noisy, sigma, text, **extra)
