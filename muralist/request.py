@@ -23,6 +23,7 @@ from muralist.errors import UserError
 from muralist.nn.kinds import INJECTOR, STEP_SIZE
 from muralist.sampling.shortcut import ShortcutSteps
 from muralist.store.run import RunDirectory
+from muralist.store.vocabulary import read_prompt
 from muralist.types import Geometry, Grid, nearest_frames
 
 if TYPE_CHECKING:  # the plan imports diffusers, which takes seconds: not for what only parses
@@ -86,7 +87,18 @@ def make_request(asked: Asked, info: BaseInfo, note: Callable[[str], None]) -> R
         config=config,
     )
     config.encode.resolve(request.grid)  # codec and rate are checked now, not after hours of work
+    _tell_what_is_not_read(request.prompt, info, note)
     return request
+
+
+def _tell_what_is_not_read(prompt: str, info: BaseInfo, note: Callable[[str], None]) -> None:
+    reading = read_prompt(info.folder / "tokenizer", prompt)
+    if reading is None:
+        return
+    if reading.unknown:
+        note(f"words that {info.name} does not know, and leaves out of account: {', '.join(reading.unknown[:8])}")
+    if reading.num_tokens > (limit := info.defaults.max_sequence_length):
+        note(f"the prompt has {reading.num_tokens} tokens, of which {info.name} reads the first {limit}")
 
 
 def _require_parts(config: Config, info: BaseInfo) -> None:

@@ -228,3 +228,11 @@ def test_a_run_and_its_output_can_be_moved_together(tiny22, tmp_path):
     os.rename(old, new)
     assert muralist("resume", new / "a.mp4.run").code == 0
     assert (new / "a.mp4").is_file()
+
+
+def test_what_a_base_does_not_read_of_a_prompt_is_told():
+    dry = ("--dry-run", "--size", "448x256")
+    assert "does not know, and leaves out of account: cat, sofa" in muralist("generate", "a red cat rises over sofa", *dry).err
+    assert "reads the first 16" in muralist("generate", "a red ball rises over sand, " * 4, *dry).err
+    plain = muralist("generate", "A red ball rises over sand.", *dry)
+    assert plain.code == 0 and "does not know" not in plain.err and "reads the first" not in plain.err
