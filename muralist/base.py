@@ -159,30 +159,32 @@ class Base:
 
     def _features(self, anchor: torch.Tensor) -> Callable[[torch.Tensor, float], torch.Tensor]:
         """What the injector makes of an anchor for the token grid of z."""
-        held: dict[int, torch.Tensor] = {}
+        last: tuple[MuralTransformer, torch.Tensor] | None = None
 
         @torch.inference_mode()
         def features(z: torch.Tensor, sigma: float) -> torch.Tensor:
+            nonlocal last
             transformer = self.transformer(sigma)
-            if id(transformer) not in held:
-                held.clear()
-                held[id(transformer)] = transformer.injector.refine(anchor.to(self.device, self.dtype), transformer.token_shape(z))
-            return held[id(transformer)]
+            if last is None or last[0] is not transformer:
+                last = (transformer, transformer.injector.refine(anchor.to(self.device, self.dtype), transformer.token_shape(z)))
+            return last[1]
 
         return features
 
     def _memory(self, embeds: torch.Tensor, proxy: ProxyView) -> Callable[[float], ProxyMemory]:
         """The proxy's keys and values for a step at sigma; those of the last step again if nothing that they depend on has changed."""
-        held: dict[tuple[int, float], ProxyMemory] = {}
+        last: tuple[MuralTransformer, float, ProxyMemory] | None = None
 
         @torch.inference_mode()
         def remember(sigma: float) -> ProxyMemory:
+            nonlocal last
             transformer, (z, level) = self.transformer(sigma), proxy.at(sigma)
-            if (key := (id(transformer), level)) not in held:
-                held.clear()
+            if last is None or last[0] is not transformer or last[1] != level:
+                last = None  # two memories at a time would be one too many
                 select_adapter(transformer, proxy.adapter)
-                held[key] = transformer.remember(z.to(self.device, self.dtype), self._timestep(level), embeds, proxy.time_scale)
-            return held[key]
+                memory = transformer.remember(z.to(self.device, self.dtype), self._timestep(level), embeds, proxy.time_scale)
+                last = (transformer, level, memory)
+            return last[2]
 
         return remember
 
@@ -225,6 +227,8 @@ def select_adapter(transformer: MuralTransformer, adapter: str | None) -> None:
     if adapter is None:
         transformer.disable_adapters()
     else:
+        if adapter not in transformer.peft_config:
+            raise UserError(f"the base has no adapter {adapter!r}", where="adapter", fix=f"use one of {', '.join(transformer.peft_config)}")
         transformer.enable_adapters()
         transformer.set_adapters([adapter])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,8 @@ def inspect_base(model: str, revision: str | None = None) -> BaseInfo:
     if STEP_SIZE in kinds:
         _require_width(parts.read_part(folder / "parts" / STEP_SIZE, STEP_SIZE).get("dim"), configs["transformer"], STEP_SIZE)
     for adapter in adapters:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", adapter):
+            raise UserError(f"an adapter named {adapter!r:.60}", where="model", fix="use letters, digits, - and _ for folders in adapters/")
         parts.refuse_part(folder / "adapters" / adapter)
     beside = {f"adapter {name}": folder / "adapters" / name for name in adapters} | {f"part {kind}": folder / "parts" / kind for kind in kinds}
     return BaseInfo(

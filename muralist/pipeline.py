@@ -6,6 +6,7 @@ Each stage's result stands in the run directory before the next one starts; what
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,10 @@ def _guide(proxy: LatentVideo | None, request: Request, base: Base, run: RunDire
     if proxy is None or config is None:
         return None
     if not run.has("upsample"):
-        with measured(observer, "upsample", pieces(config, proxy.grid, base.info.geometry)):
+        with measured(observer, "upsample", pieces(config, replace(proxy.grid, num_frames=grid.num_frames), base.info.geometry)):
             latent = upsample(proxy, grid, base, config, on_piece=lambda done, total: observer.advance("upsample", done))
             _finish(run, "upsample", latent)
-        base.release(UPSAMPLER)
+        base.release(UPSAMPLER, "vae")
     return LatentVideo(run.load("upsample")[0]["latent"].to(base.device), grid)
 
 

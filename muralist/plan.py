@@ -172,8 +172,9 @@ def _notes(setting: Setting) -> Iterator[str]:
 def _beyond_training(setting: Setting) -> Iterator[str]:
     """Where the request leaves what the base was trained for."""
     trained, grid, config = setting.info.defaults.grid, setting.request.grid, setting.request.config
-    if grid.num_frames > trained.num_frames:
-        yield f"{grid.num_frames} frames: the base was trained for {trained.num_frames}; motion may repeat or stall"
+    made = grid if config.proxy is None else config.proxy.grid(grid, setting.info.geometry)
+    if made.num_frames > trained.num_frames:
+        yield f"{made.num_frames} frames: the base was trained for {trained.num_frames}; motion may repeat or stall"
     times = grid.height * grid.width / (trained.height * trained.width)
     if times <= LARGER:
         return

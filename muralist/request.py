@@ -166,21 +166,25 @@ def changed(config: Config, settings: Sequence[str]) -> Config:
     Names lead through the configuration's parts; values are JSON, bare words strings. A part may be replaced as a whole by its `kind` and
     the fields that shall differ from that kind's defaults. Raises UserError.
     """
+    record = jsonable(config)
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
             raise UserError(f"{setting!r:.60} sets nothing", where="set", fix='write NAME=VALUE, such as refine.experts=["low"]')
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        record = jsonable(config)
-        _place(record, name.strip(), value)
-        try:
-            config = _restored(Config, record)
-        except (KeyError, TypeError, AttributeError, StopIteration) as error:
-            raise UserError(f"{setting!r:.60}: {error}", where="set", fix="give a value of the kind that the field has, and of a part its fields") from None
-    return config
+        _place(record, name.strip(), _value(text))
+    try:
+        return _restored(Config, record)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        what = f"{' '.join(settings)!r:.80}: {error}"
+        raise UserError(what, where="set", fix="give a value of the kind that the field has, and of a part its fields") from None
+
+
+def _value(text: str) -> Any:
+    """JSON, or the text itself; numbers that JSON does not have are not read as such."""
+    try:
+        return json.loads(text, parse_constant=lambda name: name)
+    except ValueError:
+        return text
 
 
 def _place(record: dict[str, Any], name: str, value: Any) -> None:
@@ -266,7 +270,7 @@ def _restored(hint: Any, value: Any) -> Any:
         if not isinstance(value, list):
             raise TypeError(f"{value!r:.40} is no list")
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-        return tuple(_restored(kind, item) for kind, item in zip(kinds, value, strict=False))
+        return tuple(_restored(kind, item) for kind, item in zip(kinds, value, strict=True))
     if origin is typing.Literal and value not in arguments:
         raise TypeError(f"{value!r:.40} is none of {arguments}")
     if hint is float and type(value) is int:

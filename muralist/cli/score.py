@@ -15,12 +15,16 @@ def command(
     debug: Debug = False,
 ) -> int:
     """Score footage for training: a number for every clip of videos.csv that has none yet. It can be stopped and started again."""
+    from muralist.cli._show import Interrupted
     from muralist.data.sources import MANIFEST, read_footage
     from muralist.eval.score_footage import score_footage
     from muralist.store.paths import typed_path
 
     root = typed_path(folder, "folder")
     footage = read_footage(root)
-    scored = score_footage(root / MANIFEST, footage, metric, tell=lambda line: print(line, flush=True))
-    print(f"{scored} clips scored by {metric} in {root / MANIFEST}")
+    try:
+        scored, missing = score_footage(root / MANIFEST, footage, metric, tell=lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        raise Interrupted(f"; scores so far are in {root / MANIFEST}, the same command goes on") from None
+    print(f"{scored} clips scored by {metric} in {root / MANIFEST}" + (f", {missing} could not be" if missing else ""))
     return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,8 +17,12 @@ from muralist.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """Where a training's function is (imported when it is asked for), which earlier result it starts from (its argument and usual place),
-    whether it can go on from a model's weights (`--init`), where in a model's folder its result serves, and whether it takes `--data`."""
+    """A training by name.
+
+    `module`, `function`: imported when it is asked for. `needs`, `place`: which earlier result it starts from (the function's argument) and where
+    that usually lies. `init`: it can go on from a model's weights. `serves`: where in a model's folder its result is put to use. `data`: it
+    takes footage; `whole`: whole clips of it, at the base's own size.
+    """
 
     module: str
     function: str
@@ -25,6 +31,7 @@ class Training:
     init: bool = True
     serves: str = ""
     data: bool = False
+    whole: bool = False
 
 
 MODEL = "runs/miniature-base/model"
@@ -37,8 +44,8 @@ TRAININGS = {
     "latent-upsampler": Training(
         "muralist.train.latent_upsampler", "train_latent_upsampler", "model", MODEL, init=False, serves="parts/latent_upsampler", data=True
     ),
-    "proxy": Training("muralist.train.long", "train_proxy", "model", MODEL, init=False, serves="adapters/proxy", data=True),
-    "detail": Training("muralist.train.long", "train_detail", "model", MODEL, init=False, serves="adapters/detail", data=True),
+    "proxy": Training("muralist.train.long", "train_proxy", "model", MODEL, init=False, serves="adapters/proxy", data=True, whole=True),
+    "detail": Training("muralist.train.long", "train_detail", "model", MODEL, init=False, serves="adapters/detail", data=True, whole=True),
     "anchored": Training("muralist.train.anchored", "train_anchored", "model", MODEL, init=False, serves="adapters/anchored (and parts/)", data=True),
     "experts": Training("muralist.train.experts", "train_experts", "model", MODEL, init=False, serves="parts/experts", data=True),
 }
@@ -56,7 +63,9 @@ def command(
     data: Annotated[
         str | None, typer.Option("--data", metavar="DIR", help="Footage: a folder with videos.csv (file, caption, score). [default: the procedural world]")
     ] = None,
-    height: Annotated[int, typer.Option("--height", help="Of footage, in pixels: what is larger is shrunk to it, what is smaller left out.")] = 2160,
+    height: Annotated[
+        int | None, typer.Option("--height", help="Of footage, in pixels: what is larger is shrunk to it, what is smaller left out. [default: 2160]")
+    ] = None,
     min_score: Annotated[float | None, typer.Option("--min-score", help="Footage of at least this score alone, such as 6.5 of HPSv3.")] = None,
     init: Annotated[str | None, typer.Option("--init", help="A model whose weights the VAE or the base starts from, such as miniature.")] = None,
     resume: Annotated[
@@ -81,10 +90,19 @@ def command(
     try:
         result = getattr(importlib.import_module(training.module), training.function)(folder, minutes=minutes, device=target, resume=resume, **earlier)
     except KeyboardInterrupt:
-        typed = {"from": start, "init": init, "data": data, "height": data and height, "min-score": min_score}
-        options = "".join(f" --{option} {value}" for option, value in typed.items() if value)
-        again = f"muralist train {name} --minutes {minutes:g} --output {folder} --resume{options}"
-        raise Interrupted(f"; go on from the newest checkpoint with: {again}") from None
+        typed = {
+            "minutes": f"{minutes:g}",
+            "device": device,
+            "from": start,
+            "init": init,
+            "data": data,
+            "height": height,
+            "min-score": min_score,
+            "output": folder,
+        }
+        given = ((f"--{option}", str(value)) for option, value in typed.items() if value is not None)
+        words = itertools.chain.from_iterable(given)
+        raise Interrupted(f"; go on from the newest checkpoint with: {shlex.join(['muralist', 'train', name, *words, '--resume'])}") from None
     print(f"done: {result}" + (f"; a model uses it once it is copied to MODEL/{training.serves}" if training.serves else ""))
     return 0
 
@@ -131,14 +149,18 @@ def _initial(training: Training, init: str | None) -> dict[str, Path]:
     return {"init": inspect_base(init).folder}
 
 
-def _footage(training: Training, data: str | None, height: int, min_score: float | None) -> dict[str, Any]:
+def _footage(training: Training, data: str | None, height: int | None, min_score: float | None) -> dict[str, Any]:
     """The videos to train on as an argument; none for the training's own."""
     if data is None:
-        if min_score is not None:
-            raise UserError("the world has no scores", where="min_score", fix="leave it out, or give --data")
+        for name, value in (("min_score", min_score), ("height", height)):
+            if value is not None:
+                raise UserError("it is about footage", where=name, fix="leave it out, or give --data")
         return {}
     if not training.data:
         raise UserError("this training makes its own videos", where="data", fix="leave it out")
+    if training.whole and height is not None:
+        raise UserError("this training takes whole clips at the base's own size", where="height", fix="leave it out")
+    height = 2160 if height is None else height
     if not 64 <= height <= 8640:
         raise UserError(f"{height} pixels", where="height", fix="use 64 to 8640")
     from muralist.data.sources import read_footage

@@ -245,7 +245,7 @@ def _interpolation(part: LatentInterpolation, setting: Setting) -> StagePlan:
 
 def _learned_upsampling(part: LearnedUpsampling, setting: Setting) -> StagePlan:
     setting.info.require_part(UPSAMPLER)
-    source = setting.info.geometry.latent_shape(_proxy_grid(setting))[1:]
+    source = setting.info.geometry.latent_shape(_proxy_in_time(setting))[1:]
     need = upsampling.measure(setting.info.folder / "parts" / UPSAMPLER, part, source, setting.info.geometry.latent_shape(setting.grid)[1:])
     stored, latent = setting.info.component_bytes[f"part {UPSAMPLER}"], setting.latent_bytes(setting.grid)
     return StagePlan(
@@ -261,7 +261,7 @@ def _learned_upsampling(part: LearnedUpsampling, setting: Setting) -> StagePlan:
 
 def _pixel_interpolation(part: PixelInterpolation, setting: Setting) -> StagePlan:
     info, machine, target = setting.info, setting.machine, setting.grid
-    small = _proxy_grid(setting)
+    small = _proxy_in_time(setting)
     decoded = decoding.decode_need(info.vae_config, small, small, machine, DecodeOptions())
     encoded = upsampling.encode(info.vae_config, target, part.tile)
     video = 3 * target.pixels * machine.itemsize
@@ -280,6 +280,11 @@ def _pixel_interpolation(part: PixelInterpolation, setting: Setting) -> StagePla
 
 def _proxy_grid(setting: Setting) -> Grid:
     return setting.request.config.proxy.grid(setting.request.grid, setting.info.geometry)
+
+
+def _proxy_in_time(setting: Setting) -> Grid:
+    """The proxy at the target's rate, as it is enlarged."""
+    return replace(_proxy_grid(setting), num_frames=setting.grid.num_frames, fps=setting.grid.fps)
 
 
 def _held_transformer(setting: Setting) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 from diffusers import WanTransformer3DModel
 
 from muralist.nn.attention import FullAttention, GuidedWindows, WindowAttention
+from muralist.nn.attention.guided import pooled_shape
 from muralist.nn.transformer import Graft
 from muralist.nn.windows import Shape, windows_of
 
@@ -159,6 +160,8 @@ def live_bytes(size: Dimensions, graft: Graft, token_shape: Shape, itemsize: int
     if isinstance(graft.attention, FullAttention):
         return 4 * stream + chunk  # residual stream, keys, values; in the first block also the embedding it was copied from
     order = 5 * 8 * tokens  # index tables of both partitions and of the switch between them
+    if isinstance(graft.attention, GuidedWindows) and graft.attention.middle is not None:  # sums in float32, their means, keys and values
+        order += math.prod(pooled_shape(token_shape, graft.attention.middle.pool)) * size.width * (FP32 + 5 * itemsize)
     return max(2 * stream, stream + chunk) + order  # reordering copies the stream, while no chunk is at work
 
 

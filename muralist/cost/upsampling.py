@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,13 +57,17 @@ def encode(config: Mapping[str, Any], target: Grid, tile: int) -> UpsamplingCost
     """Encoding a video of `target` by the VAE of this configuration in diffusers' tiles of `tile` pixels, one every three quarters of that."""
     vae = empty(config, "float32")
     patch = vae.config.patch_size or 1
-    stride = tile * 3 // 4 * patch  # diffusers counts a tile's side in patched pixels
-    height, width = (min(side, tile * patch) for side in (target.height, target.width))
-    count = math.ceil(target.height / stride) * math.ceil(target.width / stride)
+    side, stride = tile * patch, tile * 3 // 4 * patch  # diffusers counts a tile's side in patched pixels
+    rows, columns = (Counter(min(side, length - start) for start in range(0, length, stride)) for length in (target.height, target.width))
+    flops = sum(_encode_flops(vae, target.num_frames, h, w) * rows[h] * columns[w] for h in rows for w in columns)
+    live = ENCODER_LIVE * vae.config.base_dim * 4 * (max(rows) // patch) * (max(columns) // patch) * FLOAT
+    return UpsamplingCost(rows.total() * columns.total(), flops, live)
+
+
+def _encode_flops(vae: Any, frames: int, height: int, width: int) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        vae.encode(torch.empty(1, 3, target.num_frames, height, width, device="meta"))
-    live = ENCODER_LIVE * vae.config.base_dim * 4 * (height // patch) * (width // patch) * FLOAT
-    return UpsamplingCost(count, counter.get_total_flops() * count, live)
+        vae.encode(torch.empty(1, 3, frames, height, width, device="meta"))
+    return counter.get_total_flops()
 
 
 def _width(network: VrtConfig | None) -> int:

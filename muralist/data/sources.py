@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from muralist.data.latents import PairConfig, PoolConfig
 
 MANIFEST = "videos.csv"
+SLOWEST = 0.9  # of the grid's rate: a slower file would repeat frames
+SMALLEST = 0.9  # of the grid's sides: a base's grid is rounded up to its tokens, and footage of the same name is then a little smaller
 ALIGNMENT = 32  # pixels: crops stand on the token grid of both VAE flavours
 
 
@@ -112,10 +114,14 @@ class World:
     def draw(self, rng: np.random.Generator, config: PoolConfig) -> Drawn:
         scene = self._scene(rng, config.grid)
         first = int(rng.integers(config.grid.num_frames - config.length + 1))
-        return _Rendering(scene, config.grid, _crop(rng, config), range(first, first + config.length))
+        crop = None if config.crop is None else random_crop(rng, config.grid, config.crop)
+        return _Rendering(scene, config.grid, crop, range(first, first + config.length))
 
     def pair(self, rng: np.random.Generator, config: PairConfig) -> tuple[torch.Tensor, torch.Tensor]:
         scene, grid, side = self._scene(rng, config.low), config.low, config.side
+        if side > min(grid.height, grid.width) or config.frames > grid.num_frames:
+            what = f"crops of {side} pixels and {config.frames} frames do not fit into {grid.width}x{grid.height} x {grid.num_frames}"
+            raise UserError(what, where="data", fix="use a base of larger videos")
         first = int(rng.integers(grid.num_frames - config.frames + 1))
         top, left = (int(rng.integers(whole - side + 1)) for whole in (grid.height, grid.width))
 
@@ -130,12 +136,12 @@ class World:
         return sample_scene(rng, held_out=self.held_out, camera_share=self.camera_share, duration=grid.duration)
 
 
-def _crop(rng: np.random.Generator, config: PoolConfig) -> Crop | None:
-    """A crop at a place of the token grid, anywhere in the frame."""
-    if config.crop is None:
-        return None
-    height, width = config.crop
-    top, left = (ALIGNMENT * int(rng.integers((full - side) // ALIGNMENT + 1)) for full, side in ((config.grid.height, height), (config.grid.width, width)))
+def random_crop(rng: np.random.Generator, grid: Grid, crop: tuple[int, int] | None) -> Crop:
+    """A crop (height, width) at a place of the token grid, anywhere in the frame; all of it without one. Raises UserError where it does not fit."""
+    height, width = crop or (grid.height, grid.width)
+    if height > grid.height or width > grid.width:
+        raise UserError(f"crops of {width}x{height} do not fit into {grid.width}x{grid.height}", where="data", fix="use a larger --height")
+    top, left = (ALIGNMENT * int(rng.integers((full - side) // ALIGNMENT + 1)) for full, side in ((grid.height, height), (grid.width, width)))
     return Crop(top, left, height, width)
 
 
@@ -149,11 +155,13 @@ def _share(crop: Crop | None, grid: Grid) -> tuple[float, float, float, float]:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A file of a folder of footage, its caption, and its score where there is one."""
+    """A file of a folder of footage, its name there, its caption, and its score and the score's metric where there are such."""
 
     path: Path
+    name: str
     caption: str
     score: float | None = None
+    scored_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +192,8 @@ class _Excerpt:
     def pixels(self) -> torch.Tensor:
         last = self.info.num_frames - 1
         wanted = [min(self.first + round(i * self.info.fps / self.grid.fps), last) for i in range(self.count)]
-        frames = enumerate(itertools.islice(read_frames(self.clip.path, self.info), wanted[-1] + 1))
-        kept = {index: self._cut(frame) for index, frame in frames if index in set(wanted)}
+        frames, needed = enumerate(itertools.islice(read_frames(self.clip.path, self.info), wanted[-1] + 1)), set(wanted)
+        kept = {index: self._cut(frame) for index, frame in frames if index in needed}
         return torch.stack([kept[index] for index in wanted])
 
     def _cut(self, frame: torch.Tensor) -> torch.Tensor:
@@ -206,33 +214,42 @@ class Footage:
 
     @property
     def identity(self) -> dict[str, Any]:
-        lines = (f"{clip.path.name}\t{clip.path.stat().st_size}\t{clip.caption}\n" for clip in self.clips)
+        lines = (f"{clip.name}\t{clip.path.stat().st_size}\t{clip.path.stat().st_mtime_ns}\t{clip.caption}\n" for clip in self.clips)
         return {"footage": hashlib.sha256("".join(lines).encode()).hexdigest()}
 
     def draw(self, rng: np.random.Generator, config: PoolConfig) -> Drawn:
-        grid = config.grid
-        crop = _crop(rng, config) or Crop(0, 0, grid.height, grid.width)
-        return self._excerpt(rng, grid, crop, config.length)
+        return self._excerpt(rng, config.grid, config.crop, config.length)
 
     def pair(self, rng: np.random.Generator, config: PairConfig) -> tuple[torch.Tensor, torch.Tensor]:
         """The lower one is the higher one shrunk with an antialiased bilinear filter (LUVE, appendix C.3)."""
         side = round(config.side * config.scale)
         grid = config.low.resized(height=round(config.low.height * config.scale), width=round(config.low.width * config.scale))
-        top, left = (int(rng.integers(whole - side + 1)) for whole in (grid.height, grid.width))
-        high = self._excerpt(rng, grid, Crop(top, left, side, side), config.frames).pixels()
+        high = self._excerpt(rng, grid, (side, side), config.frames).pixels()
         low = F.interpolate(high.permute(0, 3, 1, 2), [config.side] * 2, mode="bilinear", antialias=True).permute(0, 2, 3, 1)
         return low, high
 
-    def _excerpt(self, rng: np.random.Generator, grid: Grid, crop: Crop, count: int) -> _Excerpt:
-        """From a random file that is large and long enough; each one is looked at once it is drawn."""
+    def _excerpt(self, rng: np.random.Generator, grid: Grid, crop: tuple[int, int] | None, count: int) -> _Excerpt:
+        """A crop (height, width), or all, of a random file that is large, fast and long enough; each one is looked at once it is drawn."""
         for _ in range(1000):
             clip = self.clips[int(rng.integers(len(self.clips)))]
             info = _inspected(clip.path)
             room = info.num_frames - 1 - math.ceil((count - 1) * info.fps / grid.fps)
-            if info.height >= grid.height and info.width >= grid.width and room >= 0:
-                return _Excerpt(clip, info, grid, crop, int(rng.integers(room + 1)), count)
+            if room < 0 or info.fps < SLOWEST * grid.fps:
+                continue
+            if (fitted := _fitted(grid, info, crop)) is not None:
+                return _Excerpt(clip, info, fitted, random_crop(rng, fitted, crop), int(rng.integers(room + 1)), count)
         need = f"{grid.width}x{grid.height} with {count} frames at {grid.fps:g} fps"
-        raise UserError(f"hardly a clip has {need}", where="data", fix="give larger or longer footage; enlarging it would teach blur")
+        raise UserError(f"hardly a clip has {need}", where="data", fix="give larger, faster or longer footage; enlarging it would teach blur")
+
+
+def _fitted(grid: Grid, info: VideoInfo, crop: tuple[int, int] | None) -> Grid | None:
+    """The grid if the file covers it; for crops one a little smaller will do. None where neither is so: nothing is enlarged."""
+    share = min(info.height / grid.height, info.width / grid.width)
+    if share >= 1:
+        return grid
+    smaller = grid.resized(height=int(grid.height * share), width=int(grid.width * share))
+    fits = crop is not None and share >= SMALLEST and smaller.height >= crop[0] and smaller.width >= crop[1]
+    return smaller if fits else None
 
 
 _inspected = lru_cache(maxsize=None)(inspect)
@@ -264,8 +281,10 @@ def _require_columns(found: list[str], manifest: Path, needed: tuple[str, ...]) 
 
 
 def _clip(folder: Path, row: dict[str, str | None], where: str) -> Clip:
-    text, score = (row.get("caption") or "").strip(), (row.get("score") or "").strip()
-    path = safe_join(folder, row.get("file") or "")
+    if None in row or None in row.values():
+        raise UserError("more or fewer cells than columns", where=where, fix='put captions with commas between quotation marks: "a ball, rolling"')
+    text, score = row["caption"].strip(), row.get("score", "").strip()
+    path = safe_join(folder, row["file"])
     if not path.is_file():
         raise UserError(f"no file {row.get('file')!r:.80}", where=where, fix="correct the path, which is relative to the folder")
     if not text:
@@ -276,4 +295,4 @@ def _clip(folder: Path, row: dict[str, str | None], where: str) -> Clip:
         number = math.nan
     if number is not None and not math.isfinite(number):
         raise UserError(f"the score {score!r:.40} is no number", where=where, fix="give a number, or leave it empty")
-    return Clip(path, text, number)
+    return Clip(path, row["file"], text, number, row.get("scored_by", "").strip())

@@ -7,47 +7,60 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
-from muralist.data.sources import Footage
+from muralist.data.sources import Clip, Footage
 from muralist.errors import UserError
-from muralist.eval.registry import Setup, Unavailable, available
+from muralist.eval.registry import Metric, Setup, Unavailable, available
 from muralist.eval.source import open_source
 from muralist.store import atomic
 
-COLUMN = "score"
+SCORE, METRIC = "score", "scored_by"  # columns
 
 
-def score_footage(manifest: Path, footage: Footage, name: str, tell: Callable[[str], object]) -> int:
-    """Measure every clip without a score and write each number at once; returns how many were measured.
+def score_footage(manifest: Path, footage: Footage, name: str, tell: Callable[[str], object]) -> tuple[int, int]:
+    """Measure every clip without a score and write each number at once; returns how many were measured, and how many could not be.
 
-    Raises UserError for an unknown metric, one that is not of a single video, and one whose tool or weights are not there.
+    Raises UserError for an unknown metric, one that is not of a single video, and scores of another metric in the column.
     """
     metric = available().get(name)
     if metric is None or metric.kind != "video":
         known = ", ".join(key for key, value in available().items() if value.kind == "video")
         raise UserError(f"no metric {name!r} of a single video", where="metric", fix=f"use one of {known}")
-    todo = [(line, clip) for line, clip in enumerate(footage.clips) if clip.score is None]
-    for done, (line, clip) in enumerate(todo, start=1):
-        source = open_source(clip.path)
+    if others := sorted({clip.scored_by for clip in footage.clips if clip.score is not None and clip.scored_by} - {name}):
+        raise UserError(f"{manifest} holds scores of {others[0]}", where="metric", fix=f"use --metric {others[0]}, or empty the column")
+    todo = [clip for clip in footage.clips if clip.score is None]
+    missing = 0
+    for done, clip in enumerate(todo, start=1):
         try:
-            meter = metric.start(Setup(prompts={source.path: clip.caption}), source)
-            for frame in source.frames():
-                meter.add(frame)
-            value = meter.result()[name]
-        except Unavailable as reason:
-            raise UserError(str(reason), where=name, fix="set up what it needs, or use another --metric") from None
-        _write(manifest, line, value)
-        tell(f"[{done}/{len(todo)}] {clip.path.name}: {value:.4g}")
-    return len(todo)
+            value = _measure(metric, clip)
+        except (Unavailable, UserError) as reason:
+            missing += 1
+            if missing == done == len(todo) or (missing == done and isinstance(reason, Unavailable) and metric.needs):
+                raise UserError(str(reason), where=name, fix="set up what it needs, or use another --metric") from None
+            tell(f"[{done}/{len(todo)}] {clip.name}: not measured, {reason}")
+            continue
+        _write(manifest, clip, value, name)
+        tell(f"[{done}/{len(todo)}] {clip.name}: {value:.4g}")
+    return len(todo) - missing, missing
 
 
-def _write(manifest: Path, line: int, value: float) -> None:
-    """Replace the file as a whole: a stop leaves the old one or the new one."""
+def _measure(metric: Metric, clip: Clip) -> float:
+    source = open_source(clip.path)
+    meter = metric.start(Setup(prompts={source.path: clip.caption}), source)
+    for frame in source.frames():
+        meter.add(frame)
+    return meter.result()[metric.name]
+
+
+def _write(manifest: Path, clip: Clip, value: float, metric: str) -> None:
+    """Replace the file as a whole: a stop leaves the old one or the new one. Lines are found by their file, whoever edits the rest meanwhile."""
     with open(manifest, newline="", encoding="utf-8-sig") as handle:
         rows = csv.DictReader(handle)
         columns, records = list(rows.fieldnames or []), list(rows)
-    records[line][COLUMN] = f"{value:.6g}"
+    for record in records:
+        if record["file"] == clip.name and record["caption"].strip() == clip.caption:
+            record |= {SCORE: f"{value:.6g}", METRIC: metric}
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=columns if COLUMN in columns else [*columns, COLUMN], lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=[*columns, *(name for name in (SCORE, METRIC) if name not in columns)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
     atomic.write_file(manifest, text.getvalue().encode())

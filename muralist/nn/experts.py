@@ -11,6 +11,8 @@ configurations, and for block i and expert n the tensors `blocks.i.n.down.weight
 
 from __future__ import annotations
 
+import itertools
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -78,6 +80,13 @@ class ExpertsConfig:
     dim: int
     layers: int
     experts: Mapping[str, ExpertConfig]
+
+    def __post_init__(self) -> None:
+        for (name, a), (other, b) in itertools.combinations(self.experts.items(), 2):
+            if a.place == b.place and a.sigmas[0] < b.sigmas[1] and b.sigmas[0] < a.sigmas[1]:
+                raise UserError(f"the experts {name} and {other} work at one place and noise level", where="expert", fix="part their intervals")
+        if bad := [name for name in self.experts if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
+            raise UserError(f"an expert named {bad[0]!r:.40}", where="expert", fix="use letters, digits, - and _")
 
     def record(self) -> dict[str, Any]:
         """As JSON values."""

@@ -27,6 +27,8 @@ class LowResolutionProxy:
     def __post_init__(self):
         flow.sigmas(self.num_inference_steps, self.flow_shift)
         check_guidance(self.guidance_scale)
+        if not (16 <= self.height <= 16384 and 16 <= self.width <= 16384):
+            raise UserError(f"{self.width}x{self.height}", where="proxy", fix="use 16 to 16384 pixels, such as 448x256")
 
     @property
     def time_scale(self) -> float:

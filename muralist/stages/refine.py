@@ -35,6 +35,8 @@ class Windows:
     def __post_init__(self):
         if self.tokens < 8:
             raise UserError(f"{self.tokens} tokens", where="window", fix="use at least 8, such as 512")
+        if self.max_frames is not None and self.max_frames < 1:
+            raise UserError(f"windows of {self.max_frames} frames", where="window", fix="use at least 1, or null for no limit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,8 @@ class Refine:
     def __post_init__(self):
         self.steps.sizes(flow.sigmas(self.num_inference_steps, self.flow_shift))
         check_guidance(self.guidance_scale)
+        if len(set(self.experts)) != len(self.experts):
+            raise UserError(f"{', '.join(self.experts)}", where="experts", fix="name each once")
         if not 0 <= self.skip_steps < self.num_inference_steps:
             raise UserError(f"{self.skip_steps} of {self.num_inference_steps} steps", where="skip_steps", fix="skip fewer than all steps")
 

@@ -42,7 +42,7 @@ class LearnedUpsampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PixelInterpolation:
-    """Decode, interpolate pixels, encode again, in tiles of `tile` pixels blended over a quarter of their side.
+    """Decode, interpolate pixels, encode again, in tiles of `tile` pixels (of patches, where the VAE has them), blended over a quarter of their side.
 
     What the others save: it costs as much as decoding the result, and keeps what the VAE keeps.
     """

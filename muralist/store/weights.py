@@ -90,6 +90,8 @@ def _weight_files(folder: Path) -> list[Path]:
             raise UserError(f"{indices[0]} names no shards", where="model", fix="download the file again")
         if missing := [n for n in names if not (folder / n).is_file()]:
             raise UserError(f"shard {folder.name}/{missing[0]} is missing", where="model", fix="download it again")
+        if stray := sorted(p.name for p in folder.glob("*.safetensors") if p.name not in names):
+            raise UserError(f"{folder.name} holds {stray[0]} beside the shards of its index", where="model", fix="remove the one or the other")
         return [folder / n for n in names]
     files = sorted(folder.glob("*.safetensors"))
     if not files:

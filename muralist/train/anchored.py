@@ -53,12 +53,13 @@ def train_anchored(
     trainee = Trainee(model, device)
     width = trainee.transformer.config.num_attention_heads * trainee.transformer.config.attention_head_dim
     config = config or AnchoredConfig(injector=InjectorConfig(channels=trainee.info.geometry.channels, dim=width))
-    pools = _pools(trainee, data or VideoData(), config, folder, report)
+    data = data or VideoData()
+    pools = _pools(trainee, data, config, folder, report)
     give_adapter(trainee, ANCHORED)
     added = _add_parts(trainee, config, width, device)
     flow = FlowConfig(prediction=trainee.info.prediction, shift=trainee.info.defaults.flow_shift)
     objective = Anchored(trainee, trainee.transformer, trainee.embed, Crops(pools), flow, device, shortcut=config.shortcut)
-    adapter = fit_adapter(trainee, ANCHORED, objective, folder, minutes, resume, report)
+    adapter = fit_adapter(trainee, ANCHORED, objective, folder, minutes, resume, trainee.origin(data), report)
     for kind, (record, network) in added.items():
         save_part(folder / "parts" / kind, kind, record, {name: p.detach().half().cpu() for name, p in network.named_parameters()})
     return adapter

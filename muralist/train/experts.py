@@ -17,6 +17,7 @@ from muralist.nn.experts import EXPERTS, ExpertConfig, ExpertsConfig, attach
 from muralist.nn.filters import RadialFilter
 from muralist.nn.transformer import Graft
 from muralist.store.parts import save_part
+from muralist.store.weights import fingerprint
 from muralist.train.loop import Report, Schedule, begin, draw_curve, fit
 from muralist.train.objectives.flow import FlowConfig, FlowMatching
 from muralist.train.trainee import Crops, Trainee, VideoData
@@ -60,6 +61,7 @@ def train_experts(
         begin(folder / name, resume=resume)
     trainee = Trainee(model, device)
     select_adapter(trainee.transformer, ADAPTER if ADAPTER in trainee.info.adapters else None)
+    trainee.transformer.requires_grad_(False)  # switching an adapter on makes it trainable
     width = trainee.transformer.config.num_attention_heads * trainee.transformer.config.attention_head_dim
     experts = ExpertsConfig(dim=width, layers=len(trainee.transformer.blocks), experts={name: lesson.expert for name, lesson in lessons.items()})
     torch.manual_seed(0)
@@ -83,5 +85,7 @@ def _teach(
     config = FlowConfig(prediction=info.prediction, shift=info.defaults.flow_shift, min_sigma=low, max_sigma=high, graft=Graft(experts=(name,)))
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Crops(pools), config, trainee.base.device)
     report(f"expert {name}: noise levels {low:g} to {high:g}")
-    fit(objective, Schedule(minutes=minutes, learning_rate=1e-3, weight_decay=0.0), folder / name, resume=resume, report=report)
+    schedule, adapter = Schedule(minutes=minutes, learning_rate=1e-3, weight_decay=0.0), trainee.info.folder / "adapters" / ADAPTER
+    origin = trainee.origin(data) | {"adapter": fingerprint(adapter) if adapter.is_dir() else "none"}
+    fit(objective, schedule, folder / name, resume=resume, origin=origin, report=report)
     draw_curve(folder / name)

@@ -9,6 +9,8 @@ import torch
 
 from muralist.base_info import UPSAMPLER, BaseInfo, inspect_base
 from muralist.data.latents import PairConfig, build_pairs
+from muralist.data.sources import Footage
+from muralist.errors import UserError
 from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, miniature, paper
 from muralist.store.parts import save_part
 from muralist.train.loop import Report, Schedule, begin, draw_curve, fit
@@ -16,7 +18,8 @@ from muralist.train.miniature import load_vae
 from muralist.train.objectives.latent_upsample import LatentUpsample, LatentUpsampleConfig
 from muralist.train.trainee import VideoData
 
-SCALES = (1.5, 2.0, 3.0, 8.5)  # LUVE's three, and the step from the base's own size to 4K
+SCALES = (1.5, 2.0, 3.0)  # LUVE's; `_scales` adds the step from the base's own size to 4K
+HEIGHT_4K = 2176
 WIDE = 1024  # the width of a base from which it gets the paper's network; Wan2.1-1.3B has 1,536
 
 
@@ -41,17 +44,28 @@ def train_latent_upsampler(
     begin(folder, resume=resume)
     vae = load_vae(model / "vae").to(device).eval()
     info = inspect_base(str(model))
-    configs = [PairConfig(name=f"pairs-{scale:g}", count=pairs, low=info.defaults.grid, scale=scale, seed=round(10 * scale)) for scale in SCALES]
-    pools = [build_pairs(vae, config, folder / "latents", device, report, (data or VideoData()).source) for config in configs]
+    data, own = data or VideoData(), info.defaults.grid
+    configs = [PairConfig(name=f"pairs-{scale:g}", count=pairs, low=own, scale=scale, seed=round(10 * scale)) for scale in _scales(own.height, data)]
+    pools = [build_pairs(vae, config, folder / "latents", device, report, data.source) for config in configs]
     torch.manual_seed(0)
     upsampler = LatentUpsampler(network or _usual(info)).to(device)
     goal = LatentUpsample(upsampler, vae, pools, objective or LatentUpsampleConfig(), device)
     schedule = Schedule(minutes=minutes, learning_rate=2e-4, decay=1.0, weight_decay=0.0, betas=(0.9, 0.999))
-    upsampler = fit(goal, schedule, folder, resume=resume, report=report)
+    upsampler = fit(goal, schedule, folder, resume=resume, origin={"base": info.fingerprint}, report=report)
     weights = {name: parameter.detach().half() for name, parameter in upsampler.named_parameters()}
     made = save_part(folder / "parts" / UPSAMPLER, UPSAMPLER, asdict(upsampler.config), weights)
     draw_curve(folder)
     return made
+
+
+def _scales(own: int, data: VideoData) -> list[float]:
+    """The factors to learn for a base of `own` rows; of footage those that it is large enough for. Crops of 128 pixels stay legal at quarters."""
+    scales = sorted({*SCALES, HEIGHT_4K * 4 // own / 4})
+    if isinstance(data.source, Footage):
+        scales = [scale for scale in scales if scale * own <= max(data.heights)]
+    if not scales:
+        raise UserError(f"footage of {max(data.heights)} rows is less than {SCALES[0]:g} times the base's {own}", where="height", fix="use a larger --height")
+    return scales
 
 
 def _usual(info: BaseInfo) -> LatentUpsamplerConfig:

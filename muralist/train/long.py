@@ -48,13 +48,13 @@ def train_proxy(
 ) -> Path:
     """LoRA on clips of a quarter of the base's rate; writes `folder/adapters/proxy`."""
     begin(folder, resume=resume)
-    trainee = Trainee(model, device)
+    trainee, data = Trainee(model, device), data or VideoData()
     own = trainee.own_grid
     slow = replace(own, fps=own.fps / EVERY)
-    (pool,) = trainee.encoded([PoolConfig(name="slow", count=clips, grid=slow, seed=11)], (data or VideoData()).source, folder / "latents", report)
+    (pool,) = trainee.encoded([PoolConfig(name="slow", count=clips, grid=slow, seed=11)], data.source, folder / "latents", report)
     give_adapter(trainee, PROXY)
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Clips(pool, stride=EVERY), _config(trainee), device)
-    return fit_adapter(trainee, PROXY, objective, folder, minutes, resume, report)
+    return fit_adapter(trainee, PROXY, objective, folder, minutes, resume, trainee.origin(data), report)
 
 
 def train_detail(
@@ -62,16 +62,14 @@ def train_detail(
 ) -> Path:
     """LoRA on clips in small windows that see a proxy, which is looked at with the adapter `proxy` if there is one; writes `folder/adapters/detail`."""
     begin(folder, resume=resume)
-    trainee = Trainee(model, device)
+    trainee, data = Trainee(model, device), data or VideoData()
     own = trainee.own_grid
     coarse = _small_proxy(own).grid(own, trainee.info.geometry)
-    (pool,) = trainee.encoded(
-        [PoolConfig(name="paired", count=clips, grid=own, proxy=coarse, seed=12)], (data or VideoData()).source, folder / "latents", report
-    )
+    (pool,) = trainee.encoded([PoolConfig(name="paired", count=clips, grid=own, proxy=coarse, seed=12)], data.source, folder / "latents", report)
     give_adapter(trainee, DETAIL)
     graft = training_windows(trainee).graft(trainee.info.geometry.token_shape(own))
     objective = InSightOfProxy(trainee, trainee.transformer, trainee.embed, Clips(pool), replace(_config(trainee), graft=graft), device)
-    return fit_adapter(trainee, DETAIL, objective, folder, minutes, resume, report)
+    return fit_adapter(trainee, DETAIL, objective, folder, minutes, resume, trainee.origin(data), report)
 
 
 class InSightOfProxy(FlowMatching):

@@ -14,7 +14,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,8 +77,10 @@ def begin(folder: Path, *, resume: bool) -> None:
         raise UserError("matplotlib, which draws the curve, is not installed", where="train", fix="pip install 'muralist[train]'")
 
 
-def fit(objective: Objective, schedule: Schedule, folder: Path, *, resume: bool, report: Report = print) -> nn.Module:
+def fit(objective: Objective, schedule: Schedule, folder: Path, *, resume: bool, origin: Mapping[str, str] | None = None, report: Report = print) -> nn.Module:
     """Train until the budget is spent; returns the module with its averaged (EMA) weights.
+
+    `origin`: what the training stands on (a base's fingerprint, its data), by name; a resume on another one is refused.
 
     Raises FloatingPointError on a loss that is not finite, before the weights are touched; KeyboardInterrupt after Ctrl-C, with
     everything up to the last step saved; UserError, before anything is written, if `folder` holds a training and `resume` is not asked for,
@@ -89,7 +91,7 @@ def fit(objective: Objective, schedule: Schedule, folder: Path, *, resume: bool,
     parameters = {name: p for name, p in parameters.items() if p.requires_grad}
     optimizers = _optimizers(objective.module, schedule)
     average = {name: p.detach().clone() for name, p in parameters.items()}
-    step, seconds = _restore(folder, parameters, average, optimizers) if resume else (0, 0.0)
+    step, seconds = _restore(folder, parameters, average, optimizers, origin or {}) if resume else (0, 0.0)
     saved_at = seconds
     curve = _Curve(folder, step)
     report(f"{sum(p.numel() for p in parameters.values()) / 1e6:.2f} M parameters, from step {step} ({seconds / 60:.1f} min)")
@@ -111,7 +113,8 @@ def fit(objective: Objective, schedule: Schedule, folder: Path, *, resume: bool,
             if line := curve.add(step, seconds, {"loss": loss.item(), "grad_norm": norm.item(), **metrics}):
                 report(line)
             if interrupted() or seconds - saved_at > schedule.save_every_minutes * 60 or schedule.progress(step, seconds) >= 1:
-                _save(folder, step, seconds, parameters, average, optimizers, schedule)
+                facts = {"step": step, "seconds": seconds, "schedule": asdict(schedule), "origin": dict(origin or {})}
+                _save(folder, parameters, average, optimizers, facts)
                 saved_at = seconds
             if interrupted():
                 raise KeyboardInterrupt
@@ -151,18 +154,21 @@ def _update_average(average, parameters, decay: float) -> None:
     torch._foreach_lerp_([average[n] for n in names], [parameters[n].detach() for n in names], 1 - decay)
 
 
-def _save(folder, step, seconds, parameters, average, optimizers, schedule) -> None:
+def _save(folder, parameters, average, optimizers, facts) -> None:
     tensors = {f"weights.{n}": p for n, p in parameters.items()} | {f"average.{n}": p for n, p in average.items()}
-    state.save(folder / CHECKPOINTS, step, tensors | state.optimizer_tensors(optimizers), {"step": step, "seconds": seconds, "schedule": asdict(schedule)})
+    state.save(folder / CHECKPOINTS, facts["step"], tensors | state.optimizer_tensors(optimizers), facts)
 
 
-def _restore(folder, parameters, average, optimizers) -> tuple[int, float]:
+def _restore(folder, parameters, average, optimizers, origin: Mapping[str, str]) -> tuple[int, float]:
     newest = state.load_newest(folder / CHECKPOINTS)
     if newest is None:
         return 0, 0.0
     tensors, numbers = newest
     if {name: p.shape for name, p in parameters.items()} != {n.removeprefix("weights."): t.shape for n, t in tensors.items() if n.startswith("weights.")}:
         raise UserError("these checkpoints are of another training", where=str(folder / CHECKPOINTS), fix="name the --output of this one")
+    if other := [name for name, value in numbers.get("origin", {}).items() if origin.get(name, value) != value]:
+        where, fix = str(folder / CHECKPOINTS), "resume with the same one, or name another --output"
+        raise UserError(f"these checkpoints stand on another {other[0]}", where=where, fix=fix)
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(tensors[f"weights.{name}"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from muralist.data.sharpen import Unsharp
 from muralist.data.sources import Source, World
 from muralist.errors import UserError
 from muralist.stages.prompt import encode_prompt
+from muralist.store import weights
 from muralist.train.loop import Report, Schedule, draw_curve, fit
 from muralist.train.miniature import load_vae
 from muralist.train.objectives.flow import Batch, FlowMatching
@@ -56,6 +58,13 @@ class Trainee(nn.Module):
         if device.type == "cuda":
             self.transformer.enable_gradient_checkpointing()
         self._known: dict[str, torch.Tensor] = {}
+
+    def origin(self, data: VideoData) -> dict[str, str]:
+        """What a training of this base on these videos stands on: another one is not gone on with."""
+        return {
+            "base": weights.fingerprint(self.info.folder / "transformer"),
+            "data": json.dumps([data.source.identity, data.heights, data.crops], sort_keys=True),
+        }
 
     @property
     def own_grid(self) -> Grid:
@@ -125,9 +134,11 @@ def give_adapter(trainee: Trainee, name: str) -> None:
         parameter.requires_grad_(f".{name}." in parameter_name)
 
 
-def fit_adapter(trainee: Trainee, name: str, objective: FlowMatching, folder: Path, minutes: float, resume: bool, report: Report) -> Path:
-    """Train the adapter alone and write it to `folder/adapters/name`, in bfloat16."""
-    fit(objective, Schedule(minutes=minutes, learning_rate=1e-3, weight_decay=0.0), folder, resume=resume, report=report)
+def fit_adapter(
+    trainee: Trainee, name: str, objective: FlowMatching, folder: Path, minutes: float, resume: bool, origin: Mapping[str, str], report: Report
+) -> Path:
+    """Train the adapter, and what else is trainable, and write the adapter to `folder/adapters/name`, in bfloat16."""
+    fit(objective, Schedule(minutes=minutes, learning_rate=1e-3, weight_decay=0.0), folder, resume=resume, origin=origin, report=report)
     for parameter in trainee.transformer.parameters():  # `to` would warn of modules that diffusers keeps in float32; only the adapter is saved
         parameter.data = parameter.data.to(torch.bfloat16)
     trainee.transformer.save_lora_adapter(folder / "adapters" / name, adapter_name=name)

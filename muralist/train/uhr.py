@@ -25,8 +25,9 @@ def train_uhr(folder: Path, *, minutes: float, device: torch.device, resume: boo
     """
     begin(folder, resume=resume)
     trainee = Trainee(model, device)
-    pools = trainee.pools(data or VideoData(), folder / "latents", report)
+    data = data or VideoData()
+    pools = trainee.pools(data, folder / "latents", report)
     give_adapter(trainee, ADAPTER)
     config = FlowConfig(prediction=trainee.info.prediction, shift=trainee.info.defaults.flow_shift, max_sigma=MAX_SIGMA)
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Crops(pools), config, device)
-    return fit_adapter(trainee, ADAPTER, objective, folder, minutes, resume, report)
+    return fit_adapter(trainee, ADAPTER, objective, folder, minutes, resume, trainee.origin(data), report)

@@ -107,8 +107,23 @@ def test_every_ablation_of_luve_is_a_setting(setting, tiny22, tmp_path):
         ('refine.experts=["middle"]', "no expert 'middle'"),
         ("refine.kind=Path", "no 'refine.kind'"),
         ("refine.attention.tokens=1", "use at least 8"),
+        ("refine.attention.max_frames=0", "use at least 1"),
+        ("upsample=5", "is none of"),
+        ('upsample={"kind": "LearnedUpsampling", "tile": [4, 4]}', "shorter"),
+        ("refine.token_chunk=8k", "is none of"),
+        ("proxy.height=0", "use 16 to 16384"),
+        ("refine.adapter=nope", "no adapter 'nope'"),
+        ("refine.adapter=5", "is none of"),
+        ('refine.experts=["low", "low"]', "name each once"),
+        ("decode.memory_bytes=NaN", "no int"),
     ],
 )
 def test_settings_that_cannot_be_are_told_in_one_line(setting, told, tiny22, tmp_path):
     answer = paint("luve", tiny22, tmp_path / "a.mp4", "--set", setting)
     assert answer.code == 2 and told in answer.error and not list(tmp_path.iterdir())
+
+
+def test_settings_that_need_each_other_go_together(tiny22):
+    config = RECIPES["luve"](inspect_base(str(tiny22)))
+    alone = changed(config, ["proxy=null", "refine.skip_steps=0", "upsample=null"])
+    assert alone.proxy is None and alone.upsample is None and alone.refine.experts == config.refine.experts

@@ -140,7 +140,7 @@ def test_gradients_reach_the_expert_through_chunks():
 
 
 def test_a_configuration_survives_the_way_through_its_record():
-    config = ExpertsConfig(dim=24, layers=2, experts=BOTH | {"plain": replace(BOTH["low"], band=None)})
+    config = ExpertsConfig(dim=24, layers=2, experts=BOTH | {"plain": replace(BOTH["low"], band=None, place="ffn")})
     assert ExpertsConfig.of(json.loads(json.dumps(config.record()))) == config
 
 
@@ -200,3 +200,11 @@ def test_experts_are_not_read_as_a_plain_lora(tiny22, tmp_path):
 def test_an_unknown_expert_is_refused_before_anything_is_loaded(tiny22):
     with pytest.raises(UserError, match="no expert 'middle'"):
         inspect_base(str(tiny22)).require_experts(("low", "middle"))
+
+
+def test_two_experts_do_not_share_a_place_and_a_noise_level():
+    with pytest.raises(UserError, match="work at one place and noise level"):
+        ExpertsConfig(dim=24, layers=2, experts=BOTH | {"other": BOTH["low"]})
+    ExpertsConfig(dim=24, layers=2, experts=BOTH | {"other": replace(BOTH["low"], sigmas=(0.0, 0.875))})
+    with pytest.raises(UserError, match=r"named 'a\.b'"):
+        ExpertsConfig(dim=24, layers=2, experts={"a.b": BOTH["low"]})

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from muralist.errors import UserError
 from muralist.nn.attention import GuidedWindows, Middle, Near, WindowAttention
-from muralist.nn.attention.guided import Pooling, neighbours, places, pooled_places
+from muralist.nn.attention.guided import Pooling, _nearest, neighbours, places, pooled_places
 from muralist.nn.attention.reference import reference_attention, window_mask
 from muralist.nn.block import MuralBlock
 from muralist.nn.rope import axis_dims
@@ -76,7 +76,7 @@ def window_span(index, length, side, shifted):
 def seen(token, axis, count, reach, places, shifted):
     """Coarse indices along an axis that the window of a token sees, and the places where it sees them."""
     first, last = window_span(token[axis], FINE[axis], WINDOWS.size[axis], shifted)
-    middle = (first + last) / 2
+    middle, reach = (first + last) / 2, max(reach, (last - first + 1) / 2)
     groups = [list(range(k, k + min(count, len(places)))) for k in range(len(places) - min(count, len(places)) + 1)]
     best = min(groups, key=lambda g: abs(sum(places[j] for j in g) / len(g) - middle))
     return [(j, middle + max(-reach, min(reach, places[j] - middle))) for j in best]
@@ -172,12 +172,22 @@ def test_the_proxy_is_what_the_base_makes_of_it_alone():
 
 
 def test_gradients_reach_the_weights_through_window_and_proxy():
-    transformer = model()
-    memory = transformer.remember(latents(COARSE, 2), EARLY, TEXT, SCALE)
+    transformer, coarse = model(), latents(COARSE, 2).requires_grad_(True)
+    memory = transformer.remember(coarse, EARLY, TEXT, SCALE)
     transformer.configure(Graft(attention=GuidedWindows(WINDOWS, Near((2, 2, 2)))))
     out = transformer(latents(FINE), LATE, TEXT, return_dict=False, attention_kwargs={"proxy": memory})[0]
     out.square().mean().backward()
     assert transformer.blocks[0].attn1.to_k.weight.grad.abs().max() > 0 and all(isinstance(block, MuralBlock) for block in transformer.blocks)
+    assert coarse.grad.abs().max() > 0, "the only way from the proxy to the output is its keys and values"
+
+
+def test_places_are_drawn_in_to_the_reach_or_to_half_a_larger_window():
+    axis = torch.tensor([-20.0, 0.0, 6.0, 40.0])
+    _, small = _nearest(torch.tensor([3.0]), axis, 4, torch.tensor([[5.0]]))
+    assert small.tolist() == [[-2.0, 0.0, 6.0, 8.0]]
+    near = neighbours(partition((1, 30, 4), (1, 30, 4)), (1, 4, 1), (torch.zeros(1), axis + 14.5, torch.zeros(1)), Near((1, 4, 1), reach=(5.0, 5.0, 5.0)), 16)
+    wide = neighbours(partition((1, 30, 4), (1, 30, 4)), (1, 4, 1), (torch.zeros(1), axis + 14.5, torch.zeros(1)), Near((1, 4, 1), reach=(5.0, 15.0, 5.0)), 16)
+    assert torch.equal(near.cos, wide.cos)
 
 
 def test_a_proxy_is_asked_for_and_not_taken_by_others():

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from muralist.base_info import inspect_base
 from muralist.data.degrade import AnchorDamage
@@ -18,6 +21,7 @@ from muralist.data.sharpen import Unsharp
 from muralist.data.sources import Footage, World, read_footage
 from muralist.errors import UserError
 from muralist.stages.encode import encode
+from muralist.store import weights
 from muralist.store.video_write import EncodeOptions
 from muralist.train.anchored import cut_to, train_anchored
 from muralist.train.experts import LESSONS, train_experts
@@ -67,18 +71,18 @@ def test_an_adapter_is_trained_and_serves(data, tiny_base, videos, tmp_path, sma
     assert "uhr" in inspect_base(str(model)).adapters
     answer = muralist("generate", "a red ball", "--model", model, "-o", tmp_path / "a.mp4", "--size", "160x96", "--num-frames", 5, "--seed", 1)
     assert answer.code == 0, answer.err
-    weights = load_file(made / "pytorch_lora_weights.safetensors")
-    assert any(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name)
+    found = load_file(made / "pytorch_lora_weights.safetensors")
+    assert any(tensor.abs().max() > 0 for name, tensor in found.items() if "lora_B" in name)
     again = train_uhr(tmp_path / "more", minutes=0.01, device=CPU, resume=False, model=model, data=VideoData(heights=(96,), crops=2), report=quiet)
-    assert load_file(again / "pytorch_lora_weights.safetensors").keys() == weights.keys()
+    assert load_file(again / "pytorch_lora_weights.safetensors").keys() == found.keys()
 
 
 def test_experts_are_trained_one_after_the_other_and_serve(tiny22, tmp_path, small_shards):
     model = shutil.copytree(tiny22, tmp_path / "model")
     data = VideoData(heights=(96,), crops=2)
     made = train_experts(tmp_path / "run", minutes=0.06, device=CPU, resume=False, model=model, data=data, report=quiet)
-    weights = load_file(made / "model.safetensors")
-    assert all(tensor.abs().max() > 0 for name, tensor in weights.items() if ".up." in name), "an expert has learned nothing"
+    found = load_file(made / "model.safetensors")
+    assert all(tensor.abs().max() > 0 for name, tensor in found.items() if ".up." in name), "an expert has learned nothing"
     assert (tmp_path / "run" / "latents" / "sharp-96-0000.safetensors").is_file() and (tmp_path / "run" / "latents" / "crops-96-0000.safetensors").is_file()
     shutil.rmtree(model / "parts" / "experts")
     shutil.copytree(made, model / "parts" / "experts")
@@ -88,7 +92,7 @@ def test_experts_are_trained_one_after_the_other_and_serve(tiny22, tmp_path, sma
     with pytest.raises(UserError, match="--resume, or name another"):
         train_experts(tmp_path / "run", minutes=1, device=CPU, resume=False, model=model, data=data, report=quiet)
     resumed = train_experts(tmp_path / "run", minutes=0.06, device=CPU, resume=True, model=model, data=data, report=quiet)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(resumed / "model.safetensors").items())
+    assert all(torch.equal(tensor, found[name]) for name, tensor in load_file(resumed / "model.safetensors").items())
 
 
 @pytest.mark.parametrize("source", ["world", "footage"])
@@ -104,6 +108,75 @@ def test_proxy_and_detail_are_trained_at_the_bases_own_size_and_serve(source, ti
     command = ("generate", "a red ball", "--recipe", "atlasvid", "--model", model, "-o", tmp_path / "a.mp4", "--size", "160x96", "--num-frames", 17)
     answer = muralist(*command)
     assert answer.code == 0, answer.err
+
+
+def spied(monkeypatch, module, train, *arguments, **options):
+    """What a training hands to the loop: its objective, its origin, and the names of what is trainable."""
+    seen = {}
+
+    def fit(objective, schedule, folder, *, resume, origin=None, report=print):
+        names = [name for name, parameter in objective.module.named_parameters() if parameter.requires_grad]
+        seen[str(folder)] = (objective, origin, names)
+        if module == "trainee":  # what is saved after it is no longer in float32
+            raise KeyboardInterrupt
+        return objective.module
+
+    monkeypatch.setattr(f"muralist.train.{module}.fit", fit)
+    with suppress(KeyboardInterrupt):
+        train(*arguments, minutes=1, device=CPU, resume=False, report=quiet, **options)
+    return list(seen.values())
+
+
+def test_an_expert_trains_itself_alone_on_its_own_noise(tiny22, tmp_path, small_shards, monkeypatch):
+    model = shutil.copytree(tiny22, tmp_path / "model")
+    shutil.copytree(model / "adapters" / "detail", model / "adapters" / "uhr")
+    low, high = spied(monkeypatch, "experts", train_experts, tmp_path / "run", model=model, data=VideoData(heights=(96,), crops=2))
+    for (objective, origin, names), name, sigmas in ((low, "low", (0.875, 1.0)), (high, "high", (0.0, 0.875))):
+        assert names and all(f".experts.{name}." in n or f"experts.{name}." in n for n in names), names
+        assert (objective.config.min_sigma, objective.config.max_sigma) == sigmas and objective.config.graft.experts == (name,)
+        assert origin["adapter"] == weights.fingerprint(model / "adapters" / "uhr")
+
+
+def test_proxy_training_sees_a_quarter_of_the_rate_at_its_true_places(tiny22, tmp_path, small_shards, monkeypatch):
+    ((objective, _, names),) = spied(monkeypatch, "trainee", train_proxy, tmp_path / "run", model=tiny22, clips=2)
+    batch = objective.source(np.random.default_rng(0), 0.0)
+    scales = []
+    configure = objective.transformer.configure
+    monkeypatch.setattr(objective.transformer, "configure", lambda graft: scales.append(graft.rope.t) or configure(graft))
+    objective.loss(0, 0.0)
+    assert batch.stride == 4 and scales == [4.0] and all(".proxy." in name for name in names)
+    (shard,) = (tmp_path / "run" / "latents").glob("slow-*.safetensors")
+    with safe_open(shard, "pt") as file:
+        assert json.loads(file.metadata()["config"])["grid"]["fps"] == 4
+
+
+def test_detail_training_looks_at_a_clean_proxy_as_the_proxy_was_painted(tiny22, tmp_path, small_shards, monkeypatch):
+    ((objective, _, names),) = spied(monkeypatch, "trainee", train_detail, tmp_path / "run", model=tiny22, clips=2)
+    seen = []
+    remember = objective.transformer.remember
+
+    def looked(z, timestep, text, time_scale):
+        seen.append((tuple(z.shape[1:]), timestep.tolist(), time_scale, objective.transformer.active_adapters()))
+        return remember(z, timestep, text, time_scale)
+
+    monkeypatch.setattr(objective.transformer, "remember", looked)
+    objective.loss(0, 0.0)
+    assert seen == [((48, 2, 2, 4), [0.0] * 8, 4.0, ["proxy"])]
+    assert objective.transformer.active_adapters() == ["detail"] and all(".detail." in name for name in names)
+    windows = objective.config.graft.attention.windows
+    assert windows.size[0] <= 1 and np.prod(windows.size) <= 8
+
+
+def test_a_training_does_not_go_on_on_another_base_or_other_videos(tiny22, tmp_path, small_shards):
+    model = shutil.copytree(tiny22, tmp_path / "model")
+    data = VideoData(heights=(96,), crops=2)
+    train_uhr(tmp_path / "run", minutes=0.01, device=CPU, resume=False, model=model, data=data, report=quiet)
+    with pytest.raises(UserError, match="stand on another data"):
+        train_uhr(tmp_path / "run", minutes=0.02, device=CPU, resume=True, model=model, data=VideoData(heights=(128,), crops=2), report=quiet)
+    file = next((model / "transformer").glob("*.safetensors"))
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="stand on another base"):
+        train_uhr(tmp_path / "run", minutes=0.02, device=CPU, resume=True, model=model, data=data, report=quiet)
 
 
 @pytest.mark.parametrize("source", ["world", "footage"])
@@ -190,8 +263,40 @@ def test_footage_is_chosen_by_score(videos):
 
 
 def test_footage_that_is_too_small_is_not_enlarged(videos):
+    slow = PoolConfig(name="p", count=1, grid=Grid(num_frames=3, height=48, width=80, fps=24))
+    with pytest.raises(UserError, match="with 3 frames at 24 fps"):
+        read_footage(videos).draw(np.random.default_rng(0), slow)
     with pytest.raises(UserError, match="hardly a clip has 3840x2160"):
         read_footage(videos).draw(np.random.default_rng(0), PoolConfig(name="p", count=1, grid=Grid(num_frames=5, height=2160, width=3840, fps=16)))
+
+
+def test_footage_of_the_height_that_was_asked_for_serves_though_a_grid_is_rounded_up(videos):
+    footage = read_footage(videos)
+    asked = PoolConfig(name="p", count=1, grid=Grid(num_frames=5, height=100, width=200, fps=16), crop=(64, 96), frames=3)
+    drawn = footage.draw(np.random.default_rng(0), asked)
+    assert (drawn.grid.height, drawn.grid.width) == (96, 192) and drawn.pixels().shape == (3, 64, 96, 3)
+    with pytest.raises(UserError, match="hardly"):
+        footage.draw(np.random.default_rng(0), replace(asked, grid=replace(asked.grid, height=120, width=240)))
+
+
+def test_crops_larger_than_the_picture_are_told(videos, tmp_path):
+    answer = muralist("train", "uhr", "--from", "miniature", "--data", videos, "--height", 96, "-o", tmp_path / "run")
+    assert answer.code == 2 and ("do not fit" in answer.error or "hardly a clip" in answer.error)
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (("uhr", "--height", 720), "it is about footage"),
+        (("proxy", "--data", "DIR", "--height", 720), "whole clips"),
+        (("features", "--data", "DIR"), "its own videos"),
+    ],
+)  # fmt: skip
+def test_options_without_a_use_are_refused(options, told, videos, tmp_path):
+    options = [str(videos) if option == "DIR" else option for option in options]
+    model = () if options[0] == "features" else ("--from", "miniature")
+    answer = muralist("train", *options, *model, "-o", tmp_path / "run")
+    assert answer.code == 2 and told in answer.error, answer.error
 
 
 @pytest.mark.parametrize(
@@ -204,6 +309,8 @@ def test_footage_that_is_too_small_is_not_enlarged(videos):
         ([("z.mp4", "a ball", "7")], ("file", "caption", "score"), "no file 'z.mp4'"),
         ([("../a.mp4", "a ball", "7")], ("file", "caption", "score"), "is not a plain name"),
         ([("a.mp4", "a ball", "2")], ("file", "caption", "score"), "no clip of a score of at least 6.5"),
+        ([("a.mp4", "a ball", " rolling", "7")], ("file", "caption", "score"), "line 2: more or fewer cells"),
+        ([("a.mp4", "a ball")], ("file", "caption", "score"), "line 2: more or fewer cells"),
     ],
 )
 def test_a_wrong_manifest_is_told_in_one_line(rows, columns, told, videos, tmp_path):
@@ -231,8 +338,18 @@ def test_scores_fill_the_column_where_there_is_none(videos, tmp_path):
     write(tmp_path, [("a.mp4", "a red ball", "7"), ("b.mp4", "a blue star", "")])
     answer = muralist("score", tmp_path, "--metric", "temporal_flickering")
     assert answer.code == 0, answer.err
-    scores = [clip.score for clip in read_footage(tmp_path).clips]
-    assert scores[0] == 7 and 0 < scores[1] <= 100
+    first, second = read_footage(tmp_path).clips
+    assert first.score == 7 and 0 < second.score <= 100 and second.scored_by == "temporal_flickering"
+    assert "holds scores of temporal_flickering" in muralist("score", tmp_path, "--metric", "hd_mse").error
+
+
+def test_a_clip_that_cannot_be_measured_costs_no_other(videos, tmp_path):
+    shutil.copy(videos / "a.mp4", tmp_path)
+    (tmp_path / "b.mp4").write_bytes((videos / "b.mp4").read_bytes()[:2000])
+    write(tmp_path, [("b.mp4", "a blue star"), ("a.mp4", "a red ball")], ("file", "caption"))
+    answer = muralist("score", tmp_path, "--metric", "temporal_flickering")
+    assert answer.code == 0 and "b.mp4: not measured" in answer.out and "1 clips scored" in answer.out and "1 could not be" in answer.out
+    assert [clip.score is None for clip in read_footage(tmp_path).clips] == [True, False]
 
 
 def test_a_tool_that_is_not_there_is_told_in_one_line(videos, monkeypatch):

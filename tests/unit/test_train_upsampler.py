@@ -49,7 +49,7 @@ def test_a_pair_shows_the_same_part_of_the_scene_at_two_sizes(tmp_path, monkeypa
 
 def test_the_trained_part_lies_in_the_output_and_the_model_stays_as_it_is(tiny22, tmp_path, monkeypatch):
     before = {path: path.read_bytes() for path in tiny22.rglob("*") if path.is_file()}
-    monkeypatch.setattr(training, "SCALES", ())
+    monkeypatch.setattr(training, "_scales", lambda own, data: [])
     monkeypatch.setattr(training, "miniature", lambda channels: CONFIG)
     monkeypatch.setattr(training, "LatentUpsample", lambda network, *rest: Still(network))
     made = train_latent_upsampler(tmp_path / "run", minutes=1e-6, device=CPU, resume=False, model=tiny22, report=lambda line: None)

@@ -29,7 +29,7 @@ Axes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class Near:
     """How much of a coarse video a window sees: `count` tokens along time, height and width, those around its middle.
 
-    `reach`: how far from the window's middle, in fine tokens, their places may be.
+    `reach`: how far from the window's middle, in fine tokens, their places may be (half the window, where it is larger than that).
     """
 
     count: Shape = (4, 4, 4)
@@ -110,7 +110,7 @@ def neighbours(cut: Partition, coarse: Shape, axes: Axes, near: Near, head_dim: 
     """For each window of `cut`, on its device: the `near.count` consecutive coarse tokens along each axis whose mean place is nearest to its middle."""
     sides = torch.cat([torch.tensor(run.shape, dtype=torch.float64).expand(run.num_windows, 3) for run in cut.groups])
     middles = cut.origins.cpu() + (sides - 1) / 2  # [W, 3]
-    found = [_nearest(middles[:, axis], axes[axis], near.count[axis], near.reach[axis]) for axis in range(3)]
+    found = [_nearest(middles[:, axis], axes[axis], near.count[axis], (sides[:, axis, None] / 2).clamp(min=near.reach[axis])) for axis in range(3)]
     indices, angles = zip(*found)
     rows, columns = coarse[1:]
     index = _combined([indices[0] * rows * columns, indices[1] * columns, indices[2]])
@@ -121,13 +121,13 @@ def neighbours(cut: Partition, coarse: Shape, axes: Axes, near: Near, head_dim: 
     return Neighbours(index.to(device), angle.cos().float().to(device), angle.sin().float().to(device))
 
 
-def _nearest(middles: torch.Tensor, axis: torch.Tensor, count: int, reach: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices and places, [W, c] each, of the `count` consecutive tokens (all, if there are no more) around each middle [W]."""
+def _nearest(middles: torch.Tensor, axis: torch.Tensor, count: int, reach: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices and places, [W, c] each, of the `count` consecutive tokens (all, if there are no more) around each middle [W]; reach [W, 1]."""
     count = min(count, len(axis))
     means = axis.unfold(0, count, 1).mean(dim=1)
     first = (means[None, :] - middles[:, None]).abs().argmin(dim=1)
     index = first[:, None] + torch.arange(count)
-    return index, middles[:, None] + (axis[index] - middles[:, None]).clamp(-reach, reach)
+    return index, middles[:, None] + torch.maximum(torch.minimum(axis[index] - middles[:, None], reach), -reach)
 
 
 def _combined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -174,7 +174,8 @@ class Pooling:
         first, rest = next(parts), parts
         total = first[1].new_zeros(len(first[1]), len(self.count), first[1].shape[-1], dtype=torch.float32)
         for span, part in itertools.chain([first], rest):
-            total = total.index_add(1, self.cell[span], part.float())
+            # in place where nothing is differentiated: the total would be copied for every chunk
+            total = (total.index_add if torch.is_grad_enabled() else total.index_add_)(1, self.cell[span], part.float())
         return (total / self.count[:, None]).to(first[1].dtype)
 
 
