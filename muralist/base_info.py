@@ -22,8 +22,16 @@ WAN_NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
     "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
-_NUMBERS = ("num_inference_steps", "max_sequence_length", "refine_steps", "guidance_scale", "flow_shift")  # of `Defaults`; the first three are whole
+_NUMBERS = (
+    "num_inference_steps",
+    "max_sequence_length",
+    "refine_steps",
+    "guidance_scale",
+    "flow_shift",
+    "skip_share",
+)  # of `Defaults`; the first three are whole
 TIED = ("shared.weight", "encoder.embed_tokens.weight")  # the text encoder's two names of one tensor; its file holds either
+SKIP_SHARE = 0.4
 UPSAMPLER = "latent_upsampler"  # a kind of part
 TRAINED_BY = {INJECTOR: "anchored", STEP_SIZE: "anchored"}  # where a part's training has another name than its kind
 CLASSES = {"transformer": "WanTransformer3DModel", "transformer_2": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
@@ -31,7 +39,10 @@ CLASSES = {"transformer": "WanTransformer3DModel", "transformer_2": "WanTransfor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """The numbers a base was made for: its own grid, sampling, and text length. `refine_steps`: of the schedule on a guide's target grid."""
+    """The numbers a base was made for: its own grid, sampling, and text length. `refine_steps`: of the schedule on a guide's target grid.
+
+    `skip_share`: of those, what a guide replaces; a base that does not know large sizes keeps more of its guide.
+    """
 
     grid: Grid
     num_inference_steps: int
@@ -40,6 +51,7 @@ class Defaults:
     negative_prompt: str
     max_sequence_length: int
     refine_steps: int
+    skip_share: float = SKIP_SHARE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,7 +265,7 @@ def _defaults(folder: Path, geometry: Geometry, two: bool) -> Defaults:
     if (folder / "muralist.json").is_file():
         values = weights.read_config(folder / "muralist.json")
         try:
-            values = {"refine_steps": values["num_inference_steps"]} | values
+            values = {"refine_steps": values["num_inference_steps"], "skip_share": SKIP_SHARE} | values
             defaults = Defaults(grid=Grid(**values["grid"]), **{k: values[k] for k in Defaults.__dataclass_fields__ if k != "grid"})
             if not isinstance(defaults.negative_prompt, str):
                 raise TypeError("negative_prompt")

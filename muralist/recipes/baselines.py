@@ -15,7 +15,6 @@ from muralist.stages.upsample import LatentInterpolation
 
 UHR = "uhr"  # the adapter that a base may bring for sizes above its own
 WINDOW_FRAMES = 8  # latent frames: 512 tokens are then 8 x 8 x 8, and a longer video gets more windows instead of flatter ones
-SKIP_SHARE = 0.4  # of the refinement's steps that the proxy replaces
 
 
 def direct(base: BaseInfo) -> Config:
@@ -35,7 +34,7 @@ def cascade(base: BaseInfo) -> Config:
         num_inference_steps=d.refine_steps,
         guidance_scale=d.guidance_scale,
         flow_shift=d.flow_shift,
-        skip_steps=round(SKIP_SHARE * d.refine_steps),
+        skip_steps=round(d.skip_share * d.refine_steps),
         attention=Windows(tokens=512, max_frames=WINDOW_FRAMES),
         adapter=UHR if UHR in base.adapters else None,
     )

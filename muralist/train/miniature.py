@@ -29,7 +29,8 @@ from muralist.types import Grid
 GRID = Grid(num_frames=29, height=256, width=448, fps=16)
 TEXT_LENGTH = 16  # the longest caption has 11 words
 FLOW_SHIFT = 3.0
-REFINE_STEPS = 10  # of the schedule on a guide, of which the last six are done
+REFINE_STEPS = 10  # of the schedule on a guide
+SKIP_SHARE = 0.7  # of these that the guide replaces: with more to do, windows paint objects of their own until there is an adapter for large sizes
 VAE_CONFIG = dict(
     base_dim=32, decoder_base_dim=16, z_dim=48, dim_mult=[1, 1, 2, 2], num_res_blocks=1, attn_scales=[], temperal_downsample=[False, True, True],
     is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_temporal=4, scale_factor_spatial=16,
@@ -247,7 +248,7 @@ def save_model(model: TextToVideo, vae: AutoencoderKLWan, folder: Path) -> Path:
     numbers = {
         "grid": {"num_frames": GRID.num_frames, "height": GRID.height, "width": GRID.width, "fps": GRID.fps},
         "num_inference_steps": 20, "guidance_scale": 3.0, "flow_shift": FLOW_SHIFT, "negative_prompt": "", "max_sequence_length": TEXT_LENGTH,
-        "refine_steps": REFINE_STEPS,
+        "refine_steps": REFINE_STEPS, "skip_share": SKIP_SHARE,
     }  # fmt: skip
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     (folder / "muralist.json").write_text(json.dumps(numbers, indent=2) + "\n")
