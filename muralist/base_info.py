@@ -79,6 +79,17 @@ class BaseInfo:
     injector: InjectorConfig | None = None
     fingerprint: str = ""
 
+    @property
+    def width(self) -> int:
+        """The transformer's: channels of a token."""
+        return _width(self.transformer_config)
+
+    def require_adapter(self, name: str) -> None:
+        """UserError with what to do if the base has no such adapter."""
+        if name not in self.adapters:
+            fix = f"train it (muralist train {name}) and copy it into its adapters/"
+            raise UserError(f"the base {self.name} has no adapter {name!r:.60}", where="recipe", fix=fix)
+
     def require_part(self, kind: str) -> None:
         """UserError with what to do if the base has no such part (`store/parts.py`)."""
         if kind not in self.parts:

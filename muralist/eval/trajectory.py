@@ -44,7 +44,6 @@ from muralist.stages.proxy import check_guidance
 from muralist.store import atomic
 from muralist.types import Grid, TextCond
 
-SWITCH = 0.875  # where published frequency experts change places: timestep 875 of 1000
 BANDS = ("low", "high")
 MIN_STEPS = 4
 

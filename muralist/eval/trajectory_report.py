@@ -13,7 +13,8 @@ import torch
 
 from muralist.config import jsonable
 from muralist.errors import UserError
-from muralist.eval.trajectory import BANDS, SWITCH, Curves, Result
+from muralist.eval.trajectory import BANDS, Curves, Result
+from muralist.nn.experts import SWITCH
 from muralist.store import atomic
 
 COLOURS = {"low": "tab:blue", "high": "tab:orange"}

@@ -26,6 +26,7 @@ from muralist.nn.filters import RadialFilter
 from muralist.nn.windows import Partition, reorder
 
 EXPERTS = "experts"  # the kind of part
+SWITCH = 0.875  # sigma at which the published experts change places: the released runtime's timestep 875
 Place = Literal["attention", "ffn"]
 
 

@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.embeddings import get_timestep_embedding
 from einops import rearrange
 from torch import nn
 
 from muralist.errors import UserError
 from muralist.nn.kinds import InjectorConfig
+from muralist.nn.step_size import FREQUENCIES, waves
 from muralist.nn.windows import Shape
 
-FREQUENCIES = 256
 GROUPS = 16
 
 
@@ -54,8 +53,7 @@ class AnchorInjector(nn.Module):
         """1 + alpha for timesteps [B] and step sizes [B]: [B, 1, D], [B, 1, 1] for a scalar gate."""
         if self.gate_t is None:
             return torch.ones(len(timestep), 1, 1, device=timestep.device)
-        waves = (get_timestep_embedding(v, FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0) for v in (timestep, step_size))
-        of_t, of_dt = (gate(wave.to(gate[0].weight.dtype)) for gate, wave in zip((self.gate_t, self.gate_dt), waves))
+        of_t, of_dt = (gate(waves(v).to(gate[0].weight.dtype)) for gate, v in ((self.gate_t, timestep), (self.gate_dt, step_size)))
         return 1 + torch.tanh(of_t + of_dt)[:, None]
 
     def works_before(self, block: int) -> bool:

@@ -26,5 +26,9 @@ class StepSizeEmbedding(nn.Module):
         nn.init.zeros_(self.linear_2.bias)
 
     def forward(self, step_size: torch.Tensor) -> torch.Tensor:
-        waves = get_timestep_embedding(step_size, FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0)
-        return self.linear_2(nn.functional.silu(self.linear_1(waves.to(self.linear_1.weight.dtype))))
+        return self.linear_2(nn.functional.silu(self.linear_1(waves(step_size).to(self.linear_1.weight.dtype))))
+
+
+def waves(timestep: torch.Tensor) -> torch.Tensor:
+    """The sinusoids of timesteps, or of step sizes, [B] -> [B, FREQUENCIES], as Wan embeds its timesteps."""
+    return get_timestep_embedding(timestep, FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0)

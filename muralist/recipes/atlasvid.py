@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from muralist.base_info import BaseInfo
 from muralist.config import Config
-from muralist.errors import UserError
 from muralist.stages.proxy import LowFrameRateProxy
 from muralist.stages.refine import ProxyWindows, Refine
 
@@ -29,10 +28,7 @@ MAX_FRAMES = 8  # latent frames of a window: 8 x 8 x 16 tokens
 def atlasvid(base: BaseInfo) -> Config:
     """AtlasVid: a proxy with a quarter of the frames, and every window of the large video painted in sight of it."""
     for name in (PROXY, DETAIL):
-        if name not in base.adapters:
-            raise UserError(
-                f"the base {base.name} has no adapter {name!r}", where="recipe", fix=f"train it (muralist train {name}) and copy it into its adapters/"
-            )
+        base.require_adapter(name)
     d = base.defaults
     sampling = dict(num_inference_steps=d.num_inference_steps, guidance_scale=d.guidance_scale, flow_shift=d.flow_shift)
     return Config(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from muralist.base_info import BaseInfo
 from muralist.config import Config
-from muralist.errors import UserError
 from muralist.sampling.shortcut import ShortcutSteps
 from muralist.stages.proxy import LowResolutionProxy
 from muralist.stages.refine import Refine, Windows
@@ -24,9 +23,7 @@ SHIFT = 5.5
 
 def pixelwizard(base: BaseInfo) -> Config:
     """PixelWizard: a small anchor, then the large video from noise in four steps, the anchor added to its tokens."""
-    if ANCHORED not in base.adapters:
-        fix = "train it (muralist train anchored) and copy it into its adapters/"
-        raise UserError(f"the base {base.name} has no adapter {ANCHORED!r}", where="recipe", fix=fix)
+    base.require_adapter(ANCHORED)
     d = base.defaults
     proxy = LowResolutionProxy(
         height=HEIGHT, width=WIDTH, num_inference_steps=d.num_inference_steps, guidance_scale=d.guidance_scale, flow_shift=d.flow_shift,

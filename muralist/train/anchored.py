@@ -51,7 +51,7 @@ def train_anchored(
     """Writes `folder/adapters/anchored`, `folder/parts/injector` and `folder/parts/step_size`; copies in the model's folder put them to use."""
     begin(folder, resume=resume)
     trainee = Trainee(model, device)
-    width = trainee.transformer.config.num_attention_heads * trainee.transformer.config.attention_head_dim
+    width = trainee.info.width
     config = config or AnchoredConfig(injector=InjectorConfig(channels=trainee.info.geometry.channels, dim=width))
     data = data or VideoData()
     pools = _pools(trainee, data, config, folder, report)

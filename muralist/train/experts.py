@@ -13,7 +13,7 @@ import torch
 
 from muralist.base import select_adapter
 from muralist.data.sharpen import Unsharp
-from muralist.nn.experts import EXPERTS, ExpertConfig, ExpertsConfig, attach
+from muralist.nn.experts import EXPERTS, SWITCH, ExpertConfig, ExpertsConfig, attach
 from muralist.nn.filters import RadialFilter
 from muralist.nn.transformer import Graft
 from muralist.store.parts import save_part
@@ -22,8 +22,6 @@ from muralist.train.loop import Report, Schedule, begin, draw_curve, fit
 from muralist.train.objectives.flow import FlowConfig, FlowMatching
 from muralist.train.trainee import Crops, Trainee, VideoData
 from muralist.train.uhr import ADAPTER
-
-SWITCH = 0.875  # sigma; the released runtime's timestep 875
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +60,7 @@ def train_experts(
     trainee = Trainee(model, device)
     select_adapter(trainee.transformer, ADAPTER if ADAPTER in trainee.info.adapters else None)
     trainee.transformer.requires_grad_(False)  # switching an adapter on makes it trainable
-    width = trainee.transformer.config.num_attention_heads * trainee.transformer.config.attention_head_dim
+    width = trainee.info.width
     experts = ExpertsConfig(dim=width, layers=len(trainee.transformer.blocks), experts={name: lesson.expert for name, lesson in lessons.items()})
     torch.manual_seed(0)
     attached = attach(trainee.transformer.blocks, width, experts.experts).to(device)

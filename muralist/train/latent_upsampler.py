@@ -70,5 +70,4 @@ def _scales(own: int, data: VideoData) -> list[float]:
 
 def _usual(info: BaseInfo) -> LatentUpsamplerConfig:
     """The paper's network, or for a base far below Wan's sizes one that costs no more than the base."""
-    width = info.transformer_config["num_attention_heads"] * info.transformer_config["attention_head_dim"]
-    return (paper if width >= WIDE else miniature)(info.geometry.channels)
+    return (paper if info.width >= WIDE else miniature)(info.geometry.channels)

@@ -88,11 +88,11 @@ class FlowMatching:
         each = self._errors(batch, output, x if c.prediction == "sample" else noise - x, level)
         return each.mean(), {f"{name}": each.detach()[mask].mean().item() for name, mask in _thirds(sigma) if mask.any()}
 
-    def _at(self, batch: Batch, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def _at(self, batch: Batch, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, **extra: torch.Tensor) -> torch.Tensor:
         """The network's answer in float32."""
         # frozen weights may be large: on a GPU products are computed in bfloat16, the loss is not
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            return self._predict(batch, noisy, sigma, text).float()
+            return self._predict(batch, noisy, sigma, text, **extra).float()
 
     def _predict(self, batch: Batch, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, **extra: torch.Tensor) -> torch.Tensor:
         self.transformer.configure(replace(self.config.graft, rope=RopeScale(t=float(batch.stride), offset=(float(batch.first), 0.0, 0.0))))

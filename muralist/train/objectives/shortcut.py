@@ -120,6 +120,4 @@ class ShortcutMatching(FlowMatching):
         return flow.velocity_of_sample(z, output, sigma.view(-1, 1, 1, 1, 1).clamp(min=1e-3))
 
     def _at(self, batch: Batch, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, size: torch.Tensor | None = None) -> torch.Tensor:
-        size = torch.zeros_like(sigma) if size is None else size.float()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            return self._predict(batch, noisy, sigma, text, step_size=size).float()
+        return super()._at(batch, noisy, sigma, text, step_size=torch.zeros_like(sigma) if size is None else size.float())
