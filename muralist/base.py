@@ -19,7 +19,7 @@ import torch
 from muralist.base_info import UPSAMPLER, BaseInfo
 from muralist.errors import UserError
 from muralist.nn.experts import EXPERTS, ExpertsConfig, attach
-from muralist.nn.kinds import INJECTOR, STEP_SIZE, InjectorConfig
+from muralist.nn.kinds import BRANCHES, INJECTOR, STEP_SIZE, BranchesConfig, InjectorConfig
 from muralist.sampling import flow
 from muralist.store import parts
 from muralist.types import TextCond
@@ -215,6 +215,8 @@ class Base:
             transformer.step_size = _step_size(self.info.folder / "parts" / STEP_SIZE).to(self.dtype)
         if self.info.injector is not None:
             transformer.injector = _injector(self.info.injector, self.info.folder / "parts" / INJECTOR).to(self.dtype)
+        if self.info.branches is not None:
+            _attach_branches(transformer, self.info.branches, self.info.folder / "parts" / BRANCHES, self.dtype)
         return transformer.to(self.device).eval()
 
 
@@ -253,6 +255,12 @@ def _attach_experts(transformer: MuralTransformer, config: ExpertsConfig, folder
     attached.to(dtype).load_state_dict({name.removeprefix("blocks."): tensor for name, tensor in tensors.items()})
 
 
+def _attach_branches(transformer: MuralTransformer, config: BranchesConfig, folder: Path, dtype: torch.dtype) -> None:
+    from muralist.nn.branches import attach_branches
+
+    _loaded(attach_branches(transformer.blocks, config), parts.load_part(folder, BRANCHES)[1], folder).to(dtype)
+
+
 def _step_size(folder: Path):
     from muralist.nn.step_size import StepSizeEmbedding
 
@@ -280,9 +288,7 @@ def load_latent_upsampler(folder: Path) -> LatentUpsampler:
     from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig
 
     record, tensors = parts.load_part(folder, UPSAMPLER)
-    network = LatentUpsampler(LatentUpsamplerConfig.of(record))
-    network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    return network
+    return _loaded(LatentUpsampler(LatentUpsamplerConfig.of(record)), tensors, folder)
 
 
 def _auto_tokenizer(folder: Path):

@@ -13,7 +13,7 @@ import torch
 
 from muralist.errors import UserError
 from muralist.nn.experts import EXPERTS, ExpertsConfig
-from muralist.nn.kinds import INJECTOR, STEP_SIZE, InjectorConfig
+from muralist.nn.kinds import BRANCHES, INJECTOR, STEP_SIZE, BranchesConfig, InjectorConfig
 from muralist.store import parts, weights
 from muralist.types import Geometry, Grid
 
@@ -33,7 +33,7 @@ _NUMBERS = (
 TIED = ("shared.weight", "encoder.embed_tokens.weight")  # the text encoder's two names of one tensor; its file holds either
 SKIP_SHARE = 0.4
 UPSAMPLER = "latent_upsampler"  # a kind of part
-TRAINED_BY = {INJECTOR: "anchored", STEP_SIZE: "anchored"}  # where a part's training has another name than its kind
+TRAINED_BY = {INJECTOR: "anchored", STEP_SIZE: "anchored", BRANCHES: "branched"}  # where a part's training has another name than its kind
 CLASSES = {"transformer": "WanTransformer3DModel", "transformer_2": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
 
 
@@ -60,7 +60,8 @@ class BaseInfo:
 
     `boundary`: sigma from which the first of two transformers serves (Wan2.2-A14B), None where there is one.
     `fingerprint`: a digest of all weights, so that a run is not gone on with on others.
-    `parts`: the networks of ours that stand beside it in `parts/`, by kind; `experts`, `injector`: what those kinds say of themselves.
+    `parts`: the networks of ours that stand beside it in `parts/`, by kind; `experts`, `injector`, `branches`: what those kinds say of
+    themselves.
     `prediction`: what the transformer's output is, `flow` (velocity; every Wan model) or `sample` (clean latent; the embedded base).
     """
 
@@ -77,6 +78,7 @@ class BaseInfo:
     component_bytes: dict[str, int]
     experts: ExpertsConfig | None = None
     injector: InjectorConfig | None = None
+    branches: BranchesConfig | None = None
     fingerprint: str = ""
 
     @property
@@ -103,6 +105,15 @@ class BaseInfo:
         if missing := [name for name in names if name not in self.experts.experts]:
             known = ", ".join(self.experts.experts)
             raise UserError(f"the base {self.name} has no expert {missing[0]!r}", where="experts", fix=f"use some of {known}")
+
+    def require_branches(self, names: Sequence[str], plain: Sequence[int]) -> None:
+        """UserError if one of them is not there, or not beside every block but those that are `plain`."""
+        self.require_part(BRANCHES)
+        if missing := [name for name in names if name not in self.branches.branches]:
+            known = ", ".join(self.branches.branches)
+            raise UserError(f"the base {self.name} has no branch {missing[0]!r:.40}", where="attention.branches", fix=f"use some of {known}")
+        if bare := set(range(self.transformer_config["num_layers"])) - {*self.branches.blocks, *plain}:
+            raise UserError(f"block {min(bare)} has no branches", where="attention.plain", fix="name the blocks without branches there")
 
 
 def inspect_base(model: str, revision: str | None = None) -> BaseInfo:
@@ -141,6 +152,7 @@ def inspect_base(model: str, revision: str | None = None) -> BaseInfo:
         component_bytes=sizes | {name: weights.check_component(path) for name, path in beside.items()},
         experts=_experts(folder / "parts" / EXPERTS, configs["transformer"]) if EXPERTS in kinds else None,
         injector=_injector(folder / "parts" / INJECTOR, configs["transformer"], geometry) if INJECTOR in kinds else None,
+        branches=_branches(folder / "parts" / BRANCHES, configs["transformer"]) if BRANCHES in kinds else None,
         fingerprint=_fingerprint([*components.values(), *beside.values()]),
     )
 
@@ -167,6 +179,15 @@ def _injector(folder: Path, transformer: dict[str, Any], geometry: Geometry) -> 
     if config.channels != geometry.channels or max(config.blocks) >= transformer.get("num_layers", 0):
         what = f"the injector is for {config.channels} channels and stands before block {max(config.blocks)}"
         raise UserError(what, where="part", fix="use one that was trained for this base")
+    return config
+
+
+def _branches(folder: Path, transformer: dict[str, Any]) -> BranchesConfig:
+    config = BranchesConfig.of(parts.read_part(folder, BRANCHES))
+    _require_width(config.dim, transformer, BRANCHES)
+    if max(config.blocks) >= transformer.get("num_layers", 0):
+        what = f"the branches stand beside block {max(config.blocks)}, this base has {transformer.get('num_layers', 0)}"
+        raise UserError(what, where="part", fix="use branches that were trained for this base")
     return config
 
 

@@ -20,6 +20,7 @@ from muralist import recipes
 from muralist.base_info import BaseInfo, check_structure
 from muralist.config import MAX_FRAMES, MAX_PROMPT, Config, Request, jsonable
 from muralist.errors import UserError
+from muralist.nn.attention import BranchedWindows
 from muralist.nn.kinds import INJECTOR, STEP_SIZE
 from muralist.sampling.shortcut import ShortcutSteps
 from muralist.store.run import RunDirectory
@@ -109,6 +110,8 @@ def _require_parts(config: Config, info: BaseInfo) -> None:
         info.require_part(STEP_SIZE)
     if refine.anchor != "none":
         info.require_part(INJECTOR)
+    if isinstance(refine.attention, BranchedWindows) and refine.attention.branches:
+        info.require_branches(refine.attention.branches, refine.attention.plain)
     for adapter in (refine.adapter, config.proxy and config.proxy.adapter):
         if adapter is not None and adapter not in info.adapters:
             raise UserError(f"the base {info.name} has no adapter {adapter!r:.60}", where="adapter", fix=f"use one of {', '.join(info.adapters) or 'none'}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before torch is imported: idle threads must not spin, or two test processes slow each other down tenfold.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -14,6 +15,9 @@ import pytest
 import torch
 
 from tests import tiny
+
+# A shell starts what runs in the background with Ctrl-C ignored, and so would be every process that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

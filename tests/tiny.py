@@ -38,10 +38,11 @@ def save_pipeline(folder: Path, flavour: str) -> Path:
 def add_parts(folder: Path) -> Path:
     """Give a tiny pipeline the parts that recipes ask for, random ones that do something; returns the folder."""
     from muralist.base_info import UPSAMPLER, inspect_base
+    from muralist.nn.branches import attach_branches
     from muralist.nn.experts import EXPERTS, ExpertConfig, ExpertsConfig
     from muralist.nn.filters import RadialFilter
     from muralist.nn.injector import AnchorInjector
-    from muralist.nn.kinds import INJECTOR, STEP_SIZE, InjectorConfig
+    from muralist.nn.kinds import BRANCHES, INJECTOR, STEP_SIZE, InjectorConfig, hierarchical
     from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig
     from muralist.nn.step_size import StepSizeEmbedding
     from muralist.store.parts import save_part
@@ -59,7 +60,9 @@ def add_parts(folder: Path) -> Path:
     injector = InjectorConfig(channels=channels, dim=24)
     _save_random(folder, INJECTOR, asdict(injector), AnchorInjector(injector))
     _save_random(folder, STEP_SIZE, {"dim": 24}, StepSizeEmbedding(24))
-    _add_adapters(folder, "proxy", "detail", "anchored")
+    branches = hierarchical(24, 2, windows=2, rank=2)
+    _save_random(folder, BRANCHES, asdict(branches), attach_branches([torch.nn.Module(), torch.nn.Module()], branches))
+    _add_adapters(folder, "proxy", "detail", "anchored", "branched")
     return folder
 
 

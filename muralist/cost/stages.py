@@ -17,10 +17,10 @@ from muralist.cost import decoding, text, transformer, upsampling
 from muralist.cost.decoding import DecodeNeed
 from muralist.cost.machine import Machine
 from muralist.errors import UserError
-from muralist.nn.attention import FullAttention, GuidedWindows
+from muralist.nn.attention import BranchedWindows, CloseRemote, FullAttention, GuidedWindows
 from muralist.nn.attention.guided import pooled_shape
 from muralist.nn.experts import EXPERTS
-from muralist.nn.kinds import INJECTOR
+from muralist.nn.kinds import BRANCHES, INJECTOR
 from muralist.nn.transformer import Graft
 from muralist.sampling import flow
 from muralist.stages.decode_options import DecodeOptions
@@ -140,6 +140,8 @@ def _refine(part: Refine, setting: Setting) -> StagePlan:
     plan = _denoising(setting, "refine", grid, graft, len(levels), part.guidance_scale, adapter=part.adapter, action=action)
     plan = _with_proxy(plan, part.attention, part.guidance_scale, setting) if isinstance(part.attention, ProxyWindows) else plan
     plan = _with_injector(plan, part, setting) if part.anchor != "none" else plan
+    if isinstance(part.attention, BranchedWindows) and part.attention.branches:
+        plan = replace(plan, memory_bytes=plan.memory_bytes + setting.info.component_bytes[f"part {BRANCHES}"] // 2 * setting.machine.itemsize)
     return _with_experts(plan, part, levels, setting) if part.experts else plan
 
 
@@ -208,7 +210,7 @@ def _denoising(setting: Setting, stage: str, grid: Grid, graft: Graft, steps: in
     info, machine, size = setting.info, setting.machine, setting.dimensions
     shape = info.geometry.token_shape(grid)
     passes = 1 if guidance_scale == 1 else 2
-    one = transformer.forward(size, graft, shape, info.defaults.max_sequence_length)
+    one = transformer.forward(size, graft, shape, info.defaults.max_sequence_length, info.branches)
     adapters = {name: count for name, count in info.component_bytes.items() if name.startswith("adapter ")}
     # A low-rank layer multiplies each of its weights once for every token; adapters are stored in 16 bits.
     linear = one.linear + 2 * one.tokens * adapters.get(f"adapter {adapter}", 0) // 2
@@ -224,7 +226,7 @@ def _denoising(setting: Setting, stage: str, grid: Grid, graft: Graft, steps: in
         flops=forwards * (linear + one.attention),
         attention_flops=forwards * one.attention,
         attention_saving=one.attention_saving,
-        memory_bytes=PROCESS_BYTES + weight_bytes + transformer.live_bytes(size, graft, shape, machine.itemsize) + LATENTS * latent,
+        memory_bytes=PROCESS_BYTES + weight_bytes + transformer.live_bytes(size, graft, shape, machine.itemsize, info.branches) + LATENTS * latent,
         disk_bytes=(SNAPSHOTS + 1) * latent,
         seconds=machine.seconds(linear=forwards * linear, attention=forwards * one.attention, traffic=forwards * traffic, read=read),
         action=action,
@@ -358,6 +360,12 @@ def _size(grid: Grid) -> str:
 def _attention(graft: Graft) -> str:
     if isinstance(graft.attention, FullAttention):
         return "full attention"
+    if isinstance(graft.attention, CloseRemote):
+        return f"close and remote windows of about {graft.attention.tokens} tokens"
+    if isinstance(graft.attention, BranchedWindows):
+        count = graft.attention.windows
+        more = {"more": f", {count + 1}x{count + 1} in every other layer", "shifted": ", shifted every other layer", "same": ""}[graft.attention.odd]
+        return f"{count}x{count} windows{more}" + "".join(f", branch {name}" for name in graft.attention.branches)
     windows = graft.attention.windows if isinstance(graft.attention, GuidedWindows) else graft.attention
     frames, rows, columns = windows.size
     return f"windows of {frames}x{rows}x{columns} tokens" + (", shifted every other layer" if windows.shift else "")

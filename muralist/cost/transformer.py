@@ -17,10 +17,12 @@ from typing import Any
 
 from diffusers import WanTransformer3DModel
 
-from muralist.nn.attention import FullAttention, GuidedWindows, WindowAttention
+from muralist.cost import branches as branching
+from muralist.nn.attention import BranchedWindows, CloseRemote, FullAttention, GuidedWindows, WindowAttention
 from muralist.nn.attention.guided import pooled_shape
+from muralist.nn.kinds import BranchesConfig
 from muralist.nn.transformer import Graft
-from muralist.nn.windows import Shape, windows_of
+from muralist.nn.windows import Shape, split_evenly, windows_of
 
 _DEFAULTS = {name: p.default for name, p in inspect.signature(WanTransformer3DModel.__init__).parameters.items()}
 FP32 = 4  # bytes; norms, modulation and rotation compute in float32 whatever the weights are
@@ -101,19 +103,35 @@ def _guided_pairs(attention: GuidedWindows, token_shape: Shape) -> tuple[int, ..
     return tuple(pairs + math.prod(token_shape) * more for pairs in _window_pairs(attention.windows, token_shape))
 
 
+def _branched_pairs(attention: BranchedWindows, token_shape: Shape) -> tuple[int, ...]:
+    """Those of the windows; the branches' are in `cost/branches.py`."""
+    if attention.odd == "shifted":
+        frames, rows, columns = token_shape
+        size = (frames, math.ceil(rows / attention.windows), math.ceil(columns / attention.windows))
+        return _window_pairs(WindowAttention(size), token_shape)
+    return tuple(branching.window_pairs(token_shape, count) for count in (attention.windows, attention.windows + (attention.odd == "more")))
+
+
+def _close_remote_pairs(attention: CloseRemote, token_shape: Shape) -> tuple[int, ...]:
+    cuts = attention.counts(token_shape)
+    return tuple(2 * math.prod(sum(piece**2 for piece in split_evenly(side, count)) for side, count in zip(token_shape, cut)) for cut in cuts)
+
+
 _PAIRS: dict[type, Callable[[Any, Shape], tuple[int, ...]]] = {
-    FullAttention: _full_pairs, WindowAttention: _window_pairs, GuidedWindows: _guided_pairs
+    FullAttention: _full_pairs, WindowAttention: _window_pairs, GuidedWindows: _guided_pairs, BranchedWindows: _branched_pairs,
+    CloseRemote: _close_remote_pairs,
 }  # fmt: skip
 
 
 def pairs(attention: Any, token_shape: Shape, layers: int) -> int:
     """Query-key pairs of all layers of one forward."""
     kinds = _PAIRS[type(attention)](attention, token_shape)
-    return sum(kinds[layer % len(kinds)] for layer in range(layers))
+    plain = attention.plain if isinstance(attention, BranchedWindows) else ()
+    return sum(math.prod(token_shape) ** 2 if layer in plain else kinds[layer % len(kinds)] for layer in range(layers))
 
 
-def forward(size: Dimensions, graft: Graft, token_shape: Shape, text_tokens: int) -> Forward:
-    """FLOPs of one forward of one sample on the token grid (f, y, x) with `text_tokens` positions of text."""
+def forward(size: Dimensions, graft: Graft, token_shape: Shape, text_tokens: int, branches: BranchesConfig | None = None) -> Forward:
+    """FLOPs of one forward of one sample on the token grid (f, y, x) with `text_tokens` positions of text; `branches`: those of the base."""
     tokens, d = math.prod(token_shape), size.width
     every_layer = (
         4 * tokens * d * d  # self-attention: queries, keys, values, output
@@ -122,10 +140,13 @@ def forward(size: Dimensions, graft: Graft, token_shape: Shape, text_tokens: int
         + 2 * tokens * d * size.ffn
     )
     once = tokens * d * size.patch * (size.channels_in + size.channels_out) + text_tokens * (size.text + d) * d + (size.frequencies + 7 * d) * d
-    attended = pairs(graft.attention, token_shape, size.layers)
+    attended, more = pairs(graft.attention, token_shape, size.layers), 0
+    if isinstance(graft.attention, BranchedWindows):
+        attended += branching.pairs(graft.attention, branches, token_shape, size.layers)
+        more = branching.multiply_adds(graft.attention, branches, token_shape, size.layers)
     return Forward(
         tokens=tokens,
-        linear=2 * (size.layers * every_layer + once),
+        linear=2 * (size.layers * every_layer + once + more),
         attention=4 * attended * d,
         full_attention=4 * pairs(FullAttention(), token_shape, size.layers) * d,
         keys_per_query=attended / (tokens * size.layers),
@@ -147,7 +168,7 @@ def elementwise_bytes(size: Dimensions, tokens: int, itemsize: int) -> int:
     return ELEMENTWISE_BYTES * tokens * size.width * size.layers * max(itemsize, 2) // 2
 
 
-def live_bytes(size: Dimensions, graft: Graft, token_shape: Shape, itemsize: int) -> int:
+def live_bytes(size: Dimensions, graft: Graft, token_shape: Shape, itemsize: int, branches: BranchesConfig | None = None) -> int:
     """Peak bytes of one forward besides weights and latents, as the forward allocates them (a test tracks it tensor by tensor).
 
     `itemsize`: bytes of the working type.
@@ -162,18 +183,31 @@ def live_bytes(size: Dimensions, graft: Graft, token_shape: Shape, itemsize: int
     order = 5 * 8 * tokens  # index tables of both partitions and of the switch between them
     if isinstance(graft.attention, GuidedWindows) and graft.attention.middle is not None:  # sums in float32, their means, keys and values
         order += math.prod(pooled_shape(token_shape, graft.attention.middle.pool)) * size.width * (FP32 + 5 * itemsize)
-    return max(2 * stream, stream + chunk) + order  # reordering copies the stream, while no chunk is at work
+    beside = 0
+    if isinstance(graft.attention, CloseRemote):
+        beside = 8 * stream + _attention_bytes(size, itemsize) * _largest_window(graft.attention, token_shape)  # q, k, v in both orders, both answers
+    if isinstance(graft.attention, BranchedWindows):
+        beside = branching.live_bytes(graft.attention, branches, token_shape, size.width, itemsize, chunk // each * _attention_bytes(size, itemsize))
+    return max(2 * stream, stream + chunk, beside) + order  # reordering copies the stream, while no chunk is at work
 
 
 def _largest_window(attention: Any, token_shape: Shape) -> int:
     """A chunk holds whole windows; attention without windows takes any chunk."""
+    if isinstance(attention, CloseRemote):
+        return max(math.prod(-(-side // count) for side, count in zip(token_shape, cut)) for cut in attention.counts(token_shape))
+    if isinstance(attention, BranchedWindows):
+        frames, rows, columns = token_shape
+        return frames * math.ceil(rows / attention.windows) * math.ceil(columns / attention.windows)
     windows = attention.windows if isinstance(attention, GuidedWindows) else attention
     return max(tokens for _, tokens in windows_of(token_shape, windows.size)) if isinstance(windows, WindowAttention) else 1
 
 
 def _bytes_per_token(size: Dimensions, itemsize: int) -> int:
     """Temporaries of a token that is being computed: the larger of attention's and the FFN's, both with the residual they add to."""
-    wide = FP32 if itemsize < FP32 else 0  # norms keep a float32 copy beside the working type
-    attention = size.width * (2 * FP32 + wide + 6 * itemsize)
     ffn = 2 * size.ffn * itemsize + 4 * size.width * itemsize
-    return max(attention, ffn)
+    return max(_attention_bytes(size, itemsize), ffn)
+
+
+def _attention_bytes(size: Dimensions, itemsize: int) -> int:
+    wide = FP32 if itemsize < FP32 else 0  # norms keep a float32 copy beside the working type
+    return size.width * (2 * FP32 + wide + 6 * itemsize)

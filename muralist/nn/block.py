@@ -5,20 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from einops import rearrange
 
-from muralist.nn.attention import FullAttention, GuidedWindows, WindowAttention, attend_full, attend_windows
+from muralist.nn.attention import BranchedWindows, CloseRemote, FullAttention, GuidedWindows, WindowAttention, attend_full, attend_windows
 from muralist.nn.attention.guided import Neighbours, Pooling, joined
 from muralist.nn.attention.window import ExtraKeys
+from muralist.nn.branches import Blocks, CompressedBranch, Pools, attend_pooled, fused
 from muralist.nn.chunked import join_chunks, map_chunks
 from muralist.nn.experts import Branch, Place
 from muralist.nn.rope import RotaryTable, rotate
-from muralist.nn.windows import Chunk, Partition
+from muralist.nn.windows import Chunk, Partition, switch
 
 TEXT_LENGTH = 512  # diffusers' fixed number of text tokens; image tokens stand in front of them
 
@@ -31,6 +32,8 @@ class Layer:
     `windows`: chunks of whole windows; `spans`: plain chunks. `attend`: the self-attention of a block.
     `in_place`: no gradient is wanted, tensors may be overwritten. `experts`: names of those at work.
     `proxy`, `middle`: the neighbours of each window in the proxy and among the pooled tokens; `memory`: the proxy's keys and values in this block.
+    `blocks`: how each compressed branch pools; `timestep` [B], which its fusion weight follows.
+    `remote`: the lattices beside the windows.
     """
 
     partition: Partition
@@ -45,6 +48,9 @@ class Layer:
     proxy: Neighbours | None = None
     middle: tuple[Pooling, Neighbours] | None = None
     memory: tuple[torch.Tensor, torch.Tensor] | None = None
+    blocks: Mapping[str, Blocks] | None = None
+    timestep: torch.Tensor | None = None
+    remote: Partition | None = None
 
 
 class MuralBlock(WanTransformerBlock):
@@ -130,7 +136,74 @@ def _full_attention(block: MuralBlock, x: torch.Tensor, table: torch.Tensor, lay
     return _with_branch(map_chunks(update, x, layer.spans, layer.in_place), branch, table, layer, gate=2)
 
 
-SELF_ATTENTION = {FullAttention: _full_attention, WindowAttention: _window_attention, GuidedWindows: _window_attention}
+def _close_remote_attention(block: MuralBlock, x: torch.Tensor, table: torch.Tensor, layer: Layer, branch: Branch | None) -> torch.Tensor:
+    """Queries, keys and values of the full sequence first: the lattices need them all. Then the mean of both kinds of window."""
+    attn = block.attn1
+
+    def prepare(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        shift, scale, *_ = token_rows(table, layer.levels, chunk)
+        normed = _seen(modulated(block.norm1, part, shift, scale), branch)
+        rope = layer.rope.at(layer.partition.order[chunk.span])
+        return torch.stack([_query(attn, normed, rope), _key(attn, normed, rope), _value(attn, normed)], dim=2)  # [B, n, 3, H, d]
+
+    def attend(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        return attend_windows(*part.unbind(2), chunk.runs)
+
+    prepared = join_chunks(prepare, x, layer.spans, layer.in_place)
+    to_remote, to_close = switch(layer.partition, layer.remote), switch(layer.remote, layer.partition)
+    close = join_chunks(attend, prepared, layer.windows, layer.in_place)
+    prepared = prepared.index_select(1, to_remote)
+    apart = join_chunks(attend, prepared, layer.windows, layer.in_place).index_select(1, to_close)
+    del prepared
+
+    def update(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        gate = token_rows(table, layer.levels, chunk)[2]
+        return _gated(part, _project(attn, torch.lerp(close[:, chunk.span], apart[:, chunk.span], 0.5)), gate)
+
+    return _with_branch(map_chunks(update, x, layer.spans, layer.in_place), branch, table, layer, gate=2)
+
+
+def _branched_attention(block: MuralBlock, x: torch.Tensor, table: torch.Tensor, layer: Layer, branch: Branch | None) -> torch.Tensor:
+    """Windows as above, while the branches gather their pooled tokens; then those attend, and all are fused before the one output projection."""
+    if not layer.blocks:
+        return _window_attention(block, x, table, layer, branch)
+    attn, branches = block.attn1, block.branches
+    pools = Pools(branches, layer.blocks)
+
+    def look(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        shift, scale, *_ = token_rows(table, layer.levels, chunk)
+        normed = _seen(modulated(block.norm1, part, shift, scale), branch)
+        query, key, value = attn.to_q(normed), attn.to_k(normed), attn.to_v(normed)
+        pools.add(chunk, (normed, query, key, value) if branches.config.projecting == "once" else (normed,))
+        query, key, value = _heads(attn, attn.norm_q(query)), _heads(attn, attn.norm_k(key)), _heads(attn, value)
+        rope = layer.rope.at(layer.partition.order[chunk.span])
+        return rearrange(attend_windows(rotate(query, *rope), rotate(key, *rope), value, chunk.runs), "b n H d -> b n (H d)")
+
+    local = join_chunks(look, x, layer.windows, layer.in_place)
+    restored = [_restored(attn, pools.take(name), branches[name], layer.blocks[name]) for name in layer.blocks]
+    alphas = [branches[name].fusion(layer.timestep) for name in layer.blocks]
+
+    def update(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        gate = token_rows(table, layer.levels, chunk)[2]
+        others = [z[:, layer.partition.order[chunk.span]] for z in restored]
+        return _gated(part, _joined(attn, fused(local[:, chunk.span], alphas, others, of_branch=branches.config.of_branch)), gate)
+
+    return _with_branch(map_chunks(update, x, layer.windows, layer.in_place), branch, table, layer, gate=2)
+
+
+def _restored(attn: WanAttention, pooled: Sequence[torch.Tensor], branch: CompressedBranch, blocks: Blocks) -> torch.Tensor:
+    """What a branch makes of its pooled tokens (and of their q, k and v, if those were pooled too): [B, N, D] in raster order."""
+    x, *projected = pooled
+    key_layer = attn.to_q if branch.config.key_of_query else attn.to_k
+    query, key, value = projected or (attn.to_q(x), key_layer(x), attn.to_v(x))
+    query, key = attn.norm_q(query + branch.q(x)), attn.norm_k(key + branch.k(x))
+    return branch.restore(attend_pooled(*(_heads(attn, y) for y in (query, key, value + branch.v(x))), blocks), blocks)
+
+
+SELF_ATTENTION = {
+    FullAttention: _full_attention, WindowAttention: _window_attention, GuidedWindows: _window_attention, BranchedWindows: _branched_attention,
+    CloseRemote: _close_remote_attention,
+}  # fmt: skip
 
 
 def _query(attn: WanAttention, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -151,7 +224,12 @@ def _heads(attn: WanAttention, x: torch.Tensor) -> torch.Tensor:
 
 def _project(attn: WanAttention, x: torch.Tensor) -> torch.Tensor:
     """Output projection and dropout: [B, n, H, d] -> [B, n, D]."""
-    return attn.to_out[1](attn.to_out[0](rearrange(x, "b n H d -> b n (H d)")))
+    return _joined(attn, rearrange(x, "b n H d -> b n (H d)"))
+
+
+def _joined(attn: WanAttention, x: torch.Tensor) -> torch.Tensor:
+    """The same for heads side by side, [B, n, D]."""
+    return attn.to_out[1](attn.to_out[0](x))
 
 
 # -- Work that treats every token alone --

@@ -32,7 +32,7 @@ class AnchorInjector(nn.Module):
         self.config, dim = config, config.dim
         inner = dim // 4
         self.features = _refinement(config.channels, inner, dim) if config.refined else nn.Conv3d(config.channels, dim, 1)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)  # as released
         width = {"channel": dim, "scalar": 1, "none": 0}[config.gate]
         self.gate_t, self.gate_dt = (_gate(dim, width) if width else None for _ in range(2))
         self.out = nn.ModuleDict({str(block): nn.Linear(dim, dim) for block in config.blocks})

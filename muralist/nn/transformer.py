@@ -9,6 +9,8 @@ What a graft changes:
   the shifted partition (one permutation where the order changes); the small projected output is put back into raster order;
 - rotary positions at any scale (`rope.py`);
 - keys of a proxy of the scene, computed once by `remember`, beside those of each window (`attention/guided.py`);
+- lattices beside those windows (`attention/close_remote.py`), or
+- branches of pooled tokens beside those windows, fused with them (`branches.py`);
 - frequency experts beside attention and FFN (`experts.py`), where the blocks have them;
 - `token_chunk`: everything that treats tokens alone (norms, modulation, projections, cross-attention, FFN) runs on chunks, as
   does window attention on whole windows, so that live memory is one residual stream and one chunk (with full attention also the
@@ -24,7 +26,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import cycle
 from typing import Any
 
 import torch
@@ -35,11 +36,13 @@ from diffusers.utils import apply_lora_scale
 from einops import rearrange
 
 from muralist.errors import UserError
-from muralist.nn.attention import FullAttention, GuidedWindows, ProxyMemory, WindowAttention
+from muralist.nn.attention import BranchedWindows, CloseRemote, FullAttention, GuidedWindows, ProxyMemory, WindowAttention
+from muralist.nn.attention.close_remote import remote
 from muralist.nn.attention.guided import Pooling, neighbours, places, pooled_places
 from muralist.nn.block import SELF_ATTENTION, Layer, MuralBlock, keys_and_values, modulated, token_rows
+from muralist.nn.branches import Blocks
 from muralist.nn.chunked import join_chunks, map_chunks
-from muralist.nn.rope import RopeScale, interleaved, rotary_table
+from muralist.nn.rope import RopeScale, RotaryTable, interleaved, rotary_table
 from muralist.nn.windows import Chunk, Partition, Shape, chunks, partition, reorder, spans
 
 Injected = Callable[[int, torch.Tensor, Layer | None], torch.Tensor]
@@ -53,7 +56,7 @@ class Graft:
     `token_chunk`: tokens computed at a time where tokens are independent (>= 1); None: all at once. `experts`: names of those at work.
     """
 
-    attention: FullAttention | WindowAttention | GuidedWindows = field(default_factory=FullAttention)
+    attention: FullAttention | WindowAttention | GuidedWindows | BranchedWindows | CloseRemote = field(default_factory=FullAttention)
     rope: RopeScale = field(default_factory=RopeScale)
     token_chunk: int | None = None
     experts: tuple[str, ...] = ()
@@ -207,11 +210,11 @@ class MuralTransformer(WanTransformer3DModel):
         temb6 = temb6.unflatten(-1, (6, -1))  # [B or levels, 6, D]
         context = text if image is None else torch.cat([image, text], dim=1)
         raster = partition(token_shape, token_shape).to(latents.device)
-        layers = self._layers(raster, levels, latents.device, proxy)
+        layers = self._layers(raster, timestep, levels, proxy)
 
         tokens = self.patch_embedding(latents).flatten(2).transpose(1, 2)  # [B, N, D]
         order = raster
-        for number, (block, layer) in enumerate(zip(self.blocks, cycle(layers))):
+        for number, (block, layer) in enumerate(zip(self.blocks, layers)):
             tokens, order = reorder(tokens, order, layer.partition), layer.partition
             if injected is not None:
                 tokens = injected(number, tokens, layer)
@@ -257,29 +260,44 @@ class MuralTransformer(WanTransformer3DModel):
         temb = temb + self.step_size(step_size).to(temb.dtype)
         return temb, embedder.time_proj(embedder.act_fn(temb)), text, image
 
-    def _layers(self, raster: Partition, levels: torch.Tensor | None, device: torch.device, proxy: ProxyMemory | None) -> list[Layer]:
-        """One for each partition of the token grid."""
-        graft, token_shape = self.graft, raster.token_shape
-        if isinstance(graft.attention, GuidedWindows) != (proxy is not None):
+    def _layers(self, raster: Partition, timestep: torch.Tensor, levels: torch.Tensor | None, proxy: ProxyMemory | None) -> list[Layer]:
+        """One for each block."""
+        attention = self.graft.attention
+        if isinstance(attention, GuidedWindows) != (proxy is not None):
             raise ValueError("guided windows need a proxy, and nothing else takes one")
-        rope = rotary_table(graft.rope, token_shape, self.config.attention_head_dim, device)
-        layers = []
-        for cut in graft.attention.partitions(token_shape):
-            cut = cut.to(device)
-            layers.append(
-                Layer(
-                    partition=cut,
-                    raster=raster,
-                    rope=rope,
-                    levels=None if levels is None else levels[:, cut.order],
-                    windows=chunks(cut.groups, graft.token_chunk),
-                    spans=spans(cut.num_tokens, graft.token_chunk),
-                    attend=SELF_ATTENTION[type(graft.attention)],
-                    in_place=not torch.is_grad_enabled(),
-                    experts=graft.experts,
-                )
-            )
-        return layers if proxy is None else [self._guided(layer, proxy) for layer in layers]
+        rope = rotary_table(self.graft.rope, raster.token_shape, self.config.attention_head_dim, raster.order.device)
+        layers = [self._layer(cut.to(raster.order.device), raster, rope, levels, type(attention)) for cut in attention.partitions(raster.token_shape)]
+        if proxy is not None:
+            layers = [self._guided(layer, proxy) for layer in layers]
+        if isinstance(attention, BranchedWindows) and attention.branches:
+            layers = [self._branched(layer, timestep, levels, odd=bool(number % 2)) for number, layer in enumerate(layers)]
+        if isinstance(attention, CloseRemote):
+            apart = (remote(cut).to(raster.order.device) for cut in attention.partitions(raster.token_shape))
+            layers = [replace(layer, remote=lattices) for layer, lattices in zip(layers, apart)]
+        whole = {number: self._layer(raster, raster, rope, levels, FullAttention) for number in getattr(attention, "plain", ())}
+        return [whole.get(number, layers[number % len(layers)]) for number in range(len(self.blocks))]
+
+    def _layer(self, cut: Partition, raster: Partition, rope: RotaryTable, levels: torch.Tensor | None, attention: type) -> Layer:
+        return Layer(
+            partition=cut,
+            raster=raster,
+            rope=rope,
+            levels=None if levels is None else levels[:, cut.order],
+            windows=chunks(cut.groups, self.graft.token_chunk),
+            spans=spans(cut.num_tokens, self.graft.token_chunk),
+            attend=SELF_ATTENTION[attention],
+            in_place=not torch.is_grad_enabled(),
+            experts=self.graft.experts,
+        )
+
+    def _branched(self, layer: Layer, timestep: torch.Tensor, levels: torch.Tensor | None, *, odd: bool) -> Layer:
+        """The same layer with the pools of the branches that are at work."""
+        if levels is not None:
+            raise ValueError("branches go with one timestep a sample")
+        attention, config = self.graft.attention, next(block.branches.config for block in self.blocks if hasattr(block, "branches"))
+        odd = odd and attention.odd != "same"
+        found = {name: Blocks.of(layer.partition, config.branches[name], self.config.attention_head_dim, odd=odd) for name in attention.branches}
+        return replace(layer, blocks=found, timestep=timestep)
 
     def _guided(self, layer: Layer, proxy: ProxyMemory) -> Layer:
         """The same layer with the neighbours of its windows."""

@@ -122,7 +122,17 @@ def split_axis(length: int, side: int, *, shifted: bool = False) -> tuple[int, .
 @torch.inference_mode(False)  # and training may ask for what a sampler has cached: autograd takes no inference tensors
 def partition(token_shape: Shape, size: Shape, *, shifted: bool = False) -> Partition:
     """Cut the token grid (f, y, x) into windows of `size`, interior windows first, ragged ones after them. Indices are on the CPU."""
-    axes = tuple(split_axis(length, side, shifted=shifted) for length, side in zip(token_shape, size))
+    return _cut(token_shape, tuple(split_axis(length, side, shifted=shifted) for length, side in zip(token_shape, size)))
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def partition_evenly(token_shape: Shape, counts: Shape) -> Partition:
+    """Cut the token grid (f, y, x) into `counts` windows along each axis, their sides equal or one token apart. Indices are on the CPU."""
+    return _cut(token_shape, tuple(map(split_evenly, token_shape, counts)))
+
+
+def _cut(token_shape: Shape, axes: tuple[tuple[int, ...], ...]) -> Partition:
     groups, places, origins, first = [], [], [], 0
     for shape in sorted(product(*map(set, axes)), reverse=True):
         starts = [_starts(pieces, side) for pieces, side in zip(axes, shape)]
@@ -132,7 +142,18 @@ def partition(token_shape: Shape, size: Shape, *, shifted: bool = False) -> Part
         groups.append(group)
         first += group.num_windows
     order = torch.cat(places)
-    return Partition(token_shape, axes, tuple(groups), order, _inverse(order), torch.cat(origins))
+    return Partition(token_shape, axes, tuple(groups), order, inverse_of(order), torch.cat(origins))
+
+
+def split_evenly(length: int, count: int) -> tuple[int, ...]:
+    """Lengths of `count` pieces that cover an axis, the longer ones first; as many as there are tokens, where that is fewer.
+
+    >>> split_evenly(10, 4), split_evenly(3, 4)
+    ((3, 3, 2, 2), (1, 1, 1))
+    """
+    count = min(count, length)
+    side, longer = divmod(length, count)
+    return (side + 1,) * longer + (side,) * (count - longer)
 
 
 def _starts(pieces: Sequence[int], side: int) -> torch.Tensor:
@@ -155,7 +176,8 @@ def _along(values: torch.Tensor, axis: int) -> torch.Tensor:
     return values.view([-1 if i == axis else 1 for i in range(6)])
 
 
-def _inverse(order: torch.Tensor) -> torch.Tensor:
+def inverse_of(order: torch.Tensor) -> torch.Tensor:
+    """The permutation that undoes one."""
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device="cpu")
     return inverse

@@ -11,10 +11,11 @@ from muralist.recipes.atlasvid import atlasvid
 from muralist.recipes.baselines import cascade, direct
 from muralist.recipes.luve import luve
 from muralist.recipes.pixelwizard import pixelwizard
+from muralist.recipes.ultragen import ultragen
 
 Recipe = Callable[[BaseInfo], Config]
 
-RECIPES: dict[str, Recipe] = {"cascade": cascade, "direct": direct, "luve": luve, "atlasvid": atlasvid, "pixelwizard": pixelwizard}
+RECIPES: dict[str, Recipe] = {"cascade": cascade, "direct": direct, "luve": luve, "ultragen": ultragen, "atlasvid": atlasvid, "pixelwizard": pixelwizard}
 DEFAULT = "cascade"
 
 

@@ -10,7 +10,7 @@ import torch
 
 from muralist.base import NOTHING, Base, ProxyView, Sight
 from muralist.errors import UserError
-from muralist.nn.attention import FullAttention, GuidedWindows, Middle, Near
+from muralist.nn.attention import BranchedWindows, CloseRemote, FullAttention, GuidedWindows, Middle, Near
 from muralist.nn.windows import WindowAttention, choose_window
 from muralist.sampling import flow
 from muralist.sampling.shortcut import PlainSteps, ShortcutSteps
@@ -66,7 +66,7 @@ class Refine:
     guidance_scale: float
     flow_shift: float
     skip_steps: int = 0
-    attention: FullAttention | Windows | ProxyWindows = field(default_factory=FullAttention)
+    attention: FullAttention | Windows | ProxyWindows | BranchedWindows | CloseRemote = field(default_factory=FullAttention)
     adapter: str | None = None
     experts: tuple[str, ...] = ()
     steps: PlainSteps | ShortcutSteps = field(default_factory=PlainSteps)
@@ -87,6 +87,10 @@ class Refine:
 
         if isinstance(self.attention, FullAttention):
             return Graft(token_chunk=self.token_chunk, experts=self.experts)
+        if isinstance(self.attention, BranchedWindows):
+            self.attention.require_fit(token_shape)
+        if isinstance(self.attention, BranchedWindows | CloseRemote):
+            return Graft(attention=self.attention, token_chunk=self.token_chunk, experts=self.experts)
         windows = WindowAttention(size=window_size(self.attention, token_shape), shift=self.attention.shift)
         attention = _guided(self.attention, windows) if isinstance(self.attention, ProxyWindows) else windows
         return Graft(attention=attention, token_chunk=self.token_chunk, experts=self.experts)

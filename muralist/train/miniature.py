@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,8 @@ from muralist.train.objectives.reconstruction import Reconstruction, Reconstruct
 from muralist.types import Grid
 
 GRID = Grid(num_frames=29, height=256, width=448, fps=16)
+REDUCTION = 2
+SMALL_GRID = replace(GRID, height=GRID.height // REDUCTION, width=GRID.width // REDUCTION)  # where motion is learned at a quarter of the price
 TEXT_LENGTH = 16  # the longest caption has 11 words
 FLOW_SHIFT = 3.0
 REFINE_STEPS = 10  # of the schedule on a guide
@@ -166,37 +168,62 @@ class TextToVideo(nn.Module):
         return states * tokens.attention_mask[..., None]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """Until `until`, a share of the training, how often a batch is of each kind; the four shares add up to 1."""
+
+    until: float
+    single: float = 0.0
+    small: float = 0.0
+    sparse: float = 0.0
+    whole: float = 0.0
+
+
+PHASES = (
+    Phase(until=0.35, single=1.0),
+    Phase(until=0.85, single=0.2, small=0.5, sparse=0.15, whole=0.15),
+    Phase(until=1.0, single=0.15, small=0.15, whole=0.7),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Curriculum:
-    """Appearance and words on single frames, then motion on three latent frames at their true places, then whole clips.
+    """Appearance and words on single frames, then motion on clips of half the size, on three latent frames at their true places, and on whole clips.
 
-    A single frame has 112 tokens and a whole clip 896: nine tenths of what is to be learned is learned at the lower price. Single
-    frames stay in the mixture, since shapes are learned there.
+    A single frame has 112 tokens, a whole clip 896 and one of half the size 224, which stand at the places of the tokens that they cover: what
+    moves where is learned on four times as many clips, and shapes on single frames, which stay in the mixture. Motion is decided in the
+    first steps, so clips see more noise than single frames.
     """
 
     frames: latents.LatentPool
     clips: latents.LatentPool
-    single_until: float = 0.45
-    sparse_until: float = 0.7
-    single_later: float = 0.2  # share of single frames after `single_until`
+    small_clips: latents.LatentPool
+    phases: tuple[Phase, ...] = PHASES
 
     def __call__(self, rng: np.random.Generator, progress: float) -> Batch:
-        if progress < self.single_until or rng.random() < self.single_later:
-            return self._single(rng)
-        return self._sparse(rng) if progress < self.sparse_until else self._whole(rng)
+        phase = next((p for p in self.phases if progress < p.until), self.phases[-1])
+        kinds = {self._single: phase.single, self._small: phase.small, self._sparse: phase.sparse, self._whole: phase.whole}
+        return list(kinds)[rng.choice(len(kinds), p=list(kinds.values()))](rng)
 
     def _single(self, rng: np.random.Generator) -> Batch:
-        return Batch(*self.frames.take(rng.integers(len(self.frames.captions), size=64)))
+        return _batch(self.frames, rng, 64)
+
+    def _small(self, rng: np.random.Generator) -> Batch:
+        return replace(_batch(self.small_clips, rng, 40), spacing=float(REDUCTION), shift=1.5)
 
     def _sparse(self, rng: np.random.Generator) -> Batch:
-        x, captions, focus = self.clips.take(rng.integers(len(self.clips.captions), size=24))
+        batch = _batch(self.clips, rng, 24)
         stride = int(rng.integers(2, 4))
-        first = int(rng.integers(x.shape[2] - 2 * stride))
+        first = int(rng.integers(batch.x.shape[2] - 2 * stride))
         places = slice(first, first + 2 * stride + 1, stride)
-        return Batch(x[:, :, places], captions, focus[:, places], first, stride)
+        return replace(batch, x=batch.x[:, :, places], focus=batch.focus[:, places], first=first, stride=stride)
 
     def _whole(self, rng: np.random.Generator) -> Batch:
-        return Batch(*self.clips.take(rng.integers(len(self.clips.captions), size=10)))
+        return replace(_batch(self.clips, rng, 10), shift=2.5)
+
+
+def _batch(pool: latents.LatentPool, rng: np.random.Generator, size: int) -> Batch:
+    return Batch(*pool.take(rng.integers(len(pool.captions), size=size)))
 
 
 def train_base(
@@ -209,6 +236,7 @@ def train_base(
     init: Path | None = None,
     frames: int = 6_000,
     clips: int = 1_000,
+    small_clips: int = 3_000,
     report: Callable[[str], None] = print,
 ) -> Path:
     """`miniature-base`: transformer and text encoder on latents of `vae`; writes a whole diffusers folder, `folder/model`.
@@ -224,7 +252,8 @@ def train_base(
     pools = folder / "latents"
     single = latents.build_pool(autoencoder, latents.PoolConfig(name="frames", count=frames, grid=GRID, frames=1, seed=1), pools, device, report)
     whole = latents.build_pool(autoencoder, latents.PoolConfig(name="clips", count=clips, grid=GRID, seed=2), pools, device, report)
-    objective = FlowMatching(model, model.transformer, model.embed, Curriculum(single, whole), FlowConfig(), device)
+    small = latents.build_pool(autoencoder, latents.PoolConfig(name="small", count=small_clips, grid=SMALL_GRID, seed=3), pools, device, report)
+    objective = FlowMatching(model, model.transformer, model.embed, Curriculum(single, whole, small), FlowConfig(), device)
     fit(objective, Schedule(minutes=minutes, learning_rate=1.5e-3, muon=True), folder, resume=resume, report=report)
     made = save_model(model, autoencoder, folder / "model")
     draw_curve(folder)

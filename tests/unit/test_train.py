@@ -20,7 +20,7 @@ from muralist.train import state
 from muralist.train.experts import train_experts
 from muralist.train.latent_upsampler import train_latent_upsampler
 from muralist.train.loop import Schedule, draw_curve, fit
-from muralist.train.miniature import Curriculum, TextToVideo, new_tokenizer, new_vae, train_base, train_decoder
+from muralist.train.miniature import PHASES, Curriculum, TextToVideo, new_tokenizer, new_vae, train_base, train_decoder
 from muralist.train.objectives.flow import FOCUS, Batch, FlowConfig, FlowMatching
 from muralist.train.objectives.reconstruction import Reconstruction, ReconstructionConfig, band_error
 from muralist.train.uhr import train_uhr
@@ -212,20 +212,42 @@ def test_flow_matching_learns_a_constant_video(tmp_path, prediction):
     assert objective.loss(0, 0)[0].item() < 0.7 * before
 
 
-def test_the_curriculum_keeps_true_places_in_time():
+def test_the_curriculum_keeps_true_places():
     frames = LatentPool(torch.zeros(5, 2, 1, 4, 4).half(), ["x"] * 5, torch.ones(5, 1, 4, 4, dtype=torch.bool))
     z = torch.arange(8.0).view(1, 1, 8, 1, 1).expand(5, 2, 8, 4, 4).half()
     clips = LatentPool(z, ["x"] * 5, z[:, 0] % 2 == 0)
-    lengths = {progress: [] for progress in (0.0, 0.6, 0.9)}
-    for progress, seen in lengths.items():
-        for step in range(40):
-            batch = Curriculum(frames, clips)(np.random.default_rng(step), progress)
+    small = LatentPool(z[..., :2, :2], ["x"] * 5, z[:, 0, :, :2, :2] % 2 == 0)
+    kinds = {progress: set() for progress in (0.0, 0.6, 0.9)}
+    for progress, seen in kinds.items():
+        for step in range(60):
+            batch = Curriculum(frames, clips, small)(np.random.default_rng(step), progress)
             places = [batch.first + i * batch.stride for i in range(batch.x.shape[2])]
             assert batch.x[0, 0, :, 0, 0].tolist() == places
+            assert batch.x.shape[-1] * batch.spacing == 4
             if len(places) > 1:
                 assert batch.focus[0, :, 0, 0].tolist() == [place % 2 == 0 for place in places]
-            seen.append(len(places))
-    assert {progress: set(seen) for progress, seen in lengths.items()} == {0.0: {1}, 0.6: {1, 3}, 0.9: {1, 8}}
+            seen.add((len(places), batch.spacing))
+    assert kinds == {0.0: {(1, 1)}, 0.6: {(1, 1), (3, 1), (8, 1), (8, 2)}, 0.9: {(1, 1), (8, 1), (8, 2)}}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_the_shares_of_a_phase_add_up(phase):
+    assert phase.single + phase.small + phase.sparse + phase.whole == pytest.approx(1)
+
+
+def test_a_coarse_token_stands_in_the_middle_of_those_it_covers():
+    seen = []
+
+    class Asked(nn.Module):
+        def configure(self, graft):
+            seen.append(graft.rope)
+
+        def forward(self, x, *args, **kwargs):
+            return (x,)
+
+    batch = Batch(torch.zeros(1, 2, 1, 2, 2), ["x"], first=1, stride=2, spacing=2.0)
+    FlowMatching(Asked(), Asked(), lambda texts: torch.zeros(1), lambda rng, progress: batch, FlowConfig(), torch.device("cpu")).loss(0, 0)
+    assert [axis.tolist() for axis in seen[-1].positions((2, 2, 2))] == [[1, 3], [0.5, 2.5], [0.5, 2.5]]
 
 
 def test_errors_around_the_object_weigh_more_where_the_noise_shows_where_it_is():

@@ -20,10 +20,12 @@ from muralist.data.latents import PairConfig, PoolConfig
 from muralist.data.sharpen import Unsharp
 from muralist.data.sources import Footage, World, read_footage
 from muralist.errors import UserError
+from muralist.nn.kinds import hierarchical
 from muralist.stages.encode import encode
 from muralist.store import weights
 from muralist.store.video_write import EncodeOptions
 from muralist.train.anchored import cut_to, train_anchored
+from muralist.train.branched import BranchedConfig, train_branched
 from muralist.train.experts import LESSONS, train_experts
 from muralist.train.long import train_detail, train_proxy
 from muralist.train.trainee import Trainee, VideoData
@@ -93,6 +95,24 @@ def test_experts_are_trained_one_after_the_other_and_serve(tiny22, tmp_path, sma
         train_experts(tmp_path / "run", minutes=1, device=CPU, resume=False, model=model, data=data, report=quiet)
     resumed = train_experts(tmp_path / "run", minutes=0.06, device=CPU, resume=True, model=model, data=data, report=quiet)
     assert all(torch.equal(tensor, found[name]) for name, tensor in load_file(resumed / "model.safetensors").items())
+
+
+@pytest.mark.parametrize("source", ["world", "footage"])
+def test_branches_are_trained_with_an_adapter_and_serve(source, tiny22, videos, tmp_path, small_shards):
+    model = shutil.copytree(tiny22, tmp_path / "model")
+    for place in ("adapters/branched", "parts/branches"):
+        shutil.rmtree(model / place)
+    assert "train it (muralist train branched)" in muralist("plan", "--recipe", "ultragen", "--model", model).err
+    data = VideoData(source=World() if source == "world" else read_footage(videos), heights=(96,), crops=2)
+    config = BranchedConfig(branches=hierarchical(24, 2, windows=2, rank=2))
+    made = train_branched(tmp_path / "run", minutes=0.05, device=CPU, resume=False, model=model, data=data, config=config, report=quiet)
+    assert any(tensor.abs().max() > 0 for key, tensor in load_file(made / "pytorch_lora_weights.safetensors").items() if "lora_B" in key)
+    found = load_file(tmp_path / "run" / "parts" / "branches" / "model.safetensors")
+    assert all(tensor.abs().max() > 0 for name, tensor in found.items() if "lora_B" in name), "a branch has learned nothing"
+    for place in ("adapters/branched", "parts/branches"):
+        shutil.copytree(tmp_path / "run" / place, model / place)
+    answer = muralist("generate", "a red ball", "--recipe", "ultragen", "--model", model, "-o", tmp_path / "a.mp4", "--size", "192x96", "--num-frames", 5)
+    assert answer.code == 0, answer.err
 
 
 @pytest.mark.parametrize("source", ["world", "footage"])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from muralist.base_info import BaseInfo
 from muralist.errors import UserError
-from muralist.recipes.imports import luve
+from muralist.recipes.imports import luve, pixelwizard, ultragen
 from muralist.recipes.imports.component import Component
 from muralist.recipes.imports.source import Source, listed
 from muralist.store import atomic
@@ -31,7 +31,11 @@ class Importer:
     places: Sequence[Place]
 
 
-IMPORTERS = {"luve": Importer(luve.examine, luve.PLACES)}
+IMPORTERS = {
+    "luve": Importer(luve.examine, luve.PLACES),
+    "pixelwizard": Importer(pixelwizard.examine, pixelwizard.PLACES),
+    "ultragen": Importer(ultragen.examine, ultragen.PLACES),
+}
 
 
 def find(name: str) -> Importer:

@@ -27,8 +27,9 @@ FOCUS_BELOW = 0.9  # sigma up to which the noisy latents show where the object i
 class Batch:
     """Latents `x` [B, C, F, h, w], their captions, and where the object of the caption is: `focus` [B, F, h, w], bool, or None.
 
-    `first` and `stride` are the latent frames' places in the full clip; `proxy` [B, C, F', h', w'], for objectives that use it, is the same clip
-    on a coarse grid.
+    `first` and `stride` are the latent frames' places in the full clip, `spacing` the distance of neighbouring tokens in a frame, in tokens of the
+    base's own size; `shift` multiplies that of the noise levels. `proxy` [B, C, F', h', w'], for objectives that use it, is the same clip on a
+    coarse grid.
     """
 
     x: torch.Tensor
@@ -36,6 +37,8 @@ class Batch:
     focus: torch.Tensor | None = None
     first: int = 0
     stride: int = 1
+    spacing: float = 1.0
+    shift: float = 1.0
     proxy: torch.Tensor | None = None
 
 
@@ -81,7 +84,7 @@ class FlowMatching:
         batch = self.source(rng, progress)
         x = batch.x.to(self.device, torch.float32)
         captions = ["" if drop else text for text, drop in zip(batch.captions, rng.random(len(x)) < c.drop)]
-        sigma = self._sigmas(rng, len(x)).to(self.device)
+        sigma = self._sigmas(rng, len(x), c.shift * batch.shift).to(self.device)
         level = sigma.view(-1, 1, 1, 1, 1)
         noise = batch_noise(x.shape, c.seed, step).to(self.device)
         output = self._at(batch, (1 - level) * x + level * noise, sigma, self.embed(captions))
@@ -95,7 +98,9 @@ class FlowMatching:
             return self._predict(batch, noisy, sigma, text, **extra).float()
 
     def _predict(self, batch: Batch, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, **extra: torch.Tensor) -> torch.Tensor:
-        self.transformer.configure(replace(self.config.graft, rope=RopeScale(t=float(batch.stride), offset=(float(batch.first), 0.0, 0.0))))
+        between = (batch.spacing - 1) / 2  # a coarse token stands in the middle of the tokens that it covers
+        rope = RopeScale(t=float(batch.stride), y=batch.spacing, x=batch.spacing, offset=(float(batch.first), between, between))
+        self.transformer.configure(replace(self.config.graft, rope=rope))
         return self.transformer(noisy, 1000 * sigma, text, return_dict=False, attention_kwargs=extra)[0]
 
     def _errors(self, batch: Batch, output: torch.Tensor, wanted: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
@@ -106,10 +111,10 @@ class FlowMatching:
             error = error * (1 + (FOCUS - 1) * (batch.focus.to(self.device) & (level[:, 0] < FOCUS_BELOW)))
         return error.mean(dim=(1, 2, 3))
 
-    def _sigmas(self, rng: np.random.Generator, count: int) -> torch.Tensor:
+    def _sigmas(self, rng: np.random.Generator, count: int, shift: float) -> torch.Tensor:
         # one draw in each of `count` equal parts: the same distribution with less variance from batch to batch
         u = torch.from_numpy((rng.permutation(count) + rng.random(count)) / count).float()
-        sigma = self.config.shift * u / (1 + (self.config.shift - 1) * u)
+        sigma = shift * u / (1 + (shift - 1) * u)
         return self.config.min_sigma + (self.config.max_sigma - self.config.min_sigma) * sigma.clamp(1e-3, 1)
 
 

@@ -1,0 +1,59 @@
+"""What compressed branches (`nn/branches.py`) add to a forward of Wan's transformer: query-key pairs, multiply-adds, live memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from muralist.nn.attention import BranchedWindows
+from muralist.nn.kinds import BranchConfig, BranchesConfig
+from muralist.nn.step_size import FREQUENCIES
+from muralist.nn.windows import Shape, split_evenly
+
+RESTORING = {"separable": lambda d: 27 * d + d * d, "depthwise": lambda d: 27 * d, "dense": lambda d: 27 * d * d}  # multiply-adds a token
+
+
+def window_pairs(token_shape: Shape, count: int) -> int:
+    """Query-key pairs in `count` x `count` even windows of all frames."""
+    frames, *sides = token_shape
+    return frames**2 * math.prod(sum(piece**2 for piece in split_evenly(side, count)) for side in sides)
+
+
+def pooled_shape(config: BranchConfig, token_shape: Shape) -> Shape:
+    """The pooled grid of a branch."""
+    frames, rows, columns = token_shape
+    return (frames, -(-rows // config.stride), -(-columns // config.stride))
+
+
+def _at_work(attention: BranchedWindows, config: BranchesConfig | None, layers: int) -> Iterator[tuple[BranchConfig, int]]:
+    """Every branch of every block, with its number of windows along a side."""
+    for layer in range(layers):
+        for name in attention.branches if layer not in attention.plain else ():
+            branch = config.branches[name]
+            yield branch, branch.windows + (branch.alternate and attention.odd != "same" and layer % 2)
+
+
+def pairs(attention: BranchedWindows, config: BranchesConfig | None, token_shape: Shape, layers: int) -> int:
+    """Query-key pairs among the pooled tokens of all blocks."""
+    return sum(window_pairs(pooled_shape(branch, token_shape), count) for branch, count in _at_work(attention, config, layers))
+
+
+def multiply_adds(attention: BranchedWindows, config: BranchesConfig | None, token_shape: Shape, layers: int) -> int:
+    """Of projections, low-rank changes, convolutions and fusion weights, all blocks together."""
+    tokens, total = math.prod(token_shape), 0
+    for branch, _ in _at_work(attention, config, layers):
+        d, pooled = config.dim, math.prod(pooled_shape(branch, token_shape))
+        projections = 3 * pooled * d * d if config.projecting == "each" else 0
+        total += projections + 3 * pooled * 2 * d * config.rank + tokens * RESTORING[config.restoring](d) + (FREQUENCIES + 2 * d) * d
+    return total
+
+
+def live_bytes(attention: BranchedWindows, config: BranchesConfig | None, token_shape: Shape, width: int, itemsize: int, chunk: int) -> int:
+    """The most that a block holds, with `chunk` bytes of temporaries where it works in chunks.
+
+    While the last branch is restored: the residual stream, the windows' answer, the other branches, its pooled tokens, its enlarged picture and
+    what two convolutions make of it, in two orders; while all are fused: all of them.
+    """
+    whole, count = math.prod(token_shape) * width * itemsize, len(attention.branches)
+    pooled = sum(math.prod(pooled_shape(config.branches[name], token_shape)) for name in attention.branches) * width * itemsize
+    return max(whole * (5 + count) + pooled, whole * (2 + count) + 5 * chunk // 4) if count else 0

@@ -1,0 +1,47 @@
+"""Local windows with compressed branches beside them: what a base needs to paint a large video at once (Hu et al., arXiv 2510.18775)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from muralist.errors import UserError
+from muralist.nn.windows import Partition, Shape, partition, partition_evenly
+
+
+@dataclass(frozen=True, slots=True)
+class BranchedWindows:
+    """Attention in K x K windows of all frames, fused with the base's compressed branches (`nn/branches.py`), those of them that are named.
+
+    `odd`: what blocks with an odd number do to let information cross the borders: one window more along each side (`more`, equation 9), windows
+    shifted by half a side (`shifted`), nothing (`same`). `plain`: numbers of blocks with full attention and no branches.
+    """
+
+    windows: int = 4
+    odd: Literal["more", "shifted", "same"] = "more"
+    branches: tuple[str, ...] = ()
+    plain: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.windows, int) or self.windows < 1:
+            raise UserError(f"{self.windows} windows", where="attention.windows", fix="give a whole number of at least 1, such as 4")
+        if self.odd not in ("more", "shifted", "same"):
+            raise UserError(f"odd {self.odd!r:.40}", where="attention.odd", fix="use more, shifted or same")
+
+    def partitions(self, token_shape: Shape) -> tuple[Partition, ...]:
+        """Of blocks with even and with odd numbers. Raises UserError for more windows than there are rows or columns."""
+        self.require_fit(token_shape)
+        frames, rows, columns = token_shape
+        if self.odd == "shifted":
+            size = (frames, math.ceil(rows / self.windows), math.ceil(columns / self.windows))
+            return partition(token_shape, size), partition(token_shape, size, shifted=True)
+        counts = (self.windows, self.windows + (self.odd == "more"))
+        return tuple(partition_evenly(token_shape, (1, count, count)) for count in counts)
+
+    def require_fit(self, token_shape: Shape) -> None:
+        """UserError for more windows than there are rows or columns."""
+        most = self.windows + (self.odd == "more")
+        if most > min(token_shape[1:]):
+            what = f"{most} windows along {min(token_shape[1:])} tokens"
+            raise UserError(what, where="attention.windows", fix="use fewer windows or a larger size")

@@ -1,0 +1,183 @@
+"""Compressed branches beside local attention: the same scene seen from further away, in fewer tokens (Hu et al., arXiv 2510.18775, section 4).
+
+A branch pools the tokens of each frame over blocks (a weighted mean, one weight for each channel and place in the block; the plain mean at
+the start), attends among the pooled tokens with the block's own projections and low-rank changes to them, and is brought back to all tokens:
+bilinear enlargement, then a convolution in space and time that changes nothing at the start. Local attention and the branches share
+the block's output projection; a fusion weight for each channel follows the noise level:
+
+    z <- alpha(t) * branch + (1 - alpha(t)) * z      (equation 3), for one branch after the other
+
+A grid that the blocks do not divide has smaller blocks at its far edges: their weights are scaled by how many tokens are missing, so that
+nothing is resized. Positions are those of the pooled grid itself, as in the release: at K times the base's size its whole picture then
+has about the positions that the base knows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from muralist.nn.attention.window import attend_windows
+from muralist.nn.kinds import BranchConfig, BranchesConfig, Restoring
+from muralist.nn.rope import RopeScale, RotaryTable, rotary_table, rotate
+from muralist.nn.step_size import FREQUENCIES, waves
+from muralist.nn.windows import Chunk, Partition, Shape, partition_evenly
+
+START = 0.1  # the fusion weight of a new branch
+
+
+class LowRank(nn.Module):
+    """A change of a projection, zero at the start."""
+
+    def __init__(self, dim: int, rank: int):
+        super().__init__()
+        self.lora_A, self.lora_B = nn.Linear(dim, rank), nn.Linear(rank, dim)
+        nn.init.zeros_(self.lora_B.weight)
+        nn.init.zeros_(self.lora_B.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lora_B(self.lora_A(x))
+
+
+class Fusion(nn.Module):
+    """The fusion weight of every channel for timesteps [B], 0 to 1000: [B, 1, D]; `START` everywhere before training."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.embedding = nn.Sequential(nn.Linear(FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.projection = nn.Linear(dim, dim)
+        nn.init.zeros_(self.projection.weight)
+        nn.init.constant_(self.projection.bias, math.log(START / (1 - START)))
+
+    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+        seen = self.embedding(waves(timestep).to(self.projection.weight.dtype))
+        return self.projection(F.silu(seen)).sigmoid()[:, None]
+
+
+class CompressedBranch(nn.Module):
+    """One branch of one block; see the module's docstring."""
+
+    def __init__(self, dim: int, config: BranchConfig, rank: int, restoring: Restoring, pooled: int):
+        super().__init__()
+        self.config = config
+        self.pool_weight = nn.Parameter(torch.full((pooled, config.stride**2, dim), config.stride**-2.0))
+        self.pool_bias = nn.Parameter(torch.zeros(pooled, dim))
+        self.q, self.k, self.v = (LowRank(dim, rank) for _ in range(3))
+        self.restoring = _restoring(dim, restoring)
+        self.fusion = Fusion(dim)
+
+    def shares(self, tensors: Sequence[torch.Tensor], blocks: Blocks, span: slice) -> list[torch.Tensor]:
+        """What a chunk adds to the pooled tokens: the tensors [B, n, D] of its tokens, each times its weights."""
+        place, gain = blocks.place[span], blocks.gain[span, None]
+        return [x * (weight[place] * gain).to(x.dtype) for x, weight in zip(tensors, self.pool_weight)]
+
+    def restore(self, pooled: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+        """[B, cells, D] -> [B, N, D], both in raster order."""
+        frames, rows, columns = blocks.token_shape
+        stride = self.config.stride
+        images = rearrange(pooled, "b (f y x) d -> (b f) d y x", f=frames, y=blocks.shape[1], x=blocks.shape[2])
+        images = F.interpolate(images, scale_factor=stride, mode="bilinear", align_corners=False)[:, :, :rows, :columns]
+        video = rearrange(images, "(b f) d y x -> b d f y x", f=frames)
+        return rearrange(self.restoring(video), "b d f y x -> b (f y x) d")
+
+
+def _restoring(dim: int, kind: Restoring) -> nn.Module:
+    """A 3 x 3 x 3 convolution that passes everything on as it is."""
+    each = nn.Conv3d(dim, dim, 3, padding=1, groups=1 if kind == "dense" else dim)
+    nn.init.dirac_(each.weight, groups=each.groups)
+    nn.init.zeros_(each.bias)
+    if kind != "separable":
+        return each
+    across = nn.Conv3d(dim, dim, 1)
+    nn.init.dirac_(across.weight)
+    nn.init.zeros_(across.bias)
+    return nn.Sequential(each, across)
+
+
+class Branches(nn.ModuleDict):
+    """The branches of one block by name, in the order in which they are fused."""
+
+    def __init__(self, config: BranchesConfig):
+        pooled = {"each": 1, "once": 4}[config.projecting]  # the tokens; or the tokens and their q, k and v
+        super().__init__({name: CompressedBranch(config.dim, branch, config.rank, config.restoring, pooled) for name, branch in config.branches.items()})
+        self.config = config
+
+
+def attach_branches(blocks: Sequence[nn.Module], config: BranchesConfig) -> nn.ModuleDict:
+    """Give the blocks that are named in `config` their branches, `block.branches[name]`; returns them alone, by block, to be trained and stored."""
+    for number in config.blocks:
+        blocks[number].branches = Branches(config)
+    return nn.ModuleDict({str(number): blocks[number].branches for number in config.blocks})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blocks:
+    """How a branch pools the tokens of a partition, and how it attends among them.
+
+    `cell` [N]: the pooled token (raster order) of each token in the partition's order, `place` [N]: its place in the block, row by row,
+    `gain` [N]: by how much a block at the edge lacks tokens. `windows`: of the pooled grid `shape`, with `rope` for its tokens.
+    """
+
+    token_shape: Shape
+    shape: Shape
+    cell: torch.Tensor
+    place: torch.Tensor
+    gain: torch.Tensor
+    windows: Partition
+    rope: RotaryTable
+
+    @classmethod
+    def of(cls, cut: Partition, config: BranchConfig, head_dim: int, *, odd: bool) -> Blocks:
+        """For the tokens of `cut`, on its device; `odd`: of a block with an odd number."""
+        frames, rows, columns = cut.token_shape
+        side, device = config.stride, cut.order.device
+        shape = (frames, -(-rows // side), -(-columns // side))
+        f, y, x = cut.order // (rows * columns), cut.order // columns % rows, cut.order % columns
+        cell = (f * shape[1] + y // side) * shape[2] + x // side
+        gain = side**2 / torch.bincount(cell)[cell]
+        count = config.windows + (odd and config.alternate)
+        windows = partition_evenly(shape, (1, count, count)).to(device)
+        return cls(cut.token_shape, shape, cell, y % side * side + x % side, gain, windows, rotary_table(RopeScale(), shape, head_dim, device))
+
+
+class Pools:
+    """The pooled tokens of a block's branches, gathered chunk by chunk."""
+
+    def __init__(self, branches: Branches, blocks: Mapping[str, Blocks]):
+        self.branches, self.blocks = branches, blocks
+        self._sums: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, chunk: Chunk, tensors: Sequence[torch.Tensor]) -> None:
+        """The next chunk: as many tensors [B, n, D] of its tokens as a branch pools."""
+        for name, blocks in self.blocks.items():
+            cells = blocks.cell[chunk.span]
+            sums = self._sums.setdefault(name, [x.new_zeros(len(x), math.prod(blocks.shape), x.shape[-1]) for x in tensors])
+            shares = self.branches[name].shares(tensors, blocks, chunk.span)
+            # in place where nothing is differentiated: the sums would be copied for every chunk
+            self._sums[name] = [(old.index_add if torch.is_grad_enabled() else old.index_add_)(1, cells, new) for old, new in zip(sums, shares)]
+
+    def take(self, name: str) -> list[torch.Tensor]:
+        """The pooled tensors of a branch, [B, cells, D]."""
+        return [x + bias.to(x.dtype) for x, bias in zip(self._sums.pop(name), self.branches[name].pool_bias)]
+
+
+def attend_pooled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+    """q, k, v [B, cells, H, d] in raster order, not yet rotated -> [B, cells, H * d], each cell having seen its window."""
+    cut = blocks.windows
+    rope = blocks.rope.at(cut.order)
+    q, k, v = (x.index_select(1, cut.order) for x in (q, k, v))
+    seen = attend_windows(rotate(q, *rope), rotate(k, *rope), v, cut.groups)
+    return rearrange(seen.index_select(1, cut.inverse), "b n H d -> b n (H d)")
+
+
+def fused(z: torch.Tensor, alphas: Sequence[torch.Tensor], restored: Sequence[torch.Tensor], *, of_branch: bool) -> torch.Tensor:
+    """Equation 3 for one branch after the other: z and each of `restored` [B, n, D], each of `alphas` [B, 1, D]."""
+    for alpha, branch in zip(alphas, restored):
+        z = torch.lerp(z, branch, alpha.to(z.dtype)) if of_branch else torch.lerp(branch, z, alpha.to(z.dtype))
+    return z

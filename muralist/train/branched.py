@@ -1,0 +1,81 @@
+"""`branched`: what a base learns to paint a large video from noise at once (Hu et al., arXiv 2510.18775).
+
+Trained together on whole videos, as many frames of each size as fit a number of tokens: the compressed branches of every block, and a low-rank
+adapter on every projection. The paper trains the whole model; its change fits an adapter here, so that one base serves all recipes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from muralist.data.latents import PoolConfig
+from muralist.nn.attention import BranchedWindows
+from muralist.nn.branches import attach_branches
+from muralist.nn.kinds import BRANCHES, BranchesConfig, hierarchical
+from muralist.nn.transformer import Graft
+from muralist.store.parts import save_part
+from muralist.train.loop import Report, begin
+from muralist.train.objectives.flow import FlowConfig, FlowMatching
+from muralist.train.trainee import Crops, Trainee, VideoData, fit_adapter, give_adapter
+from muralist.types import Grid
+
+BRANCHED = "branched"  # the adapter
+HEIGHTS = (512, 1088)  # of the world's renders
+TOKENS = 6144  # of a training video: 29 frames at 512, 9 at 1088
+SHIFT = 5.0  # of the noise levels, as in sampling
+BATCH = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BranchedConfig:
+    """What an ablation may change: the branches (None: the paper's two), what odd blocks do, and which of the branches are at work (all)."""
+
+    branches: BranchesConfig | None = None
+    odd: str = "more"
+    names: tuple[str, ...] | None = None
+
+    def of(self, trainee: Trainee) -> tuple[BranchesConfig, BranchedWindows]:
+        """For one base: its branches, and the attention in which they are trained."""
+        layers = len(trainee.transformer.blocks)
+        branches = self.branches or hierarchical(trainee.info.width, layers)
+        plain = tuple(sorted(set(range(layers)) - set(branches.blocks)))
+        return branches, BranchedWindows(branches.windows, self.odd, tuple(branches.branches) if self.names is None else self.names, plain)
+
+
+def train_branched(
+    folder: Path,
+    *,
+    minutes: float,
+    device: torch.device,
+    resume: bool,
+    model: Path,
+    data: VideoData | None = None,
+    config: BranchedConfig | None = None,
+    report: Report = print,
+) -> Path:
+    """Writes `folder/adapters/branched` and `folder/parts/branches`; copies in the model's folder put them to use."""
+    begin(folder, resume=resume)
+    trainee, data = Trainee(model, device), data or VideoData(heights=HEIGHTS, crops=200)
+    branches, attention = (config or BranchedConfig()).of(trainee)
+    pools = trainee.encoded([_pool(trainee, height, data) for height in data.heights], data.source, folder / "latents", report)
+    give_adapter(trainee, BRANCHED)
+    torch.manual_seed(0)
+    attached = attach_branches(trainee.transformer.blocks, branches).to(device)
+    flow = FlowConfig(prediction=trainee.info.prediction, shift=SHIFT, graft=Graft(attention=attention))
+    objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Crops(pools, batch=BATCH), flow, device)
+    adapter = fit_adapter(trainee, BRANCHED, objective, folder, minutes, resume, trainee.origin(data), report)
+    save_part(folder / "parts" / BRANCHES, BRANCHES, asdict(branches), {name: p.detach().half().cpu() for name, p in attached.named_parameters()})
+    return adapter
+
+
+def _pool(trainee: Trainee, height: int, data: VideoData) -> PoolConfig:
+    """Whole videos of one height in the base's own proportions."""
+    own, geometry = trainee.own_grid, trainee.info.geometry
+    large = geometry.legal(Grid(num_frames=own.num_frames, height=height, width=round(height * own.width / own.height), fps=own.fps))
+    _, rows, columns = geometry.token_shape(large)
+    latent_frames = max(TOKENS // (rows * columns), 1)
+    frames = min((latent_frames - 1) * geometry.temporal_factor + 1, own.num_frames)
+    return PoolConfig(name=f"whole-{height}", count=data.crops, grid=large, frames=frames, seed=height + 1)

@@ -1,0 +1,344 @@
+"""Local windows with compressed branches, against the same thing written down slowly: masks, strided convolutions, one token grid."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from muralist.cost import transformer as cost
+from muralist.errors import UserError
+from muralist.nn.attention import BranchedWindows, CloseRemote, attend_windows
+from muralist.nn.attention.close_remote import remote
+from muralist.nn.attention.reference import reference_attention
+from muralist.nn.branches import START, attach_branches, fused
+from muralist.nn.kinds import BranchConfig, BranchesConfig, hierarchical
+from muralist.nn.rope import RopeScale, rotary_table, rotate
+from muralist.nn.transformer import Graft, MuralTransformer
+from muralist.nn.windows import partition, partition_evenly, reorder, split_evenly
+from tests.unit.test_plan import Alive, counter
+
+SMALL = dict(
+    patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=64, num_layers=4,
+    cross_attn_norm=True, rope_max_seq_len=64,
+)  # fmt: skip
+DIM, LAYERS = 48, 4
+BRANCHES = ("coarse", "whole")
+
+
+def even_mask(shape: tuple[int, int, int], count: int) -> torch.Tensor:
+    """[N, N]: do two tokens share one of count x count windows? numpy cuts the axes."""
+    number = [np.concatenate([np.full(len(piece), i) for i, piece in enumerate(np.array_split(np.arange(side), min(count, side)))]) for side in shape[1:]]
+    rows, columns = (torch.tensor(n) for n in number)
+    window = (rows[:, None] * 1000 + columns).expand(shape).flatten()
+    return window[:, None] == window[None, :]
+
+
+def model(config: BranchesConfig | None = None, seed: int = 0) -> MuralTransformer:
+    torch.manual_seed(seed)
+    made = MuralTransformer(**SMALL).eval()
+    if config is not None:
+        attach_branches(made.blocks, config)
+    return made
+
+
+def stirred(made: MuralTransformer) -> MuralTransformer:
+    """Branches that do something."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for block in made.blocks:
+            for parameter in block.branches.parameters():
+                parameter.add_(torch.randn_like(parameter) / 8)
+    return made
+
+
+def forward(made: MuralTransformer, shape: tuple[int, int, int], **graft) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    z = torch.randn(2, 4, shape[0], 2 * shape[1], 2 * shape[2], generator=generator)
+    text = torch.randn(2, 5, 16, generator=generator)
+    return made.configure(Graft(**graft))(z, torch.tensor([700.0, 300.0]), text, return_dict=False)[0]
+
+
+# -- Windows --
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)), st.integers(1, 5))
+def test_even_windows_are_masked_full_attention(shape, count):
+    cut, raster = partition_evenly(shape, (1, count, count)), partition(shape, shape)
+    generator = torch.Generator().manual_seed(count)
+    q, k, v = (torch.randn(1, math.prod(shape), 2, 8, generator=generator) * scale for scale in (3, 1, 1))
+    result = reorder(attend_windows(*(reorder(x, raster, cut) for x in (q, k, v)), cut.groups), cut, raster)
+    heads = [rearrange(x, "b n h d -> b h n d") for x in (q, k, v)]
+    wanted = rearrange(reference_attention(*heads, even_mask(shape, count)), "b h n d -> b n h d")
+    assert (result - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("length, count", [(10, 4), (9, 4), (3, 5), (7, 1)])
+def test_pieces_of_an_axis_are_even(length, count):
+    pieces = split_evenly(length, count)
+    assert sum(pieces) == length and len(pieces) == min(count, length) and max(pieces) - min(pieces) <= 1
+
+
+# -- Branches --
+
+
+def test_a_new_branch_of_no_weight_leaves_the_windows_as_they_are():
+    made = model(hierarchical(DIM, LAYERS, windows=2, rank=4))
+    with torch.no_grad():
+        windows = forward(made, (2, 5, 7), attention=BranchedWindows(2))
+        for block in made.blocks:
+            for branch in block.branches.values():
+                branch.fusion.projection.bias.fill_(-200.0)
+        assert torch.equal(forward(made, (2, 5, 7), attention=BranchedWindows(2, branches=BRANCHES)), windows)
+
+
+def test_new_branches_weigh_what_is_said():
+    branch = model(hierarchical(DIM, LAYERS, rank=4)).blocks[0].branches["whole"]
+    assert torch.allclose(branch.fusion(torch.tensor([10.0, 900.0])), torch.full((2, 1, DIM), START))
+
+
+def slow_block(made: MuralTransformer, x: torch.Tensor, t: torch.Tensor, shape: tuple[int, int, int], number: int, windows: int) -> torch.Tensor:
+    """Self-attention of a block on normed tokens [B, N, D], raster order; the grid must divide."""
+    block, odd = made.blocks[number], number % 2
+    attn, config = block.attn1, block.branches.config
+
+    def attend(q, k, v, grid, count):
+        table = rotary_table(RopeScale(), grid, 24)
+        rope = table.at(torch.arange(math.prod(grid)))
+        q, k, v = (y.unflatten(-1, (2, 24)) for y in (attn.norm_q(q), attn.norm_k(k), v))
+        q, k, v = (rearrange(y, "b n h d -> b h n d") for y in (rotate(q, *rope), rotate(k, *rope), v))
+        return rearrange(reference_attention(q, k, v, even_mask(grid, count)), "b h n d -> b n (h d)")
+
+    z = attend(attn.to_q(x), attn.to_k(x), attn.to_v(x), shape, windows + odd)
+    frames, rows, columns = shape
+    pictures = rearrange(x, "b (f y x) d -> (b f) d y x", f=frames, y=rows)
+    for branch in block.branches.values():
+        s = branch.config.stride
+        kernel = rearrange(branch.pool_weight[0], "(y x) d -> d 1 y x", y=s)
+        pooled = F.conv2d(pictures, kernel, branch.pool_bias[0], stride=s, groups=DIM)
+        grid = (frames, rows // s, columns // s)
+        y = rearrange(pooled, "(b f) d y x -> b (f y x) d", f=frames)
+        key = attn.to_q(y) if branch.config.key_of_query else attn.to_k(y)
+        count = branch.config.windows + (odd if branch.config.alternate else 0)
+        y = attend(attn.to_q(y) + branch.q(y), key + branch.k(y), attn.to_v(y) + branch.v(y), grid, count)
+        large = F.interpolate(rearrange(y, "b (f y x) d -> (b f) d y x", f=frames, y=grid[1]), size=(rows, columns), mode="bilinear")
+        seen = rearrange(branch.restoring(rearrange(large, "(b f) d y x -> b d f y x", f=frames)), "b d f y x -> b (f y x) d")
+        alpha = branch.fusion(t)
+        z = alpha * seen + (1 - alpha) * z if config.of_branch else alpha * z + (1 - alpha) * seen
+    return attn.to_out[0](z)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("restoring", ["separable", "depthwise", "dense"])
+@pytest.mark.parametrize("of_branch, key_of_query", [(True, False), (False, True)], ids=["paper", "release"])
+def test_a_block_is_what_the_paper_writes(number, restoring, of_branch, key_of_query):
+    config = hierarchical(DIM, LAYERS, windows=2, rank=4, restoring=restoring, projecting="each", of_branch=of_branch)
+    config = replace(config, branches={**config.branches, "whole": BranchConfig(stride=2, key_of_query=key_of_query)})
+    made, seen = stirred(model(config)), {}
+    shape, t = (2, 6, 8), torch.tensor([700.0, 300.0])
+    block = made.blocks[number]
+    block.norm1.register_forward_hook(lambda module, given, result: seen.__setitem__("x", result))
+    block.attn1.to_out[0].register_forward_hook(lambda module, given, result: seen.__setitem__("z", result))
+    with torch.no_grad():
+        forward(made, shape, attention=BranchedWindows(2, branches=BRANCHES))
+        result, cut = seen["z"], partition_evenly(shape, (1, 2 + number, 2 + number))
+        # the hook sees tokens before modulation: undo the order, modulate as the block does
+        table = block.scale_shift_table + made.condition_embedder(t, torch.zeros(2, 5, 16))[1].unflatten(-1, (6, -1)).float()
+        x = reorder(seen["x"] * (1 + table[:, 1:2]) + table[:, 0:1], cut, partition(shape, shape))
+        wanted = slow_block(made, x, t, shape, number, 2)
+    assert (reorder(result, cut, partition(shape, shape)) - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7), (3, 9, 6)])
+def test_edges_that_blocks_do_not_divide_are_pooled_to_their_mean(shape):
+    branch = model(hierarchical(DIM, LAYERS, rank=4)).blocks[0].branches["whole"]
+    from muralist.nn.branches import Blocks, Branches, Pools
+    from muralist.nn.windows import Chunk
+
+    config = BranchesConfig(dim=DIM, blocks=(0,), branches={"whole": branch.config}, rank=4, projecting="each")
+    cut = partition_evenly(shape, (1, 2, 2))
+    pools = Pools(Branches(config), {"whole": Blocks.of(cut, branch.config, 24, odd=False)})
+    x = torch.randn(1, math.prod(shape), DIM)
+    pools.add(Chunk(0, math.prod(shape)), [reorder(x, partition(shape, shape), cut)])
+    pictures = rearrange(x, "1 (f y x) d -> f d y x", f=shape[0], y=shape[1])
+    wanted = rearrange(F.avg_pool2d(pictures, 4, ceil_mode=True), "f d y x -> 1 (f y x) d")
+    assert torch.allclose(pools.take("whole")[0], wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("projecting", ["once", "each"])
+def test_chunks_and_gradients_do_not_change_the_answer(projecting):
+    made = stirred(model(hierarchical(DIM, LAYERS, windows=2, rank=4, projecting=projecting)))
+    attention = BranchedWindows(2, branches=BRANCHES, plain=(3,))
+    with torch.no_grad():
+        whole = forward(made, (2, 7, 9), attention=attention)
+        assert (forward(made, (2, 7, 9), attention=attention, token_chunk=24) - whole).abs().max() < 1e-5
+    learned = forward(made, (2, 7, 9), attention=attention, token_chunk=24)
+    assert (learned - whole).abs().max() < 1e-5
+    learned.square().mean().backward()
+    for number, block in enumerate(made.blocks):
+        assert all((parameter.grad is not None and parameter.grad.any()) == (number != 3) for parameter in block.branches.parameters())
+
+
+def test_pooling_what_is_projected_starts_as_projecting_what_is_pooled():
+    answers = []
+    for projecting in ("once", "each"):
+        made = model(hierarchical(DIM, LAYERS, windows=2, rank=4, projecting=projecting))
+        with torch.no_grad():
+            answers.append(forward(made, (2, 6, 8), attention=BranchedWindows(2, branches=BRANCHES)))
+    assert (answers[0] - answers[1]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("change", [{"odd": "same"}, {"odd": "shifted"}, {"branches": ("coarse",)}, {"branches": ("whole",)}, {"plain": (0,)}])
+def test_every_switch_changes_the_answer(change):
+    made = stirred(model(hierarchical(DIM, LAYERS, windows=2, rank=4)))
+    with torch.no_grad():
+        full, other = (
+            forward(made, (2, 6, 8), attention=a) for a in (BranchedWindows(2, branches=BRANCHES), replace(BranchedWindows(2, branches=BRANCHES), **change))
+        )
+    assert (full - other).abs().max() > 1e-4
+
+
+def test_fusion_is_in_the_order_of_the_branches():
+    z, coarse, whole = torch.zeros(1, 1, 1), torch.ones(1, 1, 1), torch.full((1, 1, 1), 10.0)
+    alphas = [torch.full((1, 1, 1), 0.5), torch.full((1, 1, 1), 0.1)]
+    assert fused(z, alphas, [coarse, whole], of_branch=True).item() == pytest.approx(0.1 * 10 + 0.9 * 0.5)
+    assert fused(z, alphas, [coarse, whole], of_branch=False).item() == pytest.approx(0.9 * 10 + 0.1 * 0.5)
+
+
+# -- Close and remote --
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.tuples(st.integers(1, 4), st.integers(1, 7), st.integers(1, 7)), st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4)))
+def test_lattices_hold_the_tokens_of_equal_remainders(shape, counts):
+    close = partition_evenly(shape, counts)
+    apart, start = remote(close), 0
+    seen = torch.zeros(math.prod(shape), dtype=torch.long)
+    for run in apart.groups:
+        for window in apart.order[start : start + run.tokens].view(run.num_windows, -1):
+            f, y, x = window // (shape[1] * shape[2]), window // shape[2] % shape[1], window % shape[2]
+            for axis, count, length in zip((f, y, x), counts, shape):
+                assert len(set((axis % min(count, length)).tolist())) == 1
+            seen[window] += 1
+        start += run.tokens
+    assert (seen == 1).all() and torch.equal(apart.order[apart.inverse], torch.arange(math.prod(shape)))
+
+
+def test_close_and_remote_windows_are_the_mean_of_two_masks():
+    made, seen, shape, counts = model(), {}, (2, 5, 7), (1, 2, 3)
+    attn = made.blocks[0].attn1
+    for name, module in (("q", attn.norm_q), ("k", attn.norm_k), ("v", attn.to_v)):
+        module.register_forward_hook(lambda module, given, result, name=name: seen.__setitem__(name, result))
+    attn.to_out[0].register_forward_hook(lambda module, given, result: seen.__setitem__("z", given[0]))
+    with torch.no_grad():
+        forward(made, shape, attention=CloseRemote(cuts=(counts,)))
+    close, raster = partition_evenly(shape, counts), partition(shape, shape)
+    q, k, v, z = (reorder(seen[name], close, raster) for name in "qkvz")
+    rope = rotary_table(RopeScale(), shape, 24).at(torch.arange(math.prod(shape)))
+    q, k, v = (x.unflatten(-1, (2, 24)) for x in (q, k, v))
+    q, k, v = (rearrange(x, "b n h d -> b h n d") for x in (rotate(q, *rope), rotate(k, *rope), v))
+    place = torch.cartesian_prod(*(torch.arange(side) for side in shape))
+    blocks = [torch.tensor([i for i, piece in enumerate(np.array_split(range(side), count)) for _ in piece]) for side, count in zip(shape, counts)]
+    together = torch.stack([block[place[:, axis]] for axis, block in enumerate(blocks)], 1)
+    masks = [(labels[:, None] == labels[None]).all(-1) for labels in (together, place % torch.tensor(counts))]
+    wanted = sum(rearrange(reference_attention(q, k, v, mask), "b h n d -> b n (h d)") for mask in masks) / 2
+    assert (z - wanted).abs().max() < 1e-5
+
+
+def test_the_cuts_follow_the_grid_as_the_released_tables_do():
+    """The released cuts of (21, 136, 240): windows of 1,344 to 2,142 tokens after single frames."""
+    cuts = CloseRemote(tokens=2048).counts((21, 136, 240))
+    assert cuts[0] == (21, 1, 1) and [cut[0] for cut in cuts] == [21, 1, 1, 3, 7]
+    sizes = [math.prod(-(-side // count) for side, count in zip((21, 136, 240), cut)) for cut in cuts[1:]]
+    assert all(1344 <= size <= 2142 for size in sizes)
+    assert len(CloseRemote().counts((1, 3, 5))) == 5
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 12), (3, 9, 13)])
+def test_flops_of_close_and_remote_windows_are_those_counted(shape):
+    made, attention = model(), CloseRemote(tokens=24)
+    with torch.no_grad(), counter() as counted:
+        whole = forward(made, shape, attention=attention)
+        said = 2 * cost.forward(cost.Dimensions.of(SMALL), Graft(attention=attention), shape, 5).flops
+        assert 0.98 <= counted.get_total_flops() / said <= 1.02
+    with torch.no_grad():
+        assert (forward(made, shape, attention=attention, token_chunk=16) - whole).abs().max() < 1e-5
+
+
+# -- Cost --
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 12), (3, 9, 13)], ids=["even", "ragged"])
+@pytest.mark.parametrize("projecting", ["once", "each"])
+@pytest.mark.parametrize("restoring", ["separable", "depthwise", "dense"])
+@pytest.mark.parametrize(
+    "change", [{}, {"odd": "same"}, {"odd": "shifted"}, {"branches": ("coarse",)}, {"plain": (0, 3)}], ids=["all", "same", "shifted", "coarse", "plain"]
+)
+def test_flops_are_those_counted(shape, projecting, restoring, change):
+    config = hierarchical(DIM, LAYERS, rank=4, projecting=projecting, restoring=restoring)
+    attention = replace(BranchedWindows(4, branches=BRANCHES), **change)
+    made = model(config)
+    with torch.no_grad(), counter() as counted:
+        forward(made, shape, attention=attention)
+    said = 2 * cost.forward(cost.Dimensions.of(SMALL), Graft(attention=attention), shape, 5, config).flops
+    assert 0.98 <= counted.get_total_flops() / said <= 1.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("token_chunk", [None, 500])
+@pytest.mark.parametrize("attention", [BranchedWindows(4, branches=BRANCHES), CloseRemote(tokens=256)], ids=["branches", "close and remote"])
+def test_live_memory_of_a_forward(attention, token_chunk, dtype):
+    config = SMALL | dict(num_attention_heads=4, attention_head_dim=64, ffn_dim=1024, num_layers=2)
+    made, branches = MuralTransformer(**config), hierarchical(256, 2)
+    attach_branches(made.blocks, branches)
+    made = made.to(dtype).configure(Graft(attention=attention, token_chunk=token_chunk))
+    z, text = torch.randn(1, 4, 5, 36, 40, dtype=dtype), torch.randn(1, 6, 16, dtype=dtype)
+    with torch.no_grad(), Alive(made) as seen:
+        made(z, torch.ones(1), text)
+    said = cost.live_bytes(cost.Dimensions.of(config), made.graft, (5, 18, 20), dtype.itemsize, branches)
+    assert 0.9 <= said / seen.peak <= 1.35
+
+
+def test_attention_costs_a_twelfth_as_the_paper_counts():
+    config = hierarchical(DIM, LAYERS)
+    attention = BranchedWindows(4, odd="same", branches=BRANCHES)
+    said = cost.forward(cost.Dimensions.of(SMALL), Graft(attention=attention), (21, 136, 240), 512, config)
+    assert said.attention_saving == pytest.approx(4 * 4**4 / (5 * 4**2 + 4), rel=1e-3)  # equation 13: 12.19
+
+
+# -- What cannot be --
+
+
+@pytest.mark.parametrize("windows", [1, 3])
+def test_a_window_count_without_a_half_is_refused(windows):
+    with pytest.raises(UserError, match=f"K = {windows}"):
+        hierarchical(DIM, LAYERS, windows=windows)
+
+
+def test_more_windows_than_tokens_are_refused():
+    with pytest.raises(UserError, match="5 windows along 4 tokens"):
+        BranchedWindows(4).partitions((2, 4, 9))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"restoring": "cubic"},
+        {"projecting": "twice"},
+        {"rank": 0},
+        {"blocks": ()},
+        {"branches": {}},
+        {"branches": {"a": BranchConfig(stride=2, key_of_query=True)}},
+    ],
+)
+def test_a_bad_configuration_is_refused(bad):
+    with pytest.raises(UserError):
+        replace(hierarchical(DIM, LAYERS), **bad)
