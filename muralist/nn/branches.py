@@ -69,7 +69,8 @@ class CompressedBranch(nn.Module):
         self.pool_weight = nn.Parameter(torch.full((pooled, config.stride**2, dim), config.stride**-2.0))
         self.pool_bias = nn.Parameter(torch.zeros(pooled, dim))
         self.q, self.k, self.v = (LowRank(dim, rank) for _ in range(3))
-        self.restoring = _restoring(dim, restoring)
+        self.restoring = _passing(nn.Conv3d(dim, dim, 3, padding=1, groups=1 if restoring == "dense" else dim))
+        self.across = _passing(nn.Linear(dim, dim)) if restoring == "separable" else None
         self.fusion = Fusion(dim)
 
     def shares(self, tensors: Sequence[torch.Tensor], blocks: Blocks, span: slice) -> list[torch.Tensor]:
@@ -83,21 +84,20 @@ class CompressedBranch(nn.Module):
         stride = self.config.stride
         images = rearrange(pooled, "b (f y x) d -> (b f) d y x", f=frames, y=blocks.shape[1], x=blocks.shape[2])
         images = F.interpolate(images, scale_factor=stride, mode="bilinear", align_corners=False)[:, :, :rows, :columns]
+        # channels stay the fastest axis from the tokens to the tokens: nothing is laid out anew
         video = rearrange(images, "(b f) d y x -> b d f y x", f=frames)
-        return rearrange(self.restoring(video), "b d f y x -> b (f y x) d")
+        tokens = rearrange(self.restoring(video), "b d f y x -> b (f y x) d")
+        return tokens if self.across is None else self.across(tokens)
 
 
-def _restoring(dim: int, kind: Restoring) -> nn.Module:
-    """A 3 x 3 x 3 convolution that passes everything on as it is."""
-    each = nn.Conv3d(dim, dim, 3, padding=1, groups=1 if kind == "dense" else dim)
-    nn.init.dirac_(each.weight, groups=each.groups)
-    nn.init.zeros_(each.bias)
-    if kind != "separable":
-        return each
-    across = nn.Conv3d(dim, dim, 1)
-    nn.init.dirac_(across.weight)
-    nn.init.zeros_(across.bias)
-    return nn.Sequential(each, across)
+def _passing(layer: nn.Conv3d | nn.Linear) -> nn.Module:
+    """The layer, passing everything on as it is."""
+    if isinstance(layer, nn.Conv3d):
+        nn.init.dirac_(layer.weight, groups=layer.groups)
+    else:
+        nn.init.eye_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class Branches(nn.ModuleDict):

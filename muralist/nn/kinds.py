@@ -79,7 +79,7 @@ class BranchesConfig:
     windows: int = 4
     rank: int = 64
     restoring: Restoring = "separable"
-    projecting: Projecting = "once"
+    projecting: Projecting = "each"
     of_branch: bool = True
 
     def __post_init__(self) -> None:

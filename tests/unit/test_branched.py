@@ -130,7 +130,11 @@ def slow_block(made: MuralTransformer, x: torch.Tensor, t: torch.Tensor, shape: 
         count = branch.config.windows + (odd if branch.config.alternate else 0)
         y = attend(attn.to_q(y) + branch.q(y), key + branch.k(y), attn.to_v(y) + branch.v(y), grid, count)
         large = F.interpolate(rearrange(y, "b (f y x) d -> (b f) d y x", f=frames, y=grid[1]), size=(rows, columns), mode="bilinear")
-        seen = rearrange(branch.restoring(rearrange(large, "(b f) d y x -> b d f y x", f=frames)), "b d f y x -> b (f y x) d")
+        video = rearrange(large, "(b f) d y x -> b d f y x", f=frames)
+        video = F.conv3d(video, branch.restoring.weight, branch.restoring.bias, padding=1, groups=branch.restoring.groups)
+        if branch.across is not None:
+            video = F.conv3d(video, branch.across.weight[:, :, None, None, None], branch.across.bias)
+        seen = rearrange(video, "b d f y x -> b (f y x) d")
         alpha = branch.fusion(t)
         z = alpha * seen + (1 - alpha) * z if config.of_branch else alpha * z + (1 - alpha) * seen
     return attn.to_out[0](z)

@@ -67,7 +67,7 @@ def test_what_is_added_is_the_formula():
     hook.remove()
     images = torch.stack([F.interpolate(ANCHOR[:, :, f], size=FINE[1:], mode="bilinear", align_corners=False) for f in range(2)], dim=2)
     video = injector.features(images)
-    features = F.layer_norm(video.permute(0, 2, 3, 4, 1).reshape(1, -1, 24), (24,), injector.norm.weight, injector.norm.bias)
+    features = F.layer_norm(video.permute(0, 2, 3, 4, 1).reshape(1, -1, 24), (24,), injector.norm.weight, injector.norm.bias, eps=1e-6)
 
     def wave(value):
         angle = value * torch.exp(-torch.arange(128) / 128 * torch.log(torch.tensor(10000.0)))
