@@ -56,4 +56,4 @@ def live_bytes(attention: BranchedWindows, config: BranchesConfig | None, token_
     """
     whole, count = math.prod(token_shape) * width * itemsize, len(attention.branches)
     pooled = sum(math.prod(pooled_shape(config.branches[name], token_shape)) for name in attention.branches) * width * itemsize
-    return max(whole * (5 + count) + pooled, whole * (2 + count) + 5 * chunk // 4) if count else 0
+    return max(whole * (5 + count) + pooled, whole * (2 + count) + chunk) if count else 0

@@ -340,7 +340,7 @@ def test_more_windows_than_tokens_are_refused():
         {"rank": 0},
         {"blocks": ()},
         {"branches": {}},
-        {"branches": {"a": BranchConfig(stride=2, key_of_query=True)}},
+        {"projecting": "once", "branches": {"a": BranchConfig(stride=2, key_of_query=True)}},
     ],
 )
 def test_a_bad_configuration_is_refused(bad):
