@@ -15,8 +15,8 @@ import torch
 from common import write
 from diffusers import AutoencoderKLWan
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from wan import SIZES
 
+from muralist.bench.wan import SIZES
 from muralist.cost import transformer, vae
 from muralist.nn.attention import WindowAttention
 from muralist.nn.decoder import StreamingDecoder

@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from wan import SIZES
-
 from muralist.base_info import BaseInfo
+from muralist.bench.wan import SIZES
 from muralist.config import Request
 from muralist.plan import Machine, Plan, plan
 from muralist.recipes import find

@@ -91,11 +91,11 @@ NOTHING = Sight()
 
 
 class Base:
-    """The components of a checked model on one device, loaded when first asked for."""
+    """The components of a checked model on one device, loaded when first asked for; `components`: those that are there already, by name."""
 
-    def __init__(self, info: BaseInfo, device: torch.device, dtype: torch.dtype | None = None):
+    def __init__(self, info: BaseInfo, device: torch.device, dtype: torch.dtype | None = None, components: Mapping[str, Any] | None = None):
         self.info, self.device, self.dtype = info, device, dtype or pick_dtype(device)
-        self._loaded: dict[str, Any] = {}
+        self._loaded: dict[str, Any] = dict(components or {})
 
     def tokenizer(self):
         return self._component("tokenizer", lambda: _auto_tokenizer(self.info.folder / "tokenizer"))

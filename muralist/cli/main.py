@@ -13,7 +13,7 @@ import traceback
 
 import typer
 
-from muralist.cli import compare, diagnose, doctor, eval, generate, import_, inspect, plan, psd, recipes, resume, score, train
+from muralist.cli import bench, compare, diagnose, doctor, eval, generate, import_, inspect, plan, psd, recipes, resume, score, train
 from muralist.cli._options import canonical, notes
 from muralist.cli._show import Interrupted, error_line
 
@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"token_normalize_func": canonical, "help_option_names": ["-h", "--help"]},
 )
-for module in (generate, resume, plan, inspect, eval, diagnose, psd, recipes, doctor, train, import_, score, compare):
+for module in (generate, resume, plan, inspect, eval, diagnose, psd, recipes, doctor, train, import_, score, compare, bench):
     app.command(module.__name__.rpartition(".")[2].rstrip("_"))(module.command)
 
 

@@ -1,4 +1,4 @@
-"""The configurations of two published Wan models, for benchmarks that need their shapes and not their weights."""
+"""The shapes of two published Wan models, and small ones of the same kind: speed and memory need no trained weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXT_ENCODER_BYTES = 11_361_920_000  # UMT5-xxl's encoder in 16 bits
 
 @dataclass(frozen=True)
 class Size:
-    """A model's shapes and the grid it was made for."""
+    """A model's shapes, the grid it was made for, and its number of weights (0: of no interest)."""
 
     transformer: dict[str, Any]
     vae: dict[str, Any]
@@ -52,4 +52,51 @@ SIZES = {
         Grid(num_frames=121, height=704, width=1280, fps=24),
         4_999_787_712,
     ),
+}
+
+# Two layers, narrow, for a run of minutes on a CPU; only the machinery is exercised.
+SMALL = {
+    "1.3B": Size(
+        _TRANSFORMER
+        | {"num_attention_heads": 1, "attention_head_dim": 64, "num_layers": 2, "ffn_dim": 128, "text_dim": 32, "in_channels": 16, "out_channels": 16},
+        SIZES["1.3B"].vae | {"base_dim": 8},
+        Grid(num_frames=9, height=64, width=96),
+        0,
+    ),
+    "5B": Size(
+        _TRANSFORMER
+        | {"num_attention_heads": 1, "attention_head_dim": 64, "num_layers": 2, "ffn_dim": 128, "text_dim": 32, "in_channels": 48, "out_channels": 48},
+        SIZES["5B"].vae | {"base_dim": 8, "decoder_base_dim": 16},
+        Grid(num_frames=9, height=64, width=96, fps=24),
+        0,
+    ),
+}
+
+
+def uhd(frames: int, fps: int = 16) -> Grid:
+    """4K."""
+    return Grid(num_frames=frames, height=2160, width=3840, fps=fps)
+
+
+GRIDS = {
+    "480p x81": Grid(num_frames=81, height=480, width=832),
+    "720p x49": Grid(num_frames=49, height=720, width=1280),
+    "1080p x81": Grid(num_frames=81, height=1080, width=1920),
+    "2K x121": Grid(num_frames=121, height=1440, width=2560, fps=24),
+    "4K x17": uhd(17),
+    "4K x49": uhd(49),
+    "4K x81": uhd(81),
+    "4K x121": uhd(121, 24),
+    "4K x161": uhd(161),
+}
+SMALL_GRIDS = {
+    "480p x81": Grid(num_frames=5, height=64, width=96),
+    "720p x49": Grid(num_frames=5, height=96, width=128),
+    "1080p x81": Grid(num_frames=5, height=192, width=256),
+    "2K x121": Grid(num_frames=5, height=256, width=384, fps=24),
+    "4K x17": Grid(num_frames=5, height=256, width=384),
+    "4K x49": Grid(num_frames=5, height=256, width=384),
+    "4K x81": Grid(num_frames=9, height=256, width=384),
+    "4K x121": Grid(num_frames=9, height=320, width=512, fps=24),
+    "4K x161": Grid(num_frames=17, height=256, width=384),
 }
