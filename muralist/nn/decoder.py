@@ -131,11 +131,17 @@ class StreamingDecoder:
         return height * scale, width * scale
 
 
+def _adds(attention: torch.nn.Module) -> bool:
+    """False for a projection of zeros (the embedded base's): at 4K its scores alone would be 2 TFLOP. Without weights (meta) nobody knows."""
+    proj = attention.proj
+    return proj.weight.is_meta or bool(proj.weight.any() or proj.bias.any())
+
+
 def _first_layers(decoder: torch.nn.Module, pool: Pool) -> Sequence[Operator]:
     """`conv_in` and `mid_block` in the order in which they run."""
     middle = decoder.mid_block
     layers: list[Operator] = [ConvIn("conv_in", decoder.conv_in, pool), ResidualBlock("mid_block.resnets.0", middle.resnets[0], pool)]
     for i, (attention, resnet) in enumerate(zip(middle.attentions, middle.resnets[1:]), start=1):
-        layers += [Attention(attention)] if attention is not None else []
+        layers += [Attention(attention)] if attention is not None and _adds(attention) else []
         layers.append(ResidualBlock(f"mid_block.resnets.{i}", resnet, pool))
     return layers

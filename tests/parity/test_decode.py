@@ -77,6 +77,22 @@ def test_equals_diffusers_untiled(flavour, plan):
     assert (ours - untiled(flavour)).abs().max() <= TOLERANCE / 2 + rounding
 
 
+def test_an_attention_that_adds_nothing_is_left_out_and_the_answer_stays():
+    vae = AutoencoderKLWan(**WAN22).eval().requires_grad_(False)
+    vae.load_state_dict(model("wan22").state_dict())
+    layers, attentions = len(StreamingDecoder(vae).whole), vae.decoder.mid_block.attentions
+    for attention in attentions:
+        attention.proj.weight.zero_()
+    assert len(StreamingDecoder(vae).whole) == layers, "a bias alone is still added"
+    for attention in attentions:
+        attention.proj.bias.zero_()
+    assert len(StreamingDecoder(vae).whole) == layers - len(attentions)
+    z, config = latent("wan22"), vae.config
+    scaled = z.z * torch.tensor(config.latents_std).view(1, -1, 1, 1, 1) + torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1)
+    expected = vae.decode(scaled).sample[0].permute(1, 2, 3, 0) / 2 + 0.5
+    assert (frames(decode(z, vae, TimeMajor(tile=64))) - expected).abs().max() <= TOLERANCE / 2
+
+
 @flavours
 def test_a_tile_without_its_halo_would_be_wrong(flavour):
     """The other tests could pass if a halo did not matter: it does, by far more than the tolerance."""
