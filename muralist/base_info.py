@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,12 +107,17 @@ class BaseInfo:
             raise UserError(f"the base {self.name} has no expert {missing[0]!r}", where="experts", fix=f"use some of {known}")
 
     def require_branches(self, names: Sequence[str], plain: Sequence[int]) -> None:
-        """UserError if one of them is not there, or not beside every block but those that are `plain`."""
+        """UserError if a branch is not there, or not beside every block but those that are `plain`; or one of those is no block."""
+        layers = self.transformer_config["num_layers"]
+        if outside := [number for number in plain if number >= layers]:
+            raise UserError(f"block {outside[0]} of {layers}", where="attention.plain", fix=f"name blocks from 0 to {layers - 1}")
+        if not names:
+            return
         self.require_part(BRANCHES)
         if missing := [name for name in names if name not in self.branches.branches]:
             known = ", ".join(self.branches.branches)
             raise UserError(f"the base {self.name} has no branch {missing[0]!r:.40}", where="attention.branches", fix=f"use some of {known}")
-        if bare := set(range(self.transformer_config["num_layers"])) - {*self.branches.blocks, *plain}:
+        if bare := set(range(layers)) - {*self.branches.blocks, *plain}:
             raise UserError(f"block {min(bare)} has no branches", where="attention.plain", fix="name the blocks without branches there")
 
 
@@ -168,9 +173,14 @@ def _experts(folder: Path, transformer: dict[str, Any]) -> ExpertsConfig:
     """The configuration of a base's experts, after checking that they are whole and made for a transformer like this one."""
     experts = ExpertsConfig.of(parts.read_part(folder, EXPERTS))
     experts.require_fit(_width(transformer), transformer.get("num_layers", 0))
-    if weights.tensor_shapes(folder) != experts.tensors():
-        raise UserError(f"{folder}: the weights are not those that its config.json names", where="part", fix="fetch both files again")
+    _require_tensors(folder, experts.tensors())
     return experts
+
+
+def _require_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """UserError unless a part holds exactly these."""
+    if weights.tensor_shapes(folder) != expected:
+        raise UserError(f"{folder}: the weights are not those that its config.json names", where="part", fix="fetch both files again")
 
 
 def _injector(folder: Path, transformer: dict[str, Any], geometry: Geometry) -> InjectorConfig:
@@ -179,6 +189,7 @@ def _injector(folder: Path, transformer: dict[str, Any], geometry: Geometry) -> 
     if config.channels != geometry.channels or max(config.blocks) >= transformer.get("num_layers", 0):
         what = f"the injector is for {config.channels} channels and stands before block {max(config.blocks)}"
         raise UserError(what, where="part", fix="use one that was trained for this base")
+    _require_tensors(folder, config.tensors())
     return config
 
 
@@ -188,6 +199,7 @@ def _branches(folder: Path, transformer: dict[str, Any]) -> BranchesConfig:
     if max(config.blocks) >= transformer.get("num_layers", 0):
         what = f"the branches stand beside block {max(config.blocks)}, this base has {transformer.get('num_layers', 0)}"
         raise UserError(what, where="part", fix="use branches that were trained for this base")
+    _require_tensors(folder, config.tensors())
     return config
 
 

@@ -110,7 +110,7 @@ def _require_parts(config: Config, info: BaseInfo) -> None:
         info.require_part(STEP_SIZE)
     if refine.anchor != "none":
         info.require_part(INJECTOR)
-    if isinstance(refine.attention, BranchedWindows) and refine.attention.branches:
+    if isinstance(refine.attention, BranchedWindows):
         info.require_branches(refine.attention.branches, refine.attention.plain)
     for adapter in (refine.adapter, config.proxy and config.proxy.adapter):
         if adapter is not None and adapter not in info.adapters:

@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterator
 
 from muralist.nn.attention import BranchedWindows
-from muralist.nn.kinds import BranchConfig, BranchesConfig
-from muralist.nn.step_size import FREQUENCIES
+from muralist.nn.kinds import FREQUENCIES, BranchConfig, BranchesConfig
 from muralist.nn.windows import Shape, split_evenly
 
 RESTORING = {"separable": lambda d: 27 * d + d * d, "depthwise": lambda d: 27 * d, "dense": lambda d: 27 * d * d}  # multiply-adds a token
@@ -56,4 +55,5 @@ def live_bytes(attention: BranchedWindows, config: BranchesConfig | None, token_
     """
     whole, count = math.prod(token_shape) * width * itemsize, len(attention.branches)
     pooled = sum(math.prod(pooled_shape(config.branches[name], token_shape)) for name in attention.branches) * width * itemsize
-    return max(whole * (5 + count) + pooled, whole * (2 + count) + chunk) if count else 0
+    working = chunk * 5 // 4 if config and config.projecting == "once" else chunk
+    return max(whole * (5 + count) + pooled, whole * (2 + count) + working) if count else 0

@@ -19,8 +19,6 @@ from muralist.cost.machine import Machine
 from muralist.errors import UserError
 from muralist.nn.attention import BranchedWindows, CloseRemote, FullAttention, GuidedWindows
 from muralist.nn.attention.guided import pooled_shape
-from muralist.nn.experts import EXPERTS
-from muralist.nn.kinds import BRANCHES, INJECTOR
 from muralist.nn.transformer import Graft
 from muralist.sampling import flow
 from muralist.stages.decode_options import DecodeOptions
@@ -140,14 +138,12 @@ def _refine(part: Refine, setting: Setting) -> StagePlan:
     plan = _denoising(setting, "refine", grid, graft, len(levels), part.guidance_scale, adapter=part.adapter, action=action)
     plan = _with_proxy(plan, part.attention, part.guidance_scale, setting) if isinstance(part.attention, ProxyWindows) else plan
     plan = _with_injector(plan, part, setting) if part.anchor != "none" else plan
-    if isinstance(part.attention, BranchedWindows) and part.attention.branches:
-        plan = replace(plan, memory_bytes=plan.memory_bytes + setting.info.component_bytes[f"part {BRANCHES}"] // 2 * setting.machine.itemsize)
     return _with_experts(plan, part, levels, setting) if part.experts else plan
 
 
 def _with_injector(plan: StagePlan, part: Refine, setting: Setting) -> StagePlan:
     """The same with the refining of the anchor, once, and a product for every token where it is added; z' stays for all steps."""
-    injector, stored = setting.info.injector, setting.info.component_bytes[f"part {INJECTOR}"]
+    injector = setting.info.injector
     passes = 1 if part.guidance_scale == 1 else 2
     inner = injector.dim // 4
     refining = injector.channels * inner + 27 * inner * injector.dim if injector.refined else injector.channels * injector.dim
@@ -156,8 +152,8 @@ def _with_injector(plan: StagePlan, part: Refine, setting: Setting) -> StagePlan
     return replace(
         plan,
         flops=plan.flops + flops,
-        memory_bytes=plan.memory_bytes + stored // 2 * setting.machine.itemsize + (passes + 2) * plan.tokens * injector.dim * setting.machine.itemsize,
-        seconds=plan.seconds + setting.machine.seconds(linear=flops, read=stored),
+        memory_bytes=plan.memory_bytes + (passes + 2) * plan.tokens * injector.dim * setting.machine.itemsize,
+        seconds=plan.seconds + setting.machine.seconds(linear=flops),
         action=f"{plan.action}, the proxy injected",
     )
 
@@ -193,15 +189,14 @@ def _with_proxy(plan: StagePlan, attention: ProxyWindows, guidance_scale: float,
 def _with_experts(plan: StagePlan, part: Refine, levels: list[float], setting: Setting) -> StagePlan:
     """The same with the two small products an expert adds to every token, block and step at whose noise level it works."""
     setting.info.require_experts(part.experts)
-    there, stored = setting.info.experts, setting.info.component_bytes[f"part {EXPERTS}"]
+    there = setting.info.experts
     ranks = sum(there.experts[name].rank for name in part.experts for sigma in levels if there.experts[name].works_at(sigma))
     passes = 1 if part.guidance_scale == 1 else 2
     flops = passes * plan.tokens * 4 * there.dim * there.layers * ranks
     return replace(
         plan,
         flops=plan.flops + flops,
-        memory_bytes=plan.memory_bytes + stored // 2 * setting.machine.itemsize,  # stored in 16 bits
-        seconds=plan.seconds + setting.machine.seconds(linear=flops, read=stored),
+        seconds=plan.seconds + setting.machine.seconds(linear=flops),
         action=f"{plan.action}, experts {' and '.join(part.experts)}",
     )
 
@@ -216,8 +211,11 @@ def _denoising(setting: Setting, stage: str, grid: Grid, graft: Graft, steps: in
     linear = one.linear + 2 * one.tokens * adapters.get(f"adapter {adapter}", 0) // 2
     forwards, latent = steps * passes, setting.latent_bytes(grid)
     traffic = transformer.elementwise_bytes(size, one.tokens, machine.itemsize)
-    weight_bytes = transformer.parameters(size) * machine.itemsize + sum(adapters.values()) // 2 * machine.itemsize
-    read = sum(info.component_bytes.get(name, 0) for name in ("transformer", "transformer_2"))
+    parts = sum(count for name, count in info.component_bytes.items() if name.startswith("part ") and name != f"part {UPSAMPLER}")
+    # adapters and parts are loaded with the transformer, whoever uses them; stored in 16 bits
+    added = sum(adapters.values()) + parts
+    weight_bytes = transformer.parameters(size) * machine.itemsize + added // 2 * machine.itemsize
+    read = sum(info.component_bytes.get(name, 0) for name in ("transformer", "transformer_2")) + added
     return StagePlan(
         stage=stage,
         work=f"{steps} steps x {passes} passes" if passes > 1 else f"{steps} steps",

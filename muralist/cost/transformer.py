@@ -187,7 +187,9 @@ def live_bytes(size: Dimensions, graft: Graft, token_shape: Shape, itemsize: int
     if isinstance(graft.attention, CloseRemote):
         beside = 8 * stream + _attention_bytes(size, itemsize) * _largest_window(graft.attention, token_shape)  # q, k, v in both orders, both answers
     if isinstance(graft.attention, BranchedWindows):
-        beside = branching.live_bytes(graft.attention, branches, token_shape, size.width, itemsize, chunk // each * _attention_bytes(size, itemsize))
+        working = chunk // each * _attention_bytes(size, itemsize)
+        beside = branching.live_bytes(graft.attention, branches, token_shape, size.width, itemsize, working)
+        beside = max(beside, 4 * stream + chunk if graft.attention.plain else 0)  # blocks with full attention
     return max(2 * stream, stream + chunk, beside) + order  # reordering copies the stream, while no chunk is at work
 
 

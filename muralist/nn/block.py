@@ -180,7 +180,7 @@ def _branched_attention(block: MuralBlock, x: torch.Tensor, table: torch.Tensor,
         return rearrange(attend_windows(rotate(query, *rope), rotate(key, *rope), value, chunk.runs), "b n H d -> b n (H d)")
 
     local = join_chunks(look, x, layer.windows, layer.in_place)
-    restored = [_restored(attn, pools.take(name), branches[name], layer.blocks[name]) for name in layer.blocks]
+    restored = [_restored(attn, pools.take(name, local.dtype), branches[name], layer.blocks[name]) for name in layer.blocks]
     alphas = [branches[name].fusion(layer.timestep) for name in layer.blocks]
 
     def update(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:

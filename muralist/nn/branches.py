@@ -24,12 +24,12 @@ from einops import rearrange
 from torch import nn
 
 from muralist.nn.attention.window import attend_windows
-from muralist.nn.kinds import BranchConfig, BranchesConfig, Restoring
+from muralist.nn.kinds import FREQUENCIES, BranchConfig, BranchesConfig, Restoring
 from muralist.nn.rope import RopeScale, RotaryTable, rotary_table, rotate
-from muralist.nn.step_size import FREQUENCIES, waves
+from muralist.nn.step_size import waves
 from muralist.nn.windows import Chunk, Partition, Shape, partition_evenly
 
-START = 0.1  # the fusion weight of a new branch
+START = 0.1  # the fusion weight that training starts from
 
 
 class LowRank(nn.Module):
@@ -104,8 +104,7 @@ class Branches(nn.ModuleDict):
     """The branches of one block by name, in the order in which they are fused."""
 
     def __init__(self, config: BranchesConfig):
-        pooled = {"each": 1, "once": 4}[config.projecting]  # the tokens; or the tokens and their q, k and v
-        super().__init__({name: CompressedBranch(config.dim, branch, config.rank, config.restoring, pooled) for name, branch in config.branches.items()})
+        super().__init__({name: CompressedBranch(config.dim, branch, config.rank, config.restoring, config.pooled) for name, branch in config.branches.items()})
         self.config = config
 
 
@@ -147,7 +146,7 @@ class Blocks:
 
 
 class Pools:
-    """The pooled tokens of a block's branches, gathered chunk by chunk."""
+    """The pooled tokens of a block's branches, gathered chunk by chunk in float32."""
 
     def __init__(self, branches: Branches, blocks: Mapping[str, Blocks]):
         self.branches, self.blocks = branches, blocks
@@ -157,14 +156,14 @@ class Pools:
         """The next chunk: as many tensors [B, n, D] of its tokens as a branch pools."""
         for name, blocks in self.blocks.items():
             cells = blocks.cell[chunk.span]
-            sums = self._sums.setdefault(name, [x.new_zeros(len(x), math.prod(blocks.shape), x.shape[-1]) for x in tensors])
+            sums = self._sums.setdefault(name, [x.new_zeros(len(x), math.prod(blocks.shape), x.shape[-1], dtype=torch.float32) for x in tensors])
             shares = self.branches[name].shares(tensors, blocks, chunk.span)
             # in place where nothing is differentiated: the sums would be copied for every chunk
-            self._sums[name] = [(old.index_add if torch.is_grad_enabled() else old.index_add_)(1, cells, new) for old, new in zip(sums, shares)]
+            self._sums[name] = [(old.index_add if torch.is_grad_enabled() else old.index_add_)(1, cells, new.float()) for old, new in zip(sums, shares)]
 
-    def take(self, name: str) -> list[torch.Tensor]:
+    def take(self, name: str, dtype: torch.dtype) -> list[torch.Tensor]:
         """The pooled tensors of a branch, [B, cells, D]."""
-        return [x + bias.to(x.dtype) for x, bias in zip(self._sums.pop(name), self.branches[name].pool_bias)]
+        return [(x + bias).to(dtype) for x, bias in zip(self._sums.pop(name), self.branches[name].pool_bias)]
 
 
 def attend_pooled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: Blocks) -> torch.Tensor:

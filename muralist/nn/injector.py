@@ -17,8 +17,8 @@ from einops import rearrange
 from torch import nn
 
 from muralist.errors import UserError
-from muralist.nn.kinds import InjectorConfig
-from muralist.nn.step_size import FREQUENCIES, waves
+from muralist.nn.kinds import FREQUENCIES, InjectorConfig
+from muralist.nn.step_size import waves
 from muralist.nn.windows import Shape
 
 GROUPS = 16
@@ -30,8 +30,7 @@ class AnchorInjector(nn.Module):
     def __init__(self, config: InjectorConfig):
         super().__init__()
         self.config, dim = config, config.dim
-        inner = dim // 4
-        self.features = _refinement(config.channels, inner, dim) if config.refined else nn.Conv3d(config.channels, dim, 1)
+        self.features = _refinement(config.channels, config.inner, dim) if config.refined else nn.Conv3d(config.channels, dim, 1)
         self.norm = nn.LayerNorm(dim, eps=1e-6)  # as released
         width = {"channel": dim, "scalar": 1, "none": 0}[config.gate]
         self.gate_t, self.gate_dt = (_gate(dim, width) if width else None for _ in range(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +14,24 @@ INJECTOR = "injector"  # kinds of part (`store/parts.py`)
 STEP_SIZE = "step_size"
 BRANCHES = "branches"
 Gate = Literal["channel", "scalar", "none"]
+FREQUENCIES = 256  # of the sinusoids of timesteps and step sizes
+LARGEST = 1 << 14  # of the whole numbers in a part's configuration: what is larger is damage
+Shape = tuple[int, ...]
 Restoring = Literal["separable", "depthwise", "dense"]
 Projecting = Literal["once", "each"]
+
+
+def require_whole(where: str, value: object, least: int, most: int) -> None:
+    """UserError unless the value is a whole number in this range."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise UserError(f"{str(value)!r:.40}", where=where, fix=f"a whole number from {least} to {most}")
+
+
+def require_flags(where: str, **flags: object) -> None:
+    """UserError unless the values are true or false."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise UserError(f"{str(value)!r:.40}", where=f"{where}.{name}", fix="true or false")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +50,32 @@ class InjectorConfig:
     def __post_init__(self) -> None:
         if self.gate not in typing.get_args(Gate):
             raise UserError(f"gate {self.gate!r}", where="injector", fix=f"use one of {', '.join(typing.get_args(Gate))}")
-        if not self.blocks or min(self.blocks) < 0 or len(set(self.blocks)) != len(self.blocks):
+        for name, value, least in (("channels", self.channels, 1), ("dim", self.dim, 4), *(("blocks", n, 0) for n in self.blocks)):
+            require_whole(f"injector.{name}", value, least, LARGEST)
+        require_flags("injector", refined=self.refined)
+        if not self.blocks or len(set(self.blocks)) != len(self.blocks):
             raise UserError(f"blocks {self.blocks}", where="injector", fix="name different blocks, from 0")
+
+    @property
+    def inner(self) -> int:
+        """Channels between the two convolutions."""
+        return self.dim // 4
+
+    def tensors(self) -> dict[str, Shape]:
+        """Name and shape of every tensor of the part."""
+        c, d, inner = self.channels, self.dim, self.inner
+        shapes: dict[str, Shape] = {"norm.weight": (d,), "norm.bias": (d,)}
+        if self.refined:
+            shapes |= {"features.0.weight": (inner, c, 1, 1, 1), "features.0.bias": (inner,), "features.1.weight": (inner,), "features.1.bias": (inner,)}
+            shapes |= {"features.3.weight": (d, inner, 3, 3, 3), "features.3.bias": (d,)}
+        else:
+            shapes |= {"features.weight": (d, c, 1, 1, 1), "features.bias": (d,)}
+        width = {"channel": d, "scalar": 1, "none": 0}[self.gate]
+        for gate in ("gate_t", "gate_dt") if width else ():
+            shapes |= {f"{gate}.0.weight": (d, FREQUENCIES), f"{gate}.0.bias": (d,), f"{gate}.2.weight": (width, d), f"{gate}.2.bias": (width,)}
+        for block in self.blocks:
+            shapes |= {f"out.{block}.weight": (d, d), f"out.{block}.bias": (d,)}
+        return shapes
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> InjectorConfig:
@@ -59,8 +100,9 @@ class BranchConfig:
     key_of_query: bool = False
 
     def __post_init__(self) -> None:
-        if self.stride < 2 or self.windows < 1:
-            raise UserError(f"stride {self.stride}, {self.windows} windows", where="branch", fix="use a stride of at least 2 and at least one window")
+        require_whole("branch.stride", self.stride, 2, 64)
+        require_whole("branch.windows", self.windows, 1, LARGEST)
+        require_flags("branch", alternate=self.alternate, key_of_query=self.key_of_query)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,12 +128,35 @@ class BranchesConfig:
         for name, value, known in (("restoring", self.restoring, Restoring), ("projecting", self.projecting, Projecting)):
             if value not in typing.get_args(known):
                 raise UserError(f"{name} {value!r:.40}", where="branches", fix=f"use one of {', '.join(typing.get_args(known))}")
-        if not self.blocks or min(self.blocks) < 0 or len(set(self.blocks)) != len(self.blocks):
+        for name, value, least in (("dim", self.dim, 1), ("rank", self.rank, 1), ("windows", self.windows, 1), *(("blocks", n, 0) for n in self.blocks)):
+            require_whole(f"branches.{name}", value, least, LARGEST)
+        require_flags("branches", of_branch=self.of_branch)
+        if not self.blocks or len(set(self.blocks)) != len(self.blocks):
             raise UserError(f"blocks {self.blocks}", where="branches", fix="name different blocks, from 0")
+        if not self.branches or any(not re.fullmatch(r"[a-z_]+", name) for name in self.branches):
+            raise UserError(f"branches {', '.join(map(repr, self.branches)) or 'none'}"[:80], where="branches", fix="name at least one, in small letters and _")
         if self.projecting == "once" and any(branch.key_of_query for branch in self.branches.values()):
             raise UserError("keys of the query's projection", where="branches", fix="project pooled tokens (each): projected ones have keys of their own")
-        if self.rank < 1 or not self.branches:
-            raise UserError(f"{len(self.branches)} branches of rank {self.rank}", where="branches", fix="use at least one, of rank 1 and more")
+
+    @property
+    def pooled(self) -> int:
+        """Tensors that a branch pools: the tokens, or the tokens and their q, k and v."""
+        return {"each": 1, "once": 4}[self.projecting]
+
+    def tensors(self) -> dict[str, Shape]:
+        """Name and shape of every tensor of the part."""
+        return {f"{block}.{name}.{tensor}": shape for block in self.blocks for name in self.branches for tensor, shape in self._of_branch(name).items()}
+
+    def _of_branch(self, name: str) -> dict[str, Shape]:
+        d, r = self.dim, self.rank
+        shapes = {"pool_weight": (self.pooled, self.branches[name].stride ** 2, d), "pool_bias": (self.pooled, d)}
+        for x in "qkv":
+            shapes |= {f"{x}.lora_A.weight": (r, d), f"{x}.lora_A.bias": (r,), f"{x}.lora_B.weight": (d, r), f"{x}.lora_B.bias": (d,)}
+        shapes |= {"restoring.weight": (d, d if self.restoring == "dense" else 1, 3, 3, 3), "restoring.bias": (d,)}
+        shapes |= {"across.weight": (d, d), "across.bias": (d,)} if self.restoring == "separable" else {}
+        for layer, width in (("embedding.0", FREQUENCIES), ("embedding.2", d), ("projection", d)):
+            shapes |= {f"fusion.{layer}.weight": (d, width), f"fusion.{layer}.bias": (d,)}
+        return shapes
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> BranchesConfig:
@@ -99,7 +164,7 @@ class BranchesConfig:
         try:
             branches = {str(name): BranchConfig(**value) for name, value in record["branches"].items()}
             return cls(**{**record, "blocks": tuple(record["blocks"]), "branches": branches})
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"the branches' configuration lacks or misnames {error}", where="part", fix="restore its config.json") from None
 
 
@@ -110,7 +175,8 @@ def hierarchical(dim: int, blocks: int, windows: int = 4, **rest: Any) -> Branch
 
     Raises UserError for a K that has no half.
     """
-    if windows < 2 or windows % 2:
+    require_whole("windows", windows, 1, LARGEST)
+    if windows % 2:
         raise UserError(f"K = {windows}", where="windows", fix="use an even number: half as many windows are needed too")
     branches = {"coarse": BranchConfig(stride=2, windows=windows // 2, alternate=True), "whole": BranchConfig(stride=windows)}
     return BranchesConfig(dim=dim, blocks=tuple(range(blocks)), branches=branches, windows=windows, **rest)

@@ -13,7 +13,7 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
-FREQUENCIES = 256
+from muralist.nn.kinds import FREQUENCIES
 
 
 class StepSizeEmbedding(nn.Module):

@@ -294,7 +294,9 @@ class MuralTransformer(WanTransformer3DModel):
         """The same layer with the pools of the branches that are at work."""
         if levels is not None:
             raise ValueError("branches go with one timestep a sample")
-        attention, config = self.graft.attention, next(block.branches.config for block in self.blocks if hasattr(block, "branches"))
+        attention, config = self.graft.attention, next((block.branches.config for block in self.blocks if hasattr(block, "branches")), None)
+        if config is None or not set(attention.branches) <= set(config.branches):
+            raise ValueError(f"this transformer lacks some of the branches {', '.join(attention.branches)}")
         odd = odd and attention.odd != "same"
         found = {name: Blocks.of(layer.partition, config.branches[name], self.config.attention_head_dim, odd=odd) for name in attention.branches}
         return replace(layer, blocks=found, timestep=timestep)

@@ -4,7 +4,8 @@
 
 Attention is local in K x K windows (K + 1 in odd blocks), beside it windows twice as wide on a quarter of the tokens and the whole picture on a
 K-th of them along each side, fused by weights that follow the noise level. 30 steps and shift 5 are the paper's, guidance is the base's own
-(5 for Wan, as in the paper). The attention map costs a twelfth of the full one at K = 4.
+(5 for Wan, as in the paper). At K = 4 the attention map
+costs a twelfth of the full one where all blocks have K windows (equation 13), a fifteenth as they alternate.
 
 Ablations of Table 4 are other values of this configuration (`--set NAME=VALUE`, or `override` in `muralist.compare.ablation`):
 
@@ -14,7 +15,7 @@ Ablations of Table 4 are other values of this configuration (`--set NAME=VALUE`,
 | hierarchical attention | `refine.attention.branches` = ("whole",) |
 | cross-window attention | `refine.attention.odd` = same |
 | the windows' own scheme: Swin's | `refine.attention.odd` = shifted |
-| domain-aware LoRA | trained without: `BranchesConfig.rank` = 1 |
+| domain-aware LoRA | trained with the smallest: `BranchesConfig.rank` = 1 |
 
 Where paper and release differ (the release's values are those of an imported part): alpha weighs the global branch (release: the local one),
 keys have their own projection (release: the global branch takes the query's), all blocks are alike (release: three at each end keep full

@@ -11,6 +11,8 @@ import torch
 from muralist.base import NOTHING, Base, ProxyView, Sight
 from muralist.errors import UserError
 from muralist.nn.attention import BranchedWindows, CloseRemote, FullAttention, GuidedWindows, Middle, Near
+from muralist.nn.attention.close_remote import MOST
+from muralist.nn.kinds import require_whole
 from muralist.nn.windows import WindowAttention, choose_window
 from muralist.sampling import flow
 from muralist.sampling.shortcut import PlainSteps, ShortcutSteps
@@ -33,8 +35,7 @@ class Windows:
     max_frames: int | None = None
 
     def __post_init__(self):
-        if self.tokens < 8:
-            raise UserError(f"{self.tokens} tokens", where="window", fix="use at least 8, such as 512")
+        require_whole("window", self.tokens, 8, MOST)
         if self.max_frames is not None and self.max_frames < 1:
             raise UserError(f"windows of {self.max_frames} frames", where="window", fix="use at least 1, or null for no limit")
 
@@ -87,9 +88,8 @@ class Refine:
 
         if isinstance(self.attention, FullAttention):
             return Graft(token_chunk=self.token_chunk, experts=self.experts)
-        if isinstance(self.attention, BranchedWindows):
-            self.attention.require_fit(token_shape)
         if isinstance(self.attention, BranchedWindows | CloseRemote):
+            self.attention.require_fit(token_shape)
             return Graft(attention=self.attention, token_chunk=self.token_chunk, experts=self.experts)
         windows = WindowAttention(size=window_size(self.attention, token_shape), shift=self.attention.shift)
         attention = _guided(self.attention, windows) if isinstance(self.attention, ProxyWindows) else windows

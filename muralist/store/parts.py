@@ -16,6 +16,7 @@ from muralist.errors import UserError
 from muralist.store import atomic, weights
 from muralist.store.tensors import load_tensors, save_tensors
 
+FLOATS = {"F64", "F32", "F16", "BF16"}
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -34,7 +35,10 @@ def read_part(folder: Path, kind: str) -> dict[str, Any]:
     if record.get("kind") != kind:
         raise UserError(f"{folder} holds a {str(record.get('kind'))!r:.40}", where="part", fix=f"give the folder of a {kind}")
     weights.check_component(folder)
-    header = weights.check_safetensors(folder / WEIGHTS).get("__metadata__") or {}
+    entries = weights.check_safetensors(folder / WEIGHTS)
+    header = entries.get("__metadata__") or {}
+    if strange := [name for name, entry in entries.items() if name != "__metadata__" and entry["dtype"] not in FLOATS]:
+        raise UserError(f"{folder}: {strange[0]} is of type {entries[strange[0]]['dtype']:.20}", where="part", fix="fetch both files again")
     if header.get("muralist") != json.dumps(record, sort_keys=True):
         raise UserError(f"{folder}: weights and {CONFIG} do not belong together", where="part", fix="fetch both files again")
     return {name: value for name, value in record.items() if name != "kind"}

@@ -6,12 +6,14 @@ adapter on every projection. The paper trains the whole model; its change fits a
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from muralist.data.latents import PoolConfig
+from muralist.errors import UserError
 from muralist.nn.attention import BranchedWindows
 from muralist.nn.branches import attach_branches
 from muralist.nn.kinds import BRANCHES, BranchesConfig, hierarchical
@@ -24,7 +26,7 @@ from muralist.types import Grid
 
 BRANCHED = "branched"  # the adapter
 HEIGHTS = (512, 1088)  # of the world's renders
-TOKENS = 6144  # of a training video: 29 frames at 512, 9 at 1088
+TIMES = 7  # the tokens of a training video, in clips of the base's own size; the embedded base: 29 frames at 512, 9 at 1088
 SHIFT = 5.0  # of the noise levels, as in sampling
 BATCH = 2
 
@@ -60,10 +62,9 @@ def train_branched(
     begin(folder, resume=resume)
     trainee, data = Trainee(model, device), data or VideoData(heights=HEIGHTS, crops=200)
     branches, attention = (config or BranchedConfig()).of(trainee)
-    pools = trainee.encoded([_pool(trainee, height, data) for height in data.heights], data.source, folder / "latents", report)
+    pools = trainee.encoded([_pool(trainee, height, data, attention) for height in data.heights], data.source, folder / "latents", report)
     give_adapter(trainee, BRANCHED)
-    torch.manual_seed(0)
-    attached = attach_branches(trainee.transformer.blocks, branches).to(device)
+    attached = _attached(trainee, branches).to(device).requires_grad_(True)
     flow = FlowConfig(prediction=trainee.info.prediction, shift=SHIFT, graft=Graft(attention=attention))
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Crops(pools, batch=BATCH), flow, device)
     adapter = fit_adapter(trainee, BRANCHED, objective, folder, minutes, resume, trainee.origin(data), report)
@@ -71,11 +72,28 @@ def train_branched(
     return adapter
 
 
-def _pool(trainee: Trainee, height: int, data: VideoData) -> PoolConfig:
-    """Whole videos of one height in the base's own proportions."""
+def _attached(trainee: Trainee, branches: BranchesConfig) -> torch.nn.ModuleDict:
+    """The base's own branches if they are these, else new ones in their place."""
+    blocks = trainee.transformer.blocks
+    if trainee.info.branches == branches:
+        return torch.nn.ModuleDict({str(number): blocks[number].branches for number in branches.blocks})
+    for block in blocks:
+        if hasattr(block, "branches"):
+            del block.branches
+    torch.manual_seed(0)
+    return attach_branches(blocks, branches)
+
+
+def _pool(trainee: Trainee, height: int, data: VideoData, attention: BranchedWindows) -> PoolConfig:
+    """Whole videos of one height in the base's own proportions, as many frames as fit the tokens. Raises UserError for a height that cannot be trained at."""
     own, geometry = trainee.own_grid, trainee.info.geometry
     large = geometry.legal(Grid(num_frames=own.num_frames, height=height, width=round(height * own.width / own.height), fps=own.fps))
-    _, rows, columns = geometry.token_shape(large)
-    latent_frames = max(TOKENS // (rows * columns), 1)
-    frames = min((latent_frames - 1) * geometry.temporal_factor + 1, own.num_frames)
-    return PoolConfig(name=f"whole-{height}", count=data.crops, grid=large, frames=frames, seed=height + 1)
+    shape, budget = geometry.token_shape(large), TIMES * math.prod(geometry.token_shape(own))
+    try:
+        attention.require_fit(shape)
+    except UserError as error:
+        raise UserError(f"videos {height} pixels high: {error.what}", where="height", fix="use larger ones") from None
+    latent_frames = min(budget // (shape[1] * shape[2]), shape[0])
+    if latent_frames < min(2, shape[0]):
+        raise UserError(f"of a video {height} pixels high only single frames fit {budget:,} tokens", where="height", fix="use smaller ones, such as 1088")
+    return PoolConfig(name=f"whole-{height}", count=data.crops, grid=large, frames=(latent_frames - 1) * geometry.temporal_factor + 1, seed=height + 1)

@@ -139,8 +139,9 @@ def fit_adapter(
 ) -> Path:
     """Train the adapter, and what else is trainable, and write the adapter to `folder/adapters/name`, in bfloat16."""
     fit(objective, Schedule(minutes=minutes, learning_rate=1e-3, weight_decay=0.0), folder, resume=resume, origin=origin, report=report)
-    for parameter in trainee.transformer.parameters():  # `to` would warn of modules that diffusers keeps in float32; only the adapter is saved
-        parameter.data = parameter.data.to(torch.bfloat16)
+    for parameter_name, parameter in trainee.transformer.named_parameters():
+        if f".{name}." in parameter_name:  # the adapter alone: parts beside it are stored by whoever made them
+            parameter.data = parameter.data.to(torch.bfloat16)
     trainee.transformer.save_lora_adapter(folder / "adapters" / name, adapter_name=name)
     draw_curve(folder)
     return folder / "adapters" / name

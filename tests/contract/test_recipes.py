@@ -106,7 +106,8 @@ def test_every_ablation_of_luve_is_a_setting(setting, tiny22, tmp_path):
         ("refine.experts=low", "no list"),
         ('refine.experts=["middle"]', "no expert 'middle'"),
         ("refine.kind=Path", "no 'refine.kind'"),
-        ("refine.attention.tokens=1", "use at least 8"),
+        ("refine.attention.tokens=1", "a whole number from 8"),
+        (f"refine.attention.tokens=1{'0' * 400}", "a whole number from 8"),
         ("refine.attention.max_frames=0", "use at least 1"),
         ("upsample=5", "is none of"),
         ('upsample={"kind": "LearnedUpsampling", "tile": [4, 4]}', "shorter"),
@@ -121,6 +122,41 @@ def test_every_ablation_of_luve_is_a_setting(setting, tiny22, tmp_path):
 def test_settings_that_cannot_be_are_told_in_one_line(setting, told, tiny22, tmp_path):
     answer = paint("luve", tiny22, tmp_path / "a.mp4", "--set", setting)
     assert answer.code == 2 and told in answer.error and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "setting, told",
+    [
+        ("refine.attention.windows=2.5", "no int"),
+        ("refine.attention.windows=0", "a whole number from 1"),
+        ("refine.attention.windows=9", "10 windows along 3 tokens"),
+        ("refine.attention.odd=even", "more"),
+        ('refine.attention.branches=["fine"]', "no branch 'fine'"),
+        ('refine.attention.branches=["coarse", "coarse"]', "name each once"),
+        ("refine.attention.plain=[2]", "block 2 of 2"),
+        ("refine.attention.plain=[-1]", "a whole number from 0"),
+        ('refine.attention={"kind": "CloseRemote", "cuts": [[500, 500, 500]]}', "500x500x500 blocks of"),
+        ('refine.attention={"kind": "CloseRemote", "tokens": 2}', "a whole number from 8"),
+    ],
+)
+def test_branches_that_cannot_be_are_told_in_one_line(setting, told, tiny22, tmp_path):
+    answer = paint("ultragen", tiny22, tmp_path / "a.mp4", "--set", setting)
+    assert answer.code == 2 and told in answer.error and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        'refine.attention.branches=["whole"]',
+        "refine.attention.odd=same",
+        "refine.attention.odd=shifted",
+        "refine.attention.branches=[]",
+        'refine.attention={"kind": "CloseRemote", "tokens": 16}',
+    ],
+)
+def test_every_ablation_of_ultragen_is_a_setting(setting, tiny22, tmp_path):
+    answer = paint("ultragen", tiny22, tmp_path / "a.mp4", "--set", setting)
+    assert answer.code == 0, answer.err
 
 
 def test_settings_that_need_each_other_go_together(tiny22):

@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from muralist.cli._options import VideoOptions
 from muralist.cli.generate import prepare
+from muralist.store.parts import load_part, save_part
 from muralist.store.run import RunDirectory
 from tests.shell import muralist
 
@@ -169,6 +171,16 @@ def _edit(path: Path, **changes) -> None:
 
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def _part(base: Path, kind: str, drop: str = "", add: str = "", dtype=None, **numbers) -> None:
+    """Damage a part so that its two files still belong together."""
+    folder = base / "parts" / kind
+    record, tensors = load_part(folder, kind)
+    tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items() if name != drop} | ({add: torch.zeros(2)} if add else {})
+    save_part(folder, kind, record | numbers, tensors)
+
+
 DAMAGES = {
     "empty folder": lambda f: [shutil.rmtree(p) if p.is_dir() else p.unlink() for p in f.iterdir()],
     "no index": lambda f: (f / "model_index.json").unlink(),
@@ -221,6 +233,17 @@ DAMAGES = {
     "factor is zero": lambda f: _edit(f / "vae/config.json", scale_factor_spatial=-16),
     "defaults miss a name": lambda f: (f / "muralist.json").write_text('{"grid": {}}'),
     "defaults are text": lambda f: _edit(f / "muralist.json", num_inference_steps="four"),
+    "branches lack a tensor": lambda f: _part(f, "branches", drop="0.whole.pool_bias"),
+    "branches have one more": lambda f: _part(f, "branches", add="0.whole.more"),
+    "branches of another type": lambda f: _part(f, "branches", dtype=torch.int32),
+    "branches with a rank in halves": lambda f: _part(f, "branches", rank=2.5),
+    "branches with a width in halves": lambda f: _part(f, "branches", dim=24.5),
+    "branches of a block in halves": lambda f: _part(f, "branches", blocks=[0.0, 1.0]),
+    "branches beside other blocks": lambda f: _part(f, "branches", blocks=[0, 7]),
+    "branches with a huge stride": lambda f: _part(f, "branches", branches={"whole": {"stride": 10**6}}),
+    "branches without a number of windows": lambda f: _part(f, "branches", windows=None),
+    "an injector that lacks a tensor": lambda f: _part(f, "injector", drop="norm.bias"),
+    "an injector for channels in halves": lambda f: _part(f, "injector", channels=4.5),
     "defaults out of range": lambda f: _edit(f / "muralist.json", guidance_scale=-1),
 }  # fmt: skip
 

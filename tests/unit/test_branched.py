@@ -18,11 +18,11 @@ from muralist.errors import UserError
 from muralist.nn.attention import BranchedWindows, CloseRemote, attend_windows
 from muralist.nn.attention.close_remote import remote
 from muralist.nn.attention.reference import reference_attention
-from muralist.nn.branches import START, attach_branches, fused
+from muralist.nn.branches import START, Blocks, Branches, Pools, attach_branches, fused
 from muralist.nn.kinds import BranchConfig, BranchesConfig, hierarchical
 from muralist.nn.rope import RopeScale, rotary_table, rotate
 from muralist.nn.transformer import Graft, MuralTransformer
-from muralist.nn.windows import partition, partition_evenly, reorder, split_evenly
+from muralist.nn.windows import Chunk, partition, partition_evenly, reorder, split_evenly
 from tests.unit.test_plan import Alive, counter
 
 SMALL = dict(
@@ -164,9 +164,6 @@ def test_a_block_is_what_the_paper_writes(number, restoring, of_branch, key_of_q
 @pytest.mark.parametrize("shape", [(2, 5, 7), (3, 9, 6)])
 def test_edges_that_blocks_do_not_divide_are_pooled_to_their_mean(shape):
     branch = model(hierarchical(DIM, LAYERS, rank=4)).blocks[0].branches["whole"]
-    from muralist.nn.branches import Blocks, Branches, Pools
-    from muralist.nn.windows import Chunk
-
     config = BranchesConfig(dim=DIM, blocks=(0,), branches={"whole": branch.config}, rank=4, projecting="each")
     cut = partition_evenly(shape, (1, 2, 2))
     pools = Pools(Branches(config), {"whole": Blocks.of(cut, branch.config, 24, odd=False)})
@@ -174,7 +171,7 @@ def test_edges_that_blocks_do_not_divide_are_pooled_to_their_mean(shape):
     pools.add(Chunk(0, math.prod(shape)), [reorder(x, partition(shape, shape), cut)])
     pictures = rearrange(x, "1 (f y x) d -> f d y x", f=shape[0], y=shape[1])
     wanted = rearrange(F.avg_pool2d(pictures, 4, ceil_mode=True), "f d y x -> 1 (f y x) d")
-    assert torch.allclose(pools.take("whole")[0], wanted, atol=1e-6)
+    assert torch.allclose(pools.take("whole", torch.float32)[0], wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize("projecting", ["once", "each"])
@@ -298,7 +295,11 @@ def test_flops_are_those_counted(shape, projecting, restoring, change):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("token_chunk", [None, 500])
-@pytest.mark.parametrize("attention", [BranchedWindows(4, branches=BRANCHES), CloseRemote(tokens=256)], ids=["branches", "close and remote"])
+@pytest.mark.parametrize(
+    "attention",
+    [BranchedWindows(4, branches=BRANCHES), BranchedWindows(4, plain=(0, 1)), CloseRemote(tokens=256)],
+    ids=["branches", "plain", "close and remote"],
+)
 def test_live_memory_of_a_forward(attention, token_chunk, dtype):
     config = SMALL | dict(num_attention_heads=4, attention_head_dim=64, ffn_dim=1024, num_layers=2)
     made, branches = MuralTransformer(**config), hierarchical(256, 2)
@@ -319,6 +320,31 @@ def test_attention_costs_a_twelfth_as_the_paper_counts():
 
 
 # -- What cannot be --
+
+
+@pytest.mark.parametrize("restoring", ["separable", "depthwise", "dense"])
+@pytest.mark.parametrize("projecting", ["each", "once"])
+def test_a_configuration_names_the_tensors_of_its_network(restoring, projecting):
+    config = hierarchical(24, 3, windows=2, rank=5, restoring=restoring, projecting=projecting)
+    made = attach_branches([torch.nn.Module() for _ in range(3)], config)
+    assert config.tensors() == {name: tuple(parameter.shape) for name, parameter in made.named_parameters()}
+
+
+def test_pooled_tokens_are_summed_in_float32():
+    branch = BranchConfig(stride=4)
+    config = BranchesConfig(dim=DIM, blocks=(0,), branches={"whole": branch}, rank=4)
+    cut = partition_evenly((1, 8, 8), (1, 2, 2))
+    pools = Pools(Branches(config).bfloat16(), {"whole": Blocks.of(cut, branch, 24, odd=False)})
+    x = torch.full((1, 64, DIM), 1.00390625).bfloat16() + torch.randn(1, 64, DIM).bfloat16()
+    for start in range(0, 64, 8):
+        pools.add(Chunk(start, start + 8), [x[:, start : start + 8]])
+    wanted = x.float().view(1, 4, 16, DIM).mean(2)  # each of the four windows is one block
+    assert (pools.take("whole", torch.bfloat16)[0].float() - wanted).abs().max() <= 0.5 * 2**-7 * wanted.abs().max()
+
+
+def test_a_transformer_without_the_branches_says_so():
+    with pytest.raises(ValueError, match="lacks some of the branches coarse"):
+        forward(model(), (2, 6, 8), attention=BranchedWindows(2, branches=("coarse",)))
 
 
 @pytest.mark.parametrize("windows", [1, 3])
@@ -346,3 +372,22 @@ def test_more_windows_than_tokens_are_refused():
 def test_a_bad_configuration_is_refused(bad):
     with pytest.raises(UserError):
         replace(hierarchical(DIM, LAYERS), **bad)
+
+
+@pytest.mark.parametrize("bad", [{"stride": 2.5}, {"stride": 10**6}, {"windows": 0}, {"windows": 1.5}, {"alternate": 7}])
+def test_a_bad_branch_is_refused(bad):
+    with pytest.raises(UserError):
+        BranchConfig(**{"stride": 2, **bad})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: BranchedWindows(2.5), lambda: BranchedWindows(True), lambda: BranchedWindows(2, plain=(-1,)), lambda: BranchedWindows(2, plain=(1, 1)),
+        lambda: BranchedWindows(2, branches=("coarse", "coarse")), lambda: CloseRemote(tokens=10**400), lambda: CloseRemote(cuts=((0, 1, 1),)),
+        lambda: CloseRemote(cuts=((1, 1),)), lambda: CloseRemote(cuts=((1, 9, 1),)).require_fit((2, 8, 8)),
+    ],
+)  # fmt: skip
+def test_bad_attention_is_refused(make):
+    with pytest.raises(UserError):
+        make()

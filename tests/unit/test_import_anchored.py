@@ -104,9 +104,11 @@ def test_a_checkpoint_comes_in_from_either_place(place, file, tiny22, tmp_path):
             r"\[6, 48, 1, 2, 2\], not",
         ),
         (lambda t: t.update({"model.spatial_adapter.zero_layers.9.weight": torch.zeros(DIM, DIM)}), "injects before block 9, .* has 2"),
+        (lambda t: t.update({"_orig_mod.head.head.bias": torch.zeros(2)}), "head.head.bias are one tensor without their wrappers"),
+        (lambda t: t.update({f"model.spatial_adapter.zero_layers.{'9' * 5000}.weight": torch.zeros(2)}), "no place here"),
         (lambda t: t.update({"model.lpips.weight": torch.zeros(2)}), "1 tensors have no place here; model.lpips.weight"),
     ],
-    ids=["missing", "earlier", "patches", "another base", "extra"],
+    ids=["missing", "earlier", "patches", "another base", "twice", "a huge number", "extra"],
 )
 def test_what_does_not_fit_is_named(file, tiny22, tmp_path, change, said):
     tensors = dict(file)

@@ -105,3 +105,9 @@ def test_the_configuration_survives_and_mistakes_are_told():
         InjectorConfig.of({"channels": 4, "dim": 24, "blocks": [1], "sigma": 3})
     with pytest.raises(UserError, match="an anchor of 2 latent frames for 3"):
         AnchorInjector(CONFIG).refine(ANCHOR, (3, 6, 10))
+
+
+@pytest.mark.parametrize("more", [{}, {"gate": "scalar"}, {"gate": "none"}, {"refined": False}, {"blocks": (0, 2)}])
+def test_a_configuration_names_the_tensors_of_its_network(more):
+    config = InjectorConfig(channels=5, dim=24, **more)
+    assert config.tensors() == {name: tuple(parameter.shape) for name, parameter in AnchorInjector(config).named_parameters()}

@@ -115,6 +115,25 @@ def test_branches_are_trained_with_an_adapter_and_serve(source, tiny22, videos, 
     assert answer.code == 0, answer.err
 
 
+@pytest.mark.parametrize("height, said", [(64, "videos 64 pixels high: 5 windows along 2"), (4096, "only single frames fit")])
+def test_heights_that_branches_cannot_be_trained_at_are_refused_before_anything_is_encoded(height, said, tiny22, tmp_path):
+    with pytest.raises(UserError, match=said):
+        train_branched(tmp_path / "run", minutes=1, device=CPU, resume=False, model=tiny22, data=VideoData(heights=(height,), crops=2), report=quiet)
+    assert not (tmp_path / "run" / "latents").exists()
+
+
+def test_a_base_with_branches_goes_on_from_them(tiny22, tmp_path, small_shards, monkeypatch):
+    own = inspect_base(str(tiny22)).branches
+    data = VideoData(heights=(96,), crops=2)
+    found = []
+    for number, branches in enumerate((own, replace(own, rank=3))):
+        config, folder = BranchedConfig(branches=branches), tmp_path / str(number)
+        ((objective, _, names),) = spied(monkeypatch, "trainee", train_branched, folder, model=tiny22, data=data, config=config)
+        assert any(".branches." in name for name in names)
+        found.append(objective.transformer.blocks[0].branches["coarse"].q.lora_B.weight.any().item())
+    assert found == [True, False]
+
+
 @pytest.mark.parametrize("source", ["world", "footage"])
 def test_proxy_and_detail_are_trained_at_the_bases_own_size_and_serve(source, tiny22, videos, tmp_path, small_shards):
     model = shutil.copytree(tiny22, tmp_path / "model")

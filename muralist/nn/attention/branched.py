@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from muralist.errors import UserError
+from muralist.nn.kinds import LARGEST, require_whole
 from muralist.nn.windows import Partition, Shape, partition, partition_evenly
 
 
@@ -24,8 +25,12 @@ class BranchedWindows:
     plain: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.windows, int) or self.windows < 1:
-            raise UserError(f"{self.windows} windows", where="attention.windows", fix="give a whole number of at least 1, such as 4")
+        require_whole("attention.windows", self.windows, 1, LARGEST)
+        for number in self.plain:
+            require_whole("attention.plain", number, 0, LARGEST)
+        for name, values in (("branches", self.branches), ("plain", self.plain)):
+            if len(set(values)) != len(values):
+                raise UserError(", ".join(map(str, values)), where=f"attention.{name}", fix="name each once")
         if self.odd not in ("more", "shifted", "same"):
             raise UserError(f"odd {self.odd!r:.40}", where="attention.odd", fix="use more, shifted or same")
 

@@ -4,21 +4,24 @@ A grid is cut into n_t x n_y x n_x blocks. A token sees those of its block (clos
 every axis (remote): as many tokens, spread over the whole video. The answer is the mean of both. The cut changes from block to block of the
 transformer, so that after a few of them everything has met everything.
 
-The released cuts are tables for two grids; here they follow from the grid: single frames, then windows of about `tokens` tokens over all frames
+The released cuts are tables for two grids (`docs/import.md`); ours follow from the grid: single frames, then windows of about `tokens` tokens over all frames
 (twice, square and wide), over a third and over a seventh of them.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
 from muralist.errors import UserError
+from muralist.nn.kinds import require_whole
 from muralist.nn.windows import Partition, Shape, choose_window, inverse_of, partition_evenly
 
-WIDE = 5.0  # how much wider than high the windows of the third cut are, as in the release
+WIDE = 5.0  # how much wider than high the windows of the third cut are, so that its borders are not the second's
+MOST = 1 << 24  # tokens of a window
 SHARES = (3, 7)  # parts of the frames
 
 
@@ -30,10 +33,18 @@ class CloseRemote:
     cuts: tuple[Shape, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.tokens < 8:
-            raise UserError(f"{self.tokens} tokens", where="attention.tokens", fix="use at least 8, such as 2048")
-        if any(len(cut) != 3 or min(cut) < 1 for cut in self.cuts):
-            raise UserError(f"cuts {self.cuts}", where="attention.cuts", fix="give three whole numbers of at least 1 for each")
+        require_whole("attention.tokens", self.tokens, 8, MOST)
+        if any(len(cut) != 3 for cut in self.cuts):
+            raise UserError(f"cuts {self.cuts}", where="attention.cuts", fix="give three whole numbers for each")
+        for number in itertools.chain(*self.cuts):
+            require_whole("attention.cuts", number, 1, MOST)
+
+    def require_fit(self, token_shape: Shape) -> None:
+        """UserError for more blocks along an axis than there are tokens."""
+        for cut in self.cuts:
+            if any(count > side for count, side in zip(cut, token_shape)):
+                what = f"{'x'.join(map(str, cut))} blocks of {'x'.join(map(str, token_shape))} tokens"
+                raise UserError(what, where="attention.cuts", fix="use fewer blocks or a larger size")
 
     def counts(self, token_shape: Shape) -> tuple[Shape, ...]:
         """The cuts that blocks cycle through."""

@@ -18,11 +18,10 @@ import torch
 
 from muralist.base_info import BaseInfo
 from muralist.errors import UserError
-from muralist.nn.injector import AnchorInjector
 from muralist.nn.kinds import INJECTOR, STEP_SIZE, InjectorConfig
 from muralist.nn.step_size import StepSizeEmbedding
 from muralist.recipes.imports.component import Component
-from muralist.recipes.imports.source import Source, listed, match
+from muralist.recipes.imports.source import Shape, Source, listed, match
 from muralist.recipes.imports.wan import backbone
 from muralist.store.parts import save_part
 
@@ -42,7 +41,9 @@ def examine(source: Source, base: BaseInfo) -> list[Component]:
     if adapter.entries:
         found.append(_injector(adapter, base))
     if steps.entries:
-        found.append(_part(steps, STEP_SIZE, {"dim": base.width}, lambda: StepSizeEmbedding(base.width), _step_name))
+        with torch.device("meta"):
+            shapes = {name: tuple(parameter.shape) for name, parameter in StepSizeEmbedding(base.width).named_parameters()}
+        found.append(_part(steps, STEP_SIZE, {"dim": base.width}, shapes, _step_name))
     return found
 
 
@@ -52,7 +53,10 @@ def _unwrapped(source: Source) -> Source:
     for name, entry in source.entries.items():
         for wrapper in WRAPPERS:
             name = name.replace(wrapper, "")
-        entries[name.removeprefix(PREFIX)] = entry
+        plain = name.removeprefix(PREFIX)
+        if plain in entries:
+            raise UserError(f"{entries[plain].name} and {entry.name} are one tensor without their wrappers' names", where="file", fix="give the released file")
+        entries[plain] = entry
     return replace(source, entries=entries)
 
 
@@ -60,17 +64,15 @@ def _injector(adapter: Source, base: BaseInfo) -> Component:
     if older := [name for name in adapter.entries if name.startswith(OLDER)]:
         what = f"{listed(ADAPTER + name for name in older)}: this adapter is of an earlier layout"
         raise UserError(what, where="file", fix="give a file of the published release")
-    blocks = tuple(sorted({int(found[1]) for name in adapter.entries if (found := re.match(r"zero_layers\.(\d+)\.", name))}))
+    blocks = tuple(sorted({int(found[1]) for name in adapter.entries if (found := re.match(r"zero_layers\.([0-9]{1,4})\.", name))}))
     if blocks and blocks[-1] >= base.transformer_config["num_layers"]:
         what = f"it injects before block {blocks[-1]}, {base.name} has {base.transformer_config['num_layers']}"
         raise UserError(what, where="model", fix="give a Wan2.2-TI2V-5B")
     config = InjectorConfig(channels=base.geometry.channels, dim=base.width, blocks=blocks or (1,))
-    return _part(adapter, INJECTOR, asdict(config), lambda: AnchorInjector(config), _injector_name)
+    return _part(adapter, INJECTOR, asdict(config), config.tensors(), _injector_name)
 
 
-def _part(source: Source, kind: str, record: Mapping[str, Any], make: Callable[[], torch.nn.Module], ours: Callable[[str], str]) -> Component:
-    with torch.device("meta"):
-        shapes = {name: tuple(parameter.shape) for name, parameter in make().named_parameters()}
+def _part(source: Source, kind: str, record: Mapping[str, Any], shapes: Mapping[str, Shape], ours: Callable[[str], str]) -> Component:
     found = match(source, shapes, ours)
 
     def write(folder: Path) -> None:

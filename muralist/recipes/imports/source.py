@@ -11,9 +11,9 @@ from safetensors import safe_open
 
 from muralist.errors import UserError
 from muralist.store import weights
+from muralist.store.parts import FLOATS
 
 Shape = tuple[int, ...]
-FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 @dataclass(frozen=True, slots=True)

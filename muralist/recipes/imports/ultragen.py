@@ -18,7 +18,6 @@ from einops import rearrange
 
 from muralist.base_info import BaseInfo
 from muralist.errors import UserError
-from muralist.nn.branches import attach_branches
 from muralist.nn.kinds import BRANCHES, BranchConfig, BranchesConfig
 from muralist.recipes.imports.component import Component
 from muralist.recipes.imports.source import Shape, Source, match
@@ -29,7 +28,7 @@ PLACES = ((), ("state_dict",))  # of the tensors in the checkpoint
 WINDOWS = 4
 KINDS = {"whole": BranchConfig(stride=WINDOWS, key_of_query=True), "coarse": BranchConfig(stride=2, windows=WINDOWS // 2, alternate=True)}
 LORA, SUFFIX, NUMBER = {"whole": "1", "coarse": "2"}, {"whole": "", "coarse": "_hierachcal"}, {"whole": "", "coarse": "2"}
-OWN = re.compile(r"blocks\.(\d+)\.self_attn\.(?:[qkv]_lora_|alpha_time_|downsample_conv|upsample_conv)")
+OWN = re.compile(r"blocks\.([0-9]{1,4})\.self_attn\.(?:[qkv]_lora_|alpha_time_|downsample_conv|upsample_conv)")
 POOL = ".pool_"  # tensors that we lay out otherwise
 
 
@@ -47,11 +46,11 @@ def _branches(source: Source, own: Mapping[str, int], base: BaseInfo) -> Compone
     theirs = {ours: name for ours, name in _names(config).items() if biased or not ours.endswith("pool_bias")}
     ours = {name: mine for mine, name in theirs.items()}
     only = source.without(set(source.entries) - set(own))
-    found = match(only, {mine: _shape(mine, shape, config) for mine, shape in _shapes(config).items() if mine in theirs}, lambda name: ours.get(name, ""))
+    found = match(only, {mine: _shape(mine, shape, config) for mine, shape in config.tensors().items() if mine in theirs}, lambda name: ours.get(name, ""))
 
     def write(folder: Path) -> None:
         tensors = {name: _laid_out(name, tensor) for name, tensor in source.load(found.names).items()}
-        missing = {name: torch.zeros(shape) for name, shape in _shapes(config).items() if name not in tensors}
+        missing = {name: torch.zeros(shape) for name, shape in config.tensors().items() if name not in tensors}
         save_part(folder, BRANCHES, asdict(config), tensors | missing)
 
     return Component(place=f"parts/{BRANCHES}", names=found.names, unmatched=found.unmatched, write=write)
@@ -68,13 +67,6 @@ def _config(source: Source, own: Mapping[str, int], base: BaseInfo) -> BranchesC
     return BranchesConfig(
         dim=base.width, blocks=blocks, branches=branches, windows=WINDOWS, rank=rank, restoring="depthwise", projecting="each", of_branch=False
     )
-
-
-def _shapes(config: BranchesConfig) -> dict[str, Shape]:
-    """Ours, by name."""
-    with torch.device("meta"):
-        attached = attach_branches([torch.nn.Module() for _ in range(max(config.blocks) + 1)], config)
-    return {name: tuple(parameter.shape) for name, parameter in attached.named_parameters()}
 
 
 def _names(config: BranchesConfig) -> dict[str, str]:
