@@ -32,7 +32,7 @@ SMALL_GRID = replace(GRID, height=GRID.height // REDUCTION, width=GRID.width // 
 TEXT_LENGTH = 16  # the longest caption has 11 words
 FLOW_SHIFT = 3.0
 REFINE_STEPS = 10  # of the schedule on a guide
-SKIP_SHARE = 0.7  # of these that the guide replaces: with more to do, windows paint objects of their own until there is an adapter for large sizes
+SKIP_SHARE = 0.6  # of these that the guide replaces: with the adapter for large sizes more of them leave the edges of windows in the object's outline
 VAE_CONFIG = dict(
     base_dim=32, decoder_base_dim=16, z_dim=48, dim_mult=[1, 1, 2, 2], num_res_blocks=1, attn_scales=[], temperal_downsample=[False, True, True],
     is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_temporal=4, scale_factor_spatial=16,
