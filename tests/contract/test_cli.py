@@ -33,6 +33,7 @@ OPTIONS = {
     "diagnose": "file --proxy --tile --html --json --debug",
     "recipes": "--json",
     "compare": f"files {COMMON} --recipes --prompts --seeds --output -o --metrics --reference --weights --json --debug",
+    "bench": "what --only --quick --width --minutes --device --output -o --debug",
     "doctor": "--device --json --debug",
     "train": "name --minutes --device --from --init --data --height --min-score --resume --output -o --debug",
     "import": "method file --model --output -o --revision --skip-unmatched --debug",
