@@ -153,8 +153,7 @@ class Lab:
         """Made on the device itself; the last one is kept, since two would not fit everywhere."""
         wanted = f"{name} dense" if dense else name
         if self._model is None or self._model[0] != wanted:
-            self._model = None
-            _give_back(self.device)
+            self._clear()
             config = self.size(name).transformer
             model = random(partial(MuralTransformer, **config), self.device, self.dtype)
             branches = hierarchical(
@@ -171,8 +170,7 @@ class Lab:
         return self._once(f"decode {name} {grid} {how}", lambda: self._decode(name, self.grid(grid, name), how))
 
     def _decode(self, name: str, grid: Grid, how: str) -> Cost:
-        self._model = None
-        _give_back(self.device)
+        self._clear()
         vae, shape = self.vae(name), self.info(name).geometry.latent_shape(grid)
         z = torch.randn(1, *shape, device=self.device, dtype=self.dtype)
         if how == "diffusers":
@@ -200,8 +198,7 @@ class Lab:
         return self._once(f"pipeline {name} {grid}", lambda: self._pipeline(name, grid))
 
     def _pipeline(self, name: str, grid: str) -> Pipeline:
-        self._model = None
-        _give_back(self.device)
+        self._clear()
         info, config = self.info(name), self.size(name).transformer
         models = {"transformer": random(partial(MuralTransformer, **config), self.device, self.dtype), "vae": self.vae(name)}
         base = Base(info, self.device, self.dtype, components=models)
@@ -221,6 +218,13 @@ class Lab:
             whole = once(lambda: generate(request, base, run, Path(folder) / "out.mp4", told), self.device)
         seconds = {report.stage: report.seconds for report in told.reports}
         return Pipeline(whole.seconds, seconds["refine"], seconds["decode"], max(report.peak_device or report.peak_rss for report in told.reports))
+
+    def _clear(self) -> None:
+        """Let the last transformer go and give its memory back."""
+        self._model = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _once(self, name: str, measure: Callable[[], Found]) -> Found:
         if name not in self.known:
@@ -265,9 +269,3 @@ def _first_blocks(model: MuralTransformer, count: int) -> Iterator[None]:
         yield
     finally:
         model.blocks = whole
-
-
-def _give_back(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

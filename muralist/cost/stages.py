@@ -145,8 +145,7 @@ def _with_injector(plan: StagePlan, part: Refine, setting: Setting) -> StagePlan
     """The same with the refining of the anchor, once, and a product for every token where it is added; z' stays for all steps."""
     injector = setting.info.injector
     passes = 1 if part.guidance_scale == 1 else 2
-    inner = injector.dim // 4
-    refining = injector.channels * inner + 27 * inner * injector.dim if injector.refined else injector.channels * injector.dim
+    refining = injector.channels * injector.inner + 27 * injector.inner * injector.dim if injector.refined else injector.channels * injector.dim
     adding = passes * (part.num_inference_steps - part.skip_steps) * len(injector.blocks) * injector.dim**2
     flops = 2 * plan.tokens * (passes * refining + adding)
     return replace(

@@ -22,7 +22,7 @@ from muralist.nn.attention import BranchedWindows, CloseRemote, FullAttention, G
 from muralist.nn.attention.guided import pooled_shape
 from muralist.nn.kinds import BranchesConfig
 from muralist.nn.transformer import Graft
-from muralist.nn.windows import Shape, split_evenly, windows_of
+from muralist.nn.windows import Shape, windows_of
 
 _DEFAULTS = {name: p.default for name, p in inspect.signature(WanTransformer3DModel.__init__).parameters.items()}
 FP32 = 4  # bytes; norms, modulation and rotation compute in float32 whatever the weights are
@@ -106,15 +106,12 @@ def _guided_pairs(attention: GuidedWindows, token_shape: Shape) -> tuple[int, ..
 def _branched_pairs(attention: BranchedWindows, token_shape: Shape) -> tuple[int, ...]:
     """Those of the windows; the branches' are in `cost/branches.py`."""
     if attention.odd == "shifted":
-        frames, rows, columns = token_shape
-        size = (frames, math.ceil(rows / attention.windows), math.ceil(columns / attention.windows))
-        return _window_pairs(WindowAttention(size), token_shape)
-    return tuple(branching.window_pairs(token_shape, count) for count in (attention.windows, attention.windows + (attention.odd == "more")))
+        return _window_pairs(WindowAttention(attention.largest(token_shape)), token_shape)
+    return tuple(branching.window_pairs(token_shape, (1, count, count)) for count in (attention.windows, attention.windows + (attention.odd == "more")))
 
 
 def _close_remote_pairs(attention: CloseRemote, token_shape: Shape) -> tuple[int, ...]:
-    cuts = attention.counts(token_shape)
-    return tuple(2 * math.prod(sum(piece**2 for piece in split_evenly(side, count)) for side, count in zip(token_shape, cut)) for cut in cuts)
+    return tuple(2 * branching.window_pairs(token_shape, cut) for cut in attention.counts(token_shape))
 
 
 _PAIRS: dict[type, Callable[[Any, Shape], tuple[int, ...]]] = {
@@ -198,8 +195,7 @@ def _largest_window(attention: Any, token_shape: Shape) -> int:
     if isinstance(attention, CloseRemote):
         return max(math.prod(-(-side // count) for side, count in zip(token_shape, cut)) for cut in attention.counts(token_shape))
     if isinstance(attention, BranchedWindows):
-        frames, rows, columns = token_shape
-        return frames * math.ceil(rows / attention.windows) * math.ceil(columns / attention.windows)
+        return math.prod(attention.largest(token_shape))
     windows = attention.windows if isinstance(attention, GuidedWindows) else attention
     return max(tokens for _, tokens in windows_of(token_shape, windows.size)) if isinstance(windows, WindowAttention) else 1
 

@@ -37,12 +37,16 @@ class BranchedWindows:
     def partitions(self, token_shape: Shape) -> tuple[Partition, ...]:
         """Of blocks with even and with odd numbers. Raises UserError for more windows than there are rows or columns."""
         self.require_fit(token_shape)
-        frames, rows, columns = token_shape
         if self.odd == "shifted":
-            size = (frames, math.ceil(rows / self.windows), math.ceil(columns / self.windows))
+            size = self.largest(token_shape)
             return partition(token_shape, size), partition(token_shape, size, shifted=True)
         counts = (self.windows, self.windows + (self.odd == "more"))
         return tuple(partition_evenly(token_shape, (1, count, count)) for count in counts)
+
+    def largest(self, token_shape: Shape) -> Shape:
+        """Sides of the largest of K x K windows."""
+        frames, rows, columns = token_shape
+        return (frames, math.ceil(rows / self.windows), math.ceil(columns / self.windows))
 
     def require_fit(self, token_shape: Shape) -> None:
         """UserError for more windows than there are rows or columns."""
