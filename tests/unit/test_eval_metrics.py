@@ -151,12 +151,12 @@ def test_spectrum_and_spectral_distance(videos):
     ours, theirs = (brute_levels(v) for v in videos)
     found = run(Spectrum(5), videos[0])
     bands = [found.get(f"spectrum.{c:.4f}", math.nan) for c in CENTRES]
-    assert np.allclose(bands, ours, rtol=EXACT, atol=1e-4, equal_nan=True)
+    assert np.allclose(bands, ours, rtol=EXACT, atol=EXACT, equal_nan=True)
     octave = np.log2(CENTRES)
     used = ~np.isnan(ours) & (octave > -6)
-    assert found["spectrum"] == pytest.approx(np.polyfit(octave[used], ours[used], 1)[0], rel=1e-4)
+    assert found["spectrum"] == pytest.approx(np.polyfit(octave[used], ours[used], 1)[0], rel=EXACT)
     distance = run(SpectralDistance(5), *videos)["spectral_distance"]
-    assert distance == pytest.approx(math.sqrt(np.nanmean((ours - theirs) ** 2)), rel=1e-4)
+    assert distance == pytest.approx(math.sqrt(np.nanmean((ours - theirs) ** 2)), rel=EXACT)
     assert run(SpectralDistance(5), videos[0], videos[0])["spectral_distance"] == 0
 
 

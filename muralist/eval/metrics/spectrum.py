@@ -82,10 +82,11 @@ def radial_power(frame: torch.Tensor) -> torch.Tensor:
     picture = luma(frame)
     height, width = picture.shape
     ring, counts, window = _rings(height, width, str(frame.device))
-    spectrum = torch.fft.rfft2((picture - picture.mean()) * window)
+    # in float64: a slope is a small difference of levels
+    spectrum = torch.fft.rfft2((picture - picture.mean()).double() * window)
     power = torch.zeros(len(CENTRES) + 1, dtype=torch.float64, device=frame.device)
-    for values, index in zip(spectrum.split(64), ring.split(64)):  # by bands of rows: the power of a 4K frame in float64 is 66 MB more
-        power.index_add_(0, index.flatten(), (values.real.square() + values.imag.square()).flatten().double())
+    for values, index in zip(spectrum.split(64), ring.split(64)):  # by bands of rows: the power of a 4K frame is 66 MB more
+        power.index_add_(0, index.flatten(), (values.real.square() + values.imag.square()).flatten())
     return (power / counts / window.square().sum(dtype=torch.float64))[:-1].cpu()
 
 
