@@ -29,7 +29,8 @@ memory, disk and time of each stage, what will be done about it, and what cannot
   here. The presets below are assumptions (24 GB: RTX 4090 class, 150 TFLOP/s, 0.92 TB/s; 80 GB: H100 class, 790 TFLOP/s, 3.0 TB/s; 140 GB:
   H200 class, 790 TFLOP/s, 4.3 TB/s), with PyTorch's own attention kernels, layers not compiled, decoders at the rates of public code. No time
   below has been checked on such a card.
-- **What the plan decides**: the decode order and tiles. Where the default limit of 4.3 GB holds only small tiles, it raises the limit to what
+- **What the plan decides**: the level of memory (`--memory`; `auto` is the first that fits): tokens at a time, the decode order and tiles, and on a
+  GPU whether blocks wait in main memory. Where the default limit of 4.3 GB holds only small tiles, it raises the limit to what
   tiles of 512 pixels take, the same on every machine that has the room. `Plan.request` is the request with that filled in: the one to run.
 
 ## 1.3B and 5B at 4K on 24, 80 and 140 GB
@@ -85,7 +86,8 @@ def main() -> None:
             made = planned(size.info(name), recipe, 81, Machine.of("24GB"))
             text += f"\n### {name}, {recipe}, 81 frames at 3840x2160, 24 GB\n\n" + stages(made)
     small = replace(Machine.of("24GB"), name="the same card with 13 GB", device_bytes=13 * 10**9)
-    text += "\n### Refused: 5B, cascade, 81 frames on 13 GB\n\n" + stages(planned(SIZES["5B"].info("5B"), "cascade", 81, small))
+    text += "\n### Level low: 5B, cascade, 81 frames on 13 GB\n\n" + stages(planned(SIZES["5B"].info("5B"), "cascade", 81, small))
+    text += "\n### Refused: 1.3B, direct, 161 frames on 13 GB\n\n" + stages(planned(SIZES["1.3B"].info("1.3B"), "direct", 161, small))
     Path(__file__).parents[1].joinpath("docs", "plan.md").write_text(text)
 
 

@@ -48,29 +48,42 @@ class Pipeline:
     def __init__(self, base: Base, recipe: str, revision: str | None = None):
         self.base, self.recipe, self._revision = base, recipe, revision
 
-    def __call__(self, prompt: str, *, run_dir: str | Path | None = None, observer: Observer | None = None, **options: Any) -> Video:
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        run_dir: str | Path | None = None,
+        observer: Observer | None = None,
+        memory: str = "auto",
+        vram_limit: float | None = None,
+        **options: Any,
+    ) -> Video:
         """Denoise a video and return it undecoded.
 
         Args:
             prompt: what the video shows.
             run_dir: where finished work is kept and found again; None: a temporary directory that goes with the video.
             observer: told of the progress (`muralist.progress.Observer`).
+            memory, vram_limit: a level (`high`, `balanced`, `low`, `auto`: the first that fits) and gigabytes, as on the command line.
             options: `negative_prompt, width, height, num_frames, duration, fps, seed, num_inference_steps, guidance_scale, flow_shift,
                 skip_steps, settings` (a sequence of `NAME=VALUE`), as in diffusers and on the command line; the recipe's or the base's own
                 values where left out.
         Raises:
             UserError: options that cannot be, a video that does not fit this machine, or a run directory made with other options.
         """
+        from muralist.cost.budget import Budget
         from muralist.pipeline import denoise
         from muralist.plan import Machine
         from muralist.request import plan_run, stored_seed
         from muralist.store.run import RunDirectory
 
+        budget = Budget(memory, vram_limit)
         temporary = tempfile.TemporaryDirectory(prefix="muralist-") if run_dir is None else None
         folder = Path(temporary.name if temporary else run_dir)
         asked = self.request(prompt, **{"seed": stored_seed(folder)} | options)
-        plan = plan_run(asked, self.base.info, Machine.measure(self.base.device, folder), folder)
+        plan = plan_run(asked, self.base.info, Machine.measure(self.base.device, folder), folder, budget)
         plan.check()
+        self.base.stream(plan.streamed)
         request = plan.request
         run = RunDirectory.create(folder, {"request": request.record(), "weights": self.base.info.fingerprint})
         try:
@@ -80,11 +93,13 @@ class Pipeline:
             raise
         return Video(self.base, request, latent, run, temporary)
 
-    def plan(self, prompt: str = "a video", *, machine: str | None = None, **options: Any) -> Plan:
+    def plan(self, prompt: str = "a video", *, machine: str | None = None, memory: str = "auto", vram_limit: float | None = None, **options: Any) -> Plan:
         """What the same call would cost, stage by stage; `machine`: '24GB', '80GB' or '140GB' instead of this one."""
+        from muralist.cost.budget import Budget
         from muralist.plan import Machine, plan
 
-        return plan(self.request(prompt, **options), self.base.info, Machine.measure(self.base.device) if machine is None else Machine.of(machine))
+        where = Machine.measure(self.base.device) if machine is None else Machine.of(machine)
+        return plan(self.request(prompt, **options), self.base.info, where, budget=Budget(memory, vram_limit))
 
     def request(self, prompt: str, **options: Any) -> Request:
         """The complete request of a call: every default filled in, every number checked."""

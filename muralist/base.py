@@ -6,6 +6,7 @@ At no moment do text encoder, transformer and VAE stand in memory together unles
 from __future__ import annotations
 
 import gc
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,8 @@ from muralist.base_info import UPSAMPLER, BaseInfo
 from muralist.errors import UserError
 from muralist.nn.experts import EXPERTS, ExpertsConfig, attach
 from muralist.nn.kinds import BRANCHES, INJECTOR, STEP_SIZE, BranchesConfig, InjectorConfig
+from muralist.nn.out_of_memory import Chunks
+from muralist.nn.streaming import rest_to, streamed_by_hooks
 from muralist.sampling import flow
 from muralist.store import parts
 from muralist.types import TextCond
@@ -96,12 +99,19 @@ class Base:
     def __init__(self, info: BaseInfo, device: torch.device, dtype: torch.dtype | None = None, components: Mapping[str, Any] | None = None):
         self.info, self.device, self.dtype = info, device, dtype or pick_dtype(device)
         self._loaded: dict[str, Any] = dict(components or {})
+        self._streamed = False
+
+    def stream(self, streamed: bool) -> None:
+        """Whether the weights of transformer and text encoder wait in main memory and visit the device (`nn/streaming.py`), from now on."""
+        if streamed != self._streamed:
+            self.release("transformer", "transformer_2", "text_encoder")
+        self._streamed = streamed
 
     def tokenizer(self):
         return self._component("tokenizer", lambda: _auto_tokenizer(self.info.folder / "tokenizer"))
 
     def text_encoder(self):
-        return self._component("text_encoder", lambda: _text_encoder(self.info.folder / "text_encoder", self.dtype).to(self.device))
+        return self._component("text_encoder", self._load_text_encoder)
 
     def vae(self):
         """The VAE, in float32 on a CPU without bfloat16 units, else in the base's type."""
@@ -121,23 +131,39 @@ class Base:
         self.release(other)
         return self._component(name, lambda: self._load_transformer(name))
 
-    def velocity(self, text: TextCond, *, guidance_scale: float, graft: Graft, adapter: str | None, sight: Sight = NOTHING) -> flow.Velocity:
+    def velocity(
+        self,
+        text: TextCond,
+        *,
+        guidance_scale: float,
+        guidance_interval: flow.Interval = flow.WHOLE,
+        graft: Graft,
+        adapter: str | None,
+        sight: Sight = NOTHING,
+    ) -> flow.Velocity:
         """The guided velocity field under a graft, with a named adapter switched on or all of them off; runs without gradients.
 
         Of the graft's experts those work that are there for the noise level.
         """
         positive, negative = (e.to(self.device, self.dtype) for e in (text.positive, text.negative))
-        return flow.guided(self._field(positive, graft, adapter, sight), self._field(negative, graft, adapter, sight), guidance_scale)
+        chunks = Chunks()
+        conditional, unconditional = (self._field(embeds, graft, adapter, sight, chunks) for embeds in (positive, negative))
+        return flow.guided(conditional, unconditional, guidance_scale, guidance_interval)
 
-    def _field(self, embeds: torch.Tensor, graft: Graft, adapter: str | None, sight: Sight) -> flow.Velocity:
+    def _field(self, embeds: torch.Tensor, graft: Graft, adapter: str | None, sight: Sight, chunks: Chunks) -> flow.Velocity:
         given = self._given(embeds, sight)
 
         @torch.inference_mode()
         def velocity(z: torch.Tensor, sigma: float) -> torch.Tensor:
-            transformer, seen = self.transformer(sigma), given(z, sigma)
-            select_adapter(transformer, adapter)
-            transformer.configure(replace(graft, experts=tuple(name for name in graft.experts if self.info.experts.experts[name].works_at(sigma))))
-            output = transformer(z.to(self.dtype), self._timestep(sigma), embeds, return_dict=False, attention_kwargs=seen)[0].float()
+            transformer, at_work = self.transformer(sigma), tuple(name for name in graft.experts if self.info.experts.experts[name].works_at(sigma))
+
+            def forward(token_chunk: int | None) -> torch.Tensor:
+                seen = given(z, sigma)
+                select_adapter(transformer, adapter)
+                transformer.configure(replace(graft, experts=at_work, token_chunk=token_chunk))
+                return transformer(z.to(self.dtype), self._timestep(sigma), embeds, return_dict=False, attention_kwargs=seen)[0].float()
+
+            output = chunks.attempt(forward, graft.token_chunk, math.prod(transformer.token_shape(z)))
             return output if self.info.prediction == "flow" else flow.velocity_of_sample(z, output, sigma)
 
         return velocity
@@ -200,8 +226,16 @@ class Base:
 
     def _component(self, name: str, load):
         if name not in self._loaded:
-            self._loaded[name] = load()
+            with torch.inference_mode(False):  # the first step of a run asks inside one: its tensors could serve nowhere else
+                self._loaded[name] = load()
         return self._loaded[name]
+
+    def _load_text_encoder(self):
+        encoder = _text_encoder(self.info.folder / "text_encoder", self.dtype)
+        if not self._streamed:
+            return encoder.to(self.device)
+        rest_to(encoder, streamed_by_hooks(encoder.encoder.block, self.device), self.device)
+        return encoder
 
     def _load_transformer(self, name: str) -> MuralTransformer:
         from muralist.nn.transformer import MuralTransformer
@@ -217,7 +251,7 @@ class Base:
             transformer.injector = _injector(self.info.injector, self.info.folder / "parts" / INJECTOR).to(self.dtype)
         if self.info.branches is not None:
             _attach_branches(transformer, self.info.branches, self.info.folder / "parts" / BRANCHES, self.dtype)
-        return transformer.to(self.device).eval()
+        return transformer.eval().stream_blocks(self.device) if self._streamed else transformer.to(self.device).eval()
 
 
 def select_adapter(transformer: MuralTransformer, adapter: str | None) -> None:

@@ -16,7 +16,8 @@ from muralist.base import Base
 from muralist.base_info import UPSAMPLER
 from muralist.config import Request
 from muralist.progress import Observer, measured
-from muralist.stages.decode import decode, plan_decode
+from muralist.stages.decode import plan_decode
+from muralist.stages.decode_in_less import decode_in_less
 from muralist.stages.encode import encode, next_frame
 from muralist.stages.prompt import encode_prompt
 from muralist.stages.proxy import make_proxy
@@ -105,7 +106,7 @@ def paint(latent: LatentVideo, request: Request, base: Base, run: RunDirectory, 
 def frames(latent: LatentVideo, request: Request, base: Base, **options: Any) -> Iterator[FrameChunk]:
     """The decoded video in chunks, of exactly the size that was asked for; `options` are those of `stages.decode.decode`."""
     plan = plan_decode(base.info.vae_config, latent.grid, request.config.decode, dtype=base.dtype)
-    return decode(latent, base.vae(), plan, crop=request.grid, **options)
+    return decode_in_less(latent, base.vae(), plan, crop=request.grid, **options)
 
 
 def metadata(request: Request, base: Base) -> dict[str, Any]:

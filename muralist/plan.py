@@ -14,15 +14,19 @@ from typing import Any
 
 from muralist.base_info import BaseInfo
 from muralist.config import Request
+from muralist.cost.budget import Budget
 from muralist.cost.decoding import TILES, DecodeNeed, TileMajor
+from muralist.cost.levels import LEVELS, choose, fits, settle, stage_fits, with_weights
 from muralist.cost.machine import Machine
-from muralist.cost.stages import FILES, Setting, StagePlan, decode_need, estimates, settle
+from muralist.cost.setting import Setting, StagePlan
+from muralist.cost.stages import FILES, decode_need, estimates
 from muralist.errors import UserError
 from muralist.nn.attention import FullAttention
 from muralist.types import Grid
 
 __all__ = ["Machine", "Plan", "Refusal", "StagePlan", "plan"]
 
+UNLIMITED = Budget()
 LARGER = 1.5  # times the trained number of pixels that a base is expected to bear
 SIZES = ((3840, 2160), (2560, 1440), (1920, 1080), (1280, 720), (832, 480), (448, 256))  # smaller sizes to suggest, width and height
 
@@ -40,12 +44,15 @@ class Refusal:
 class Plan:
     """The stages in order, the machine they were planned for, remarks, and what cannot fit (empty: it fits).
 
-    `request`: the one to run: what was asked, with what the plan decided about decoding filled in.
+    `request`: the one to run: what was asked, with what the plan decided about chunks and decoding filled in. `memory`: the level it is planned
+    for (`cost/levels.py`); `streamed`: the blocks' weights wait in main memory (`Base.stream`).
     """
 
     request: Request
     stages: tuple[StagePlan, ...]
     machine: Machine
+    memory: str = "high"
+    streamed: bool = False
     notes: tuple[str, ...] = ()
     refusals: tuple[Refusal, ...] = ()
 
@@ -81,6 +88,7 @@ class Plan:
         """Everything as JSON values."""
         return {
             "machine": self.machine.record(),
+            "memory": {"level": self.memory, "streamed": self.streamed},
             "stages": [stage.record() for stage in self.stages],
             "totals": {"flops": self.flops, "memory_bytes": self.memory_bytes, "disk_bytes": self.disk_bytes, "seconds": self.seconds},
             "notes": list(self.notes),
@@ -88,7 +96,7 @@ class Plan:
         }
 
 
-def plan(request: Request, info: BaseInfo, machine: Machine, *, settled: bool = False) -> Plan:
+def plan(request: Request, info: BaseInfo, machine: Machine, *, budget: Budget = UNLIMITED, settled: bool = False) -> Plan:
     """Plan a request on a base for a machine; does not raise where it cannot fit (`Plan.check` does).
 
     `settled`: the request comes from a run that has begun; what an earlier plan decided in it stays, since it decides the last bits.
@@ -96,31 +104,41 @@ def plan(request: Request, info: BaseInfo, machine: Machine, *, settled: bool = 
     Raises:
         UserError: a request that no machine could run, such as a frame count that is not 4n+1 or a codec that does not exist.
     """
-    setting = Setting(request=request, info=info, machine=machine)
-    setting = setting if settled else settle(setting)
+    asked = Setting(request=request, info=info, machine=budget.cut(machine))
+    level, setting = choose(asked, budget.mode, begun=settled)
     stages = tuple(estimates(setting))
-    return Plan(request=setting.request, stages=stages, machine=machine, notes=tuple(_notes(setting)), refusals=tuple(_refusals(setting, stages)))
+    notes = (*_notes(setting), *_memory_notes(level, asked, setting))
+    refusals = tuple(_refusals(setting, stages, level))
+    return Plan(request=setting.request, stages=stages, machine=setting.machine, memory=level, streamed=setting.streamed, notes=notes, refusals=refusals)
 
 
 # -- What cannot fit --
 
 
-def _refusals(setting: Setting, stages: tuple[StagePlan, ...]) -> Iterator[Refusal]:
+def _refusals(setting: Setting, stages: tuple[StagePlan, ...], level: str) -> Iterator[Refusal]:
     machine = setting.machine
     if error := decode_need(setting).error:
-        yield Refusal(error.what, "memory, decode", _smaller(setting))
-    elif too_large := next((stage for stage in stages if not _fits(stage, machine)), None):
-        what = f"{too_large.stage} needs {_gb(too_large.memory_bytes)} of memory, {machine.name} has {_gb(machine.limit)} free"
-        yield Refusal(what, f"memory, {too_large.stage}", _shorter(setting) or _smaller(setting))
+        yield Refusal(error.what, "memory, decode", _slower(setting, level) or _smaller(setting, level))
+    elif too_large := next((stage for stage in stages if not stage_fits(stage, machine)), None):
+        fix = _slower(setting, level) or _shorter(setting) or _smaller(setting, level)
+        yield Refusal(_lacks(too_large, machine), f"memory, {too_large.stage}", fix)
     disk = sum(stage.disk_bytes for stage in stages)
     if disk > machine.disk_free:
         fix = f"free {_gb(disk - machine.disk_free)}, choose a run directory on another disk, a smaller size or fewer frames"
         yield Refusal(f"the run needs {_gb(disk)} of disk and {_gb(machine.disk_free)} are free", "disk", fix)
 
 
-def _fits(stage: StagePlan, machine: Machine) -> bool:
-    """Each stage where it works: the video encoder in main memory, all others where the models are."""
-    return stage.memory_bytes <= (machine.memory_bytes if stage.stage == "encode" else machine.limit)
+def _lacks(stage: StagePlan, machine: Machine) -> str:
+    if stage.memory_bytes <= machine.limit and stage.host_bytes > machine.memory_bytes:
+        return f"{stage.stage} needs {_gb(stage.host_bytes)} of main memory for weights, {_gb(machine.memory_bytes)} are free"
+    return f"{stage.stage} needs {_gb(stage.memory_bytes)} of memory, {machine.name} has {_gb(machine.limit)} free"
+
+
+def _slower(setting: Setting, level: str) -> str | None:
+    """The first level below that fits, if one does."""
+    below = list(LEVELS)[list(LEVELS).index(level) + 1 :]
+    found = next((name for name in below if fits(settle(setting, LEVELS[name]))), None)
+    return found and f"use --memory {found}"
 
 
 def _shorter(setting: Setting) -> str | None:
@@ -129,7 +147,7 @@ def _shorter(setting: Setting) -> str | None:
 
     def fits(groups: int) -> bool:
         shorter = _with(setting, replace(grid, num_frames=groups * factor + 1))
-        return all(_fits(stage, setting.machine) for stage in takewhile(lambda stage: stage.stage != "decode", estimates(shorter)))
+        return all(stage_fits(stage, setting.machine) for stage in takewhile(lambda stage: stage.stage != "decode", estimates(shorter)))
 
     low, high = 1, (grid.num_frames - 1) // factor
     if high <= low or not fits(low) or fits(high):
@@ -140,15 +158,13 @@ def _shorter(setting: Setting) -> str | None:
     return f"use at most {low * factor + 1} frames, or a smaller size"
 
 
-def _smaller(setting: Setting) -> str:
+def _smaller(setting: Setting, level: str) -> str:
     """The largest of the usual sizes that fits."""
-    grid, machine = setting.request.grid, setting.machine
+    grid = setting.request.grid
     for long, short in SIZES:
         width, height = (long, short) if grid.width >= grid.height else (short, long)
-        if width * height < grid.width * grid.height:
-            smaller = settle(_with(setting, replace(grid, width=width, height=height)))
-            if all(_fits(stage, machine) for stage in estimates(smaller)) and decode_need(smaller).error is None:
-                return f"use a size of at most {width}x{height}"
+        if width * height < grid.width * grid.height and fits(settle(_with(setting, replace(grid, width=width, height=height)), LEVELS[level])):
+            return f"use a size of at most {width}x{height}"
     return "use a smaller base or a larger machine"
 
 
@@ -183,6 +199,16 @@ def _beyond_training(setting: Setting) -> Iterator[str]:
         yield f"{size}: without a proxy, expect repeated objects and loose layout; a recipe with a proxy fixes the layout"
     elif isinstance(config.refine.attention, FullAttention) and config.refine.adapter is None:
         yield f"{size}: full attention without an adapter for that size may blur"
+
+
+def _memory_notes(level: str, asked: Setting, setting: Setting) -> Iterator[str]:
+    """What a level below the highest costs its speed, and what the highest would have taken."""
+    if level == "high":
+        return
+    doing = [f"at most {LEVELS[level].token_chunk} tokens at a time", *(["blocks streamed from main memory"] if setting.streamed else [])]
+    high = with_weights(asked, LEVELS["high"])
+    need = max(stage.memory_bytes for stage in estimates(settle(high, LEVELS["high"])) if stage.stage != "encode")
+    yield f"memory {level}: {', '.join(doing)}; high would take {_gb(need)}, {_gb(setting.machine.limit)} are free"
 
 
 def _decode_notes(setting: Setting, need: DecodeNeed) -> Iterator[str]:

@@ -28,6 +28,7 @@ from muralist.store.vocabulary import read_prompt
 from muralist.types import Geometry, Grid, nearest_frames
 
 if TYPE_CHECKING:  # the plan imports diffusers, which takes seconds: not for what only parses
+    from muralist.cost.budget import Budget
     from muralist.plan import Machine, Plan
 
 SIZES = {"1080p": (1920, 1080), "2k": (2560, 1440), "4k": (3840, 2160), "8k": (7680, 4320)}
@@ -220,7 +221,9 @@ def restore(record: Any) -> Request:
     """The Request whose `record()` this is; UserError if it is not one of this version."""
     try:
         request = _restored(Request, record)
-    except (KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise _foreign(str(error)) from None
     if request.record() != record:
         raise _foreign("fields differ")
@@ -236,26 +239,32 @@ def stored_seed(run_dir: Path) -> int:
     return seed if isinstance(seed, int) else -1
 
 
-def plan_run(request: Request, info: BaseInfo, machine: Machine, run_dir: Path) -> Plan:
+def plan_run(request: Request, info: BaseInfo, machine: Machine, run_dir: Path, budget: Budget) -> Plan:
     """The plan of a request in a run directory, after checking the model's structure; what a run there has decided and written counts."""
     from muralist.plan import plan
 
     check_structure(info)
     request, begun, held = _continued(request, run_dir)
-    return plan(request, info, replace(machine, disk_free=machine.disk_free + held), settled=begun)
+    return plan(request, info, replace(machine, disk_free=machine.disk_free + held), budget=budget, settled=begun)
 
 
 def _continued(request: Request, run_dir: Path) -> tuple[Request, bool, int]:
-    """(the request, whether a run at `run_dir` has begun it, bytes that the run holds). Its decode options are then those of the run."""
+    """(the request, whether a run at `run_dir` has begun it, bytes that the run holds). What a plan decides in it is then as in the run."""
     stored = RunDirectory.stored(run_dir)
     if stored is None:
         return request, False, 0
     held = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file())
     try:
-        decode = restore(stored.get("request")).config.decode
+        config = restore(stored.get("request")).config
     except UserError:  # said when the run is opened
         return request, False, held
-    return replace(request, config=replace(request.config, decode=decode)), True, held
+    return replace(request, config=_decided(request.config, config)), True, held
+
+
+def _decided(config: Config, begun: Config) -> Config:
+    """The configuration with what a plan decides (`cost/levels.py`) as in a run that has begun."""
+    proxy = config.proxy and begun.proxy and replace(config.proxy, token_chunk=begun.proxy.token_chunk)
+    return replace(config, proxy=proxy or config.proxy, refine=replace(config.refine, token_chunk=begun.refine.token_chunk), decode=begun.decode)
 
 
 def _foreign(why: str) -> UserError:

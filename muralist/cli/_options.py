@@ -23,7 +23,7 @@ ALIASES = {
     "steps": "num-inference-steps", "infer-steps": "num-inference-steps",
     "cfg": "guidance-scale", "cfg-scale": "guidance-scale", "sample-guide-scale": "guidance-scale",
     "shift": "flow-shift", "sigma-shift": "flow-shift", "sample-shift": "flow-shift", "discrete-flow-shift": "flow-shift",
-    "method": "recipe", "out": "output", "base": "model", "vram-limit": "memory-limit",
+    "method": "recipe", "out": "output", "base": "model", "memory-limit": "vram-limit",
 }  # fmt: skip
 
 notes: list[str] = []  # what the next output shall tell once: aliases, snapped frame counts
@@ -48,7 +48,8 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on st
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of any error.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 KeepRun = Annotated[bool, typer.Option("--keep-run", help="Keep the run directory (latents of every stage) after success.")]
-MemoryLimit = Annotated[float | None, typer.Option("--memory-limit", metavar="GB", help="Plan as if the device had this much memory.")]
+Memory = Annotated[str, typer.Option("--memory", help="high, balanced, low (slower, smaller), or auto: the first that fits.")]
+VramLimit = Annotated[float | None, typer.Option("--vram-limit", metavar="GB", help="Plan as if no more were free where the models compute.")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +76,8 @@ class VideoOptions:
         typer.Option("--set", metavar="NAME=VALUE", help="Any value of the recipe's configuration, such as 'refine.experts=[\"low\"]'; often."),
     ] = None
     device: Device = "auto"
-    memory_limit: MemoryLimit = None
+    memory: Memory = "auto"
+    vram_limit: VramLimit = None
 
 
 def takes_video_options(command: Callable[..., Any], without: Collection[str] = ()) -> Callable[..., Any]:

@@ -40,7 +40,7 @@ def error_line(error: Exception) -> str | None:
         return str(_usage(error))
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, MemoryError) or "OutOfMemoryError" in text or "can't allocate memory" in text:
-        return str(UserError("the memory does not suffice", where="memory", fix="use a smaller --size, fewer --num-frames, or a lower --memory-limit"))
+        return str(UserError("the memory does not suffice", where="memory", fix="use a smaller --size, fewer --num-frames, or --memory low"))
     return None
 
 

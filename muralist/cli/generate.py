@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from muralist.base_info import BaseInfo
     from muralist.config import Request
+    from muralist.cost.budget import Budget
     from muralist.plan import Plan
     from muralist.store.run import RunDirectory
 
@@ -54,14 +55,14 @@ class Job:
     request: Request
     info: BaseInfo
     device: torch.device
-    memory_limit: float | None
+    budget: Budget
 
     def plan(self, run_dir: Path) -> Plan:
         """Cost of the job on this machine, with its disk at the run directory; what a run there has decided and written counts."""
-        from muralist.cli.plan import this_machine
+        from muralist.cost.machine import Machine
         from muralist.request import plan_run
 
-        return plan_run(self.request, self.info, this_machine(self.device, run_dir, self.memory_limit), run_dir)
+        return plan_run(self.request, self.info, Machine.measure(self.device, run_dir), run_dir, self.budget)
 
     def record(self, output: Path, run_dir: Path) -> dict[str, Any]:
         """What the run directory remembers. The output is relative to it, so that both can be moved together."""
@@ -76,20 +77,16 @@ def prepare(prompt: str, video: VideoOptions, run_dir: Path | None) -> Job:
     from muralist import recipes
     from muralist.base import pick_device
     from muralist.base_info import inspect_base
+    from muralist.cost.budget import Budget
     from muralist.request import check_prompt, make_request
 
     check_prompt(prompt)  # all of this before a model is searched, or even downloaded
-    check_memory_limit(video.memory_limit)
+    budget = Budget(video.memory, video.vram_limit)
     asked = ask(prompt, video, run_dir)
     recipes.find(video.recipe)
     device = pick_device(video.device)
     info = inspect_base(video.model, video.revision)
-    return Job(make_request(asked, info, note), info, device, video.memory_limit)
-
-
-def check_memory_limit(gigabytes: float | None) -> None:
-    if gigabytes is not None and not 0 < gigabytes < 1e6:
-        raise UserError(f"{gigabytes} GB", where="memory_limit", fix="use gigabytes above 0, such as 16")
+    return Job(make_request(asked, info, note), info, device, budget)
 
 
 def ask(prompt: str, video: VideoOptions, run_dir: Path | None):
@@ -129,13 +126,13 @@ def execute(job: Job, output: Path, run_dir: Path, *, keep_run: bool, json: bool
         note(text)
     job = replace(job, request=plan.request)  # what the plan has settled, such as the decoder's memory, is part of the run
     with RunDirectory.create(run_dir, job.record(output, run_dir)) as run:
-        _paint(job, output, run, json=json)
+        _paint(job, output, run, streamed=plan.streamed, json=json)
         if not keep_run:
             run.remove()
     return 0
 
 
-def _paint(job: Job, output: Path, run: RunDirectory, *, json: bool) -> None:
+def _paint(job: Job, output: Path, run: RunDirectory, *, streamed: bool, json: bool) -> None:
     from muralist.base import Base
     from muralist.cli._bars import Bars, JsonLines, resumable
     from muralist.pipeline import generate
@@ -143,8 +140,10 @@ def _paint(job: Job, output: Path, run: RunDirectory, *, json: bool) -> None:
     _show.notes()
     _show.quiet()
     stages = ["prompt", *(["proxy", "upsample"] if job.request.config.proxy else []), "refine", "decode"]
+    base = Base(job.info, job.device)
+    base.stream(streamed)
     with resumable(run.root), JsonLines() if json else Bars(stages) as observer:
-        generate(job.request, Base(job.info, job.device), run, output, observer)
+        generate(job.request, base, run, output, observer)
     if json:
         result = {"event": "result", "output": str(output), "seed": job.request.seed, "request": job.request.record()}
         _show.emit(result | {"seconds": round(sum(r.seconds for r in observer.reports), 3)})

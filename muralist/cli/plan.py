@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,9 +11,6 @@ from muralist.cli import _show
 from muralist.cli._options import Debug, Json, VideoOptions, note, takes_video_options
 
 if TYPE_CHECKING:
-    import torch
-
-    from muralist.cost.machine import Machine
     from muralist.plan import Plan, StagePlan
 
 
@@ -32,8 +28,8 @@ def command(
     from muralist.plan import plan
 
     job = prepare(prompt, video, None)
-    where = this_machine(job.device, Path(), video.memory_limit) if machine is None else limited(Machine.of(machine), video.memory_limit)
-    return show(plan(job.request, job.info, where), json=json)
+    where = Machine.measure(job.device, Path()) if machine is None else Machine.of(machine)
+    return show(plan(job.request, job.info, where, budget=job.budget), json=json)
 
 
 def show(plan: Plan, *, json: bool) -> int:
@@ -60,18 +56,3 @@ def show(plan: Plan, *, json: bool) -> int:
 def _row(stage: StagePlan) -> list[str]:
     tokens, work = f"{stage.tokens:,}" if stage.tokens else "", f"{stage.flops / 1e12:,.3g}" if stage.flops else ""
     return [stage.stage, tokens, work, _show.span(stage.seconds), _show.amount(stage.memory_bytes), _show.amount(stage.disk_bytes)]
-
-
-def this_machine(device: torch.device, where: Path, memory_limit: float | None) -> Machine:
-    """The machine we run on, its memory cut to the limit (GB)."""
-    from muralist.cost.machine import Machine
-
-    return limited(Machine.measure(device, where), memory_limit)
-
-
-def limited(machine: Machine, memory_limit: float | None) -> Machine:
-    """With the memory where the models compute cut to the limit (GB)."""
-    if memory_limit is None:
-        return machine
-    name = "memory_bytes" if machine.device_bytes is None else "device_bytes"
-    return replace(machine, **{name: min(int(memory_limit * 1e9), getattr(machine, name))})

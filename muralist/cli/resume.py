@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
-from muralist.cli._options import Debug, Device, Json, KeepRun
+from muralist.cli._options import Debug, Device, Json, KeepRun, Memory, VramLimit
 from muralist.errors import UserError
 
 
 def command(
     run_dir: Annotated[str, typer.Argument(help="The directory that `muralist generate` made: OUTPUT.run, or its --run-dir.")],
     device: Device = "auto",
+    memory: Memory = "auto",
+    vram_limit: VramLimit = None,
     keep_run: KeepRun = False,
     json: Json = False,
     debug: Debug = False,
@@ -23,12 +25,13 @@ def command(
     from muralist.base import pick_device
     from muralist.base_info import inspect_base
     from muralist.cli.generate import Job, execute
+    from muralist.cost.budget import Budget
     from muralist.store.paths import check_output, typed_path
 
-    folder = typed_path(run_dir, "run_dir")
+    budget, folder = Budget(memory, vram_limit), typed_path(run_dir, "run_dir")
     request, output, model = read(folder)
     path = check_output(output)
-    return execute(Job(request, inspect_base(model, request.revision), pick_device(device), None), path, folder, keep_run=keep_run, json=json)
+    return execute(Job(request, inspect_base(model, request.revision), pick_device(device), budget), path, folder, keep_run=keep_run, json=json)
 
 
 def read(folder: Path):

@@ -25,6 +25,7 @@ from muralist.types import Grid
 DISK_BYTES_PER_S = 1e9  # of scratch files, written and read
 NARROWEST = min(TILES)
 ROOM_STEP = 1 << 28  # bytes; free memory is rounded down to it, so that its flicker does not change the plan
+SMALL_TILE = 256  # pixels; below it the halo costs more than the tile, and what the whole frame needs stays
 GOOD_TILE = 512  # pixels; at 4K its halo costs 6 % (Wan2.1) and 13 % (Wan2.2) over tiles of 1024, tiles of 128 cost 48 % and 117 %
 
 
@@ -64,6 +65,12 @@ def settled(config: Mapping[str, Any], grid: Grid, dtype: str, options: DecodeOp
     if room < max(peak, options.memory_bytes):
         return replace(options, memory_bytes=max(room // ROOM_STEP * ROOM_STEP, ROOM_STEP))
     return options if peak <= options.memory_bytes else replace(options, order="tile", tile=GOOD_TILE, memory_bytes=peak)
+
+
+def least_room(config: Mapping[str, Any], grid: Grid, dtype: str) -> int:
+    """Bytes that hold the decode in small tiles, in steps of the options that are made of them."""
+    model = vae.empty(config, dtype)
+    return -(-decode_bytes(model, _latent_shape(model, grid), TileMajor(tile=SMALL_TILE)).peak // ROOM_STEP) * ROOM_STEP
 
 
 def decode_need(config: Mapping[str, Any], grid: Grid, crop: Grid, machine: Machine, options: DecodeOptions) -> DecodeNeed:

@@ -153,11 +153,16 @@ def forward(size: Dimensions, graft: Graft, token_shape: Shape, text_tokens: int
 def parameters(size: Dimensions) -> int:
     """Weights of the whole model, without adapters."""
     d = size.width
-    attention = 4 * (d * d + d) + 2 * d
-    block = 2 * attention + 2 * d * size.cross_norm + 2 * d * size.ffn + d + size.ffn + 6 * d
     embedders = d * (size.channels_in * size.patch + 1) + (size.frequencies + 1 + size.text + 1) * d + 2 * (d * d + d) + 6 * d * (d + 1)
     head = (d + 1) * size.channels_out * size.patch + 2 * d
-    return size.layers * block + embedders + head
+    return size.layers * block_parameters(size) + embedders + head
+
+
+def block_parameters(size: Dimensions) -> int:
+    """Weights of a block."""
+    d = size.width
+    attention = 4 * (d * d + d) + 2 * d
+    return 2 * attention + 2 * d * size.cross_norm + 2 * d * size.ffn + d + size.ffn + 6 * d
 
 
 def elementwise_bytes(size: Dimensions, tokens: int, itemsize: int) -> int:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,6 +43,7 @@ from muralist.nn.block import SELF_ATTENTION, Layer, MuralBlock, keys_and_values
 from muralist.nn.branches import Blocks
 from muralist.nn.chunked import join_chunks, map_chunks
 from muralist.nn.rope import RopeScale, RotaryTable, interleaved, rotary_table
+from muralist.nn.streaming import BlockStream, rest_to
 from muralist.nn.windows import Chunk, Partition, Shape, chunks, partition, reorder, spans
 
 Injected = Callable[[int, torch.Tensor, Layer | None], torch.Tensor]
@@ -78,6 +79,7 @@ class MuralTransformer(WanTransformer3DModel):
     _repeated_blocks = ["WanTransformerBlock", "MuralBlock"]  # noqa: RUF012
 
     graft = Graft()
+    streamed: BlockStream | None = None
 
     @classmethod
     def adopt(cls, stock: WanTransformer3DModel) -> MuralTransformer:
@@ -102,6 +104,15 @@ class MuralTransformer(WanTransformer3DModel):
             block.__class__ = wanted
         self.graft = graft
         return self
+
+    def stream_blocks(self, device: torch.device) -> MuralTransformer:
+        """Blocks wait in main memory and come to `device` for their turn; all else stays there. After all weights are loaded; `to` is over."""
+        self.streamed = BlockStream(self.blocks, device)
+        rest_to(self, self.streamed, device)
+        return self
+
+    def _in_turn(self) -> Iterable[torch.nn.Module]:
+        return self.blocks if self.streamed is None else self.streamed.in_turn()
 
     def to_json_string(self) -> str:
         """The configuration under the stock class name: what we save is a plain Wan folder for everyone else."""
@@ -180,7 +191,7 @@ class MuralTransformer(WanTransformer3DModel):
         temb, temb6, text, image = self._conditioned(timestep.flatten(), text, image, step_size, timestep_seq_len=per_token)
         temb6 = temb6.unflatten(-1, (6, -1))  # [B, 6, D] or [B, N, 6, D]
         context = text if image is None else torch.cat([image, text], dim=1)
-        for number, block in enumerate(self.blocks):
+        for number, block in enumerate(self._in_turn()):
             tokens = tokens if injected is None else injected(number, tokens, None)
             tokens = self._run(block, tokens, context, temb6, rotary)
         # [1, 2, D] + [B, 1, D], or [1, 1, 2, D] + [B, N, 1, D]
@@ -214,7 +225,7 @@ class MuralTransformer(WanTransformer3DModel):
 
         tokens = self.patch_embedding(latents).flatten(2).transpose(1, 2)  # [B, N, D]
         order = raster
-        for number, (block, layer) in enumerate(zip(self.blocks, layers)):
+        for number, (block, layer) in enumerate(zip(self._in_turn(), layers)):
             tokens, order = reorder(tokens, order, layer.partition), layer.partition
             if injected is not None:
                 tokens = injected(number, tokens, layer)

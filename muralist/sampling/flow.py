@@ -16,6 +16,8 @@ from muralist.errors import UserError
 
 # (z [B, C, F, h, w], sigma) -> velocity of z's shape
 Velocity = Callable[[torch.Tensor, float], torch.Tensor]
+Interval = tuple[float, float]  # of sigma, both ends included
+WHOLE: Interval = (0.0, 1.0)
 
 
 def sigmas(num_inference_steps: int, flow_shift: float) -> list[float]:
@@ -43,13 +45,21 @@ def velocity_of_sample(z: torch.Tensor, sample: torch.Tensor, sigma: float) -> t
     return (z - sample) / sigma
 
 
-def guided(conditional: Velocity, unconditional: Velocity, guidance_scale: float) -> Velocity:
-    """Classifier-free guidance v = v_u + g (v_c - v_u) (arXiv 2207.12598); at g = 1 the unconditional pass is not computed."""
-    if guidance_scale == 1:
-        return conditional
+def passes(sigma: float, guidance_scale: float, interval: Interval = WHOLE) -> int:
+    """Forwards of the network that a step at sigma takes: two where guidance works, one where it does not."""
+    return 2 if guidance_scale != 1 and interval[0] <= sigma <= interval[1] else 1
+
+
+def guided(conditional: Velocity, unconditional: Velocity, guidance_scale: float, interval: Interval = WHOLE) -> Velocity:
+    """Classifier-free guidance v = v_u + g (v_c - v_u) (arXiv 2207.12598) on an interval of sigma (arXiv 2404.07724).
+
+    Outside the interval, and everywhere at g = 1, the unconditional pass is not computed: v = v_c.
+    """
 
     def velocity(z: torch.Tensor, sigma: float) -> torch.Tensor:
         positive = conditional(z, sigma)
+        if passes(sigma, guidance_scale, interval) == 1:
+            return positive
         return torch.lerp(unconditional(z, sigma), positive, guidance_scale)
 
     return velocity

@@ -15,7 +15,10 @@ from muralist.types import Geometry, Grid, LatentVideo, TextCond
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowResolutionProxy:
-    """Pixel height and width of the proxy, how it is sampled, and the base's adapter that paints it, if one does; it has the target's frames."""
+    """Pixel height and width of the proxy, how it is sampled, and the base's adapter that paints it, if one does; it has the target's frames.
+
+    `guidance_interval`: noise levels (low, high) between which guidance works; `token_chunk`: tokens computed at a time, None: all.
+    """
 
     height: int
     width: int
@@ -23,10 +26,13 @@ class LowResolutionProxy:
     guidance_scale: float
     flow_shift: float
     adapter: str | None = None
+    guidance_interval: flow.Interval = flow.WHOLE
+    token_chunk: int | None = None
 
     def __post_init__(self):
         flow.sigmas(self.num_inference_steps, self.flow_shift)
-        check_guidance(self.guidance_scale)
+        check_guidance(self.guidance_scale, self.guidance_interval)
+        check_chunk(self.token_chunk)
         if not (16 <= self.height <= 16384 and 16 <= self.width <= 16384):
             raise UserError(f"{self.width}x{self.height}", where="proxy", fix="use 16 to 16384 pixels, such as 448x256")
 
@@ -72,9 +78,16 @@ class LowFrameRateProxy(LowResolutionProxy):
         return geometry.legal(replace(self._sized(target), num_frames=(latent - 1) * factor + 1, fps=target.fps / self.every))
 
 
-def check_guidance(guidance_scale: float) -> None:
+def check_guidance(guidance_scale: float, interval: flow.Interval = flow.WHOLE) -> None:
     if not 0 <= guidance_scale <= 100:
         raise UserError(f"{guidance_scale}", where="guidance_scale", fix="use 1 (off) to about 10")
+    if not 0 <= interval[0] < interval[1] <= 1:
+        raise UserError(f"{list(interval)}", where="guidance_interval", fix="use two noise levels from 0 to 1, the lower one first, such as [0.3, 0.9]")
+
+
+def check_chunk(token_chunk: int | None) -> None:
+    if token_chunk is not None and token_chunk < 1:
+        raise UserError(f"{token_chunk} tokens", where="token_chunk", fix="give at least 1, or null for all at once")
 
 
 def make_proxy(
@@ -94,6 +107,8 @@ def make_proxy(
     grid = proxy.grid(target, base.info.geometry)
     levels = flow.sigmas(proxy.num_inference_steps, proxy.flow_shift)
     start, z = saved or (0, flow.keyed_noise((1, *base.info.geometry.latent_shape(grid)), seed=seed, stage="proxy"))
-    velocity = base.velocity(text, guidance_scale=proxy.guidance_scale, graft=Graft(rope=RopeScale(t=proxy.time_scale)), adapter=proxy.adapter)
+    graft = Graft(rope=RopeScale(t=proxy.time_scale), token_chunk=proxy.token_chunk)
+    guidance = {"guidance_scale": proxy.guidance_scale, "guidance_interval": proxy.guidance_interval}
+    velocity = base.velocity(text, **guidance, graft=graft, adapter=proxy.adapter)
     z = flow.denoise(velocity, z.to(base.device), levels, start=start, after_step=after_step)
     return LatentVideo(z, grid)

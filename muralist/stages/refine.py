@@ -16,7 +16,7 @@ from muralist.nn.kinds import require_whole
 from muralist.nn.windows import WindowAttention, choose_window
 from muralist.sampling import flow
 from muralist.sampling.shortcut import PlainSteps, ShortcutSteps
-from muralist.stages.proxy import LowResolutionProxy, check_guidance
+from muralist.stages.proxy import LowResolutionProxy, check_chunk, check_guidance
 from muralist.types import Geometry, Grid, LatentVideo, TextCond
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Refine:
 
     `skip_steps`: the first steps that the guide replaces; `adapter`: a named adapter of the base; `experts`: names of its experts, each of
     which works on its own noise levels; `steps`: what a step's velocity is; `anchor`: the proxy is added to the tokens by the base's injector.
+    `guidance_interval`: noise levels (low, high) between which guidance works; `token_chunk`: tokens computed at a time, None: all.
     """
 
     num_inference_steps: int
@@ -73,10 +74,12 @@ class Refine:
     steps: PlainSteps | ShortcutSteps = field(default_factory=PlainSteps)
     anchor: Literal["none", "injected"] = "none"
     token_chunk: int | None = 8192
+    guidance_interval: flow.Interval = flow.WHOLE
 
     def __post_init__(self):
         self.steps.sizes(flow.sigmas(self.num_inference_steps, self.flow_shift))
-        check_guidance(self.guidance_scale)
+        check_guidance(self.guidance_scale, self.guidance_interval)
+        check_chunk(self.token_chunk)
         if len(set(self.experts)) != len(self.experts):
             raise UserError(f"{', '.join(self.experts)}", where="experts", fix="name each once")
         if not 0 <= self.skip_steps < self.num_inference_steps:
@@ -134,7 +137,8 @@ def refine(
     levels = flow.sigmas(how.num_inference_steps, how.flow_shift)
     start, z = saved or (how.skip_steps, _start(guide, (1, *geometry.latent_shape(grid)), levels[how.skip_steps], seed))
     graft = how.graft(geometry.token_shape(grid))
-    velocity = base.velocity(text, guidance_scale=how.guidance_scale, graft=graft, adapter=how.adapter, sight=sight)
+    guidance = {"guidance_scale": how.guidance_scale, "guidance_interval": how.guidance_interval}
+    velocity = base.velocity(text, **guidance, graft=graft, adapter=how.adapter, sight=sight)
     z = flow.denoise(velocity, z.to(base.device), levels, start=start, after_step=after_step)
     return LatentVideo(z, grid)
 

@@ -88,13 +88,14 @@ def _in_time(proxy: LatentVideo, frames: int, fps: float) -> LatentVideo:
 
 def _through_pixels(vae: AutoencoderKLWan, proxy: LatentVideo, to: Grid, method: PixelInterpolation) -> torch.Tensor:
     from muralist.data.latents import encode
-    from muralist.stages.decode import decode, plan_decode
+    from muralist.stages.decode import plan_decode
+    from muralist.stages.decode_in_less import decode_in_less
 
     def enlarged(frames: torch.Tensor) -> torch.Tensor:
         images = F.interpolate(rearrange(frames, "t h w c -> t c h w"), size=(to.height, to.width), mode=method.mode, align_corners=False)
         return rearrange(images.clamp(0, 1).to(vae.dtype), "t c h w -> 1 t h w c")
 
-    chunks = decode(proxy, vae, plan_decode(vae.config, proxy.grid, dtype=vae.dtype))
+    chunks = decode_in_less(proxy, vae, plan_decode(vae.config, proxy.grid, dtype=vae.dtype))
     video = torch.cat([enlarged(chunk.frames) for chunk in chunks], dim=1).to(vae.device)
     side, stride = method.tile, method.tile * 3 // 4
     vae.enable_tiling(tile_sample_min_height=side, tile_sample_min_width=side, tile_sample_stride_height=stride, tile_sample_stride_width=stride)

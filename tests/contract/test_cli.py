@@ -21,12 +21,12 @@ from tests.shell import muralist
 
 VIDEO = (
     "--size --width --height --num-frames --duration --fps --seed --model --revision --recipe --negative-prompt --num-inference-steps --guidance-scale "
-    "--flow-shift --skip-steps --set --device --memory-limit"
+    "--flow-shift --skip-steps --set --device --memory --vram-limit"
 )
 COMMON = VIDEO.replace("--seed ", "").replace("--recipe ", "")
 OPTIONS = {
     "generate": f"prompt {VIDEO} --output -o --run-dir --keep-run --dry-run --json --debug",
-    "resume": "run_dir --device --keep-run --json --debug",
+    "resume": "run_dir --device --memory --vram-limit --keep-run --json --debug",
     "plan": f"prompt {VIDEO} --machine --json --debug",
     "inspect": "file --decode --json --debug",
     "eval": "files --metrics --reference --output -o --weights --list --device --json --debug",

@@ -47,16 +47,17 @@ def generate(base, tmp_path, *more):
 
 # --- options ----------------------------------------------------------------------------------------------------------------------
 
-NUMBERS = ("--num-inference-steps", "--guidance-scale", "--flow-shift", "--skip-steps", "--num-frames", "--fps", "--seed", "--memory-limit")
+NUMBERS = ("--num-inference-steps", "--guidance-scale", "--flow-shift", "--skip-steps", "--num-frames", "--fps", "--seed", "--vram-limit")
 WORDS = ("ten", "", "1,5", "0x10", "1e", "--", "½", "nil", "NaN%", "1 000")
+INTERVALS = ("[0.5, 0.5]", "[0.9, 0.3]", "[-0.1, 1]", "[0, 1.1]", "[0.5]", "[0, 0.5, 1]", "0.5", "null", '["a", "b"]', "[NaN, 1]", "{}")
 OPTIONS = [
     *((name, word) for name in NUMBERS for word in WORDS),
     ("--fps", "0.0004"), ("--revision", "main"), ("--revision", "0" * 40),
-    *((name, "nan") for name in ("--guidance-scale", "--flow-shift", "--fps", "--memory-limit")),
-    *((name, "inf") for name in ("--guidance-scale", "--flow-shift", "--fps", "--memory-limit")),
+    *((name, "nan") for name in ("--guidance-scale", "--flow-shift", "--fps", "--vram-limit")),
+    *((name, "inf") for name in ("--guidance-scale", "--flow-shift", "--fps", "--vram-limit")),
     *((name, "-3") for name in NUMBERS),
     *((name, str(10**30)) for name in NUMBERS),
-    *((name, "0") for name in ("--num-inference-steps", "--flow-shift", "--num-frames", "--fps", "--memory-limit")),
+    *((name, "0") for name in ("--num-inference-steps", "--flow-shift", "--num-frames", "--fps", "--vram-limit")),
     ("--num-inference-steps", "2.5"), ("--num-frames", "4.5"), ("--seed", "1.5"), ("--skip-steps", "4"), ("--skip-steps", "99"),
     *(("--size", size) for size in ("", "5k", "0x0", "10x10", "3841x2160", "3840x2161", "99999x64", "-64x64", "64x-64", "64*64", "64", "x", "4k4k")),
     *(("--duration", text) for text in ("", "0", "0s", "-1s", "ten", "1h", "1e3", "nan", "infs", "99999s", "1:30")),
@@ -64,6 +65,9 @@ OPTIONS = [
     ("--recipe", ""), ("--recipe", "Cascade"), ("--recipe", "nonsense"), ("--recipe", "../cascade"), ("--recipe", "x" * 10_000),
     ("--device", "tpu"), ("--device", ""), ("--device", "cpu:9:9"), ("--device", "cuda:99"), ("--device", "cuda:x"),
     ("--model", ""), ("--model", "nowhere"), ("--model", "/dev/null"), ("--model", "../.."), ("--model", "org/name"), ("--model", "x" * 5000),
+    *(("--memory", word) for word in ("", "all", "LOW", "12GB", "x" * 1000)),
+    *(("--set", f"{stage}.guidance_interval={value}") for stage in ("proxy", "refine") for value in INTERVALS),
+    *(("--set", f"{stage}.token_chunk={value}") for stage in ("proxy", "refine") for value in (0, -1, 1.5, "many", "[]")),
     ("--no-such-option", "1"), ("--sise", "4k"), ("--output",), ("-z", "1"),
     ("--negative-prompt", "n" * 2**20),
 ]  # fmt: skip
@@ -84,7 +88,8 @@ def test_bad_prompts(prompt, tiny22, tmp_path):
 
 COMMAND_LINES = [
     ["generate"], ["generate", "a", "b"], ["paint"], ["--nonsense"], ["doctor", "--device", "tpu"],
-    ["resume"], ["resume", "/nowhere"], ["resume", "/dev/null"], ["resume", ""], ["resume", "x" * 5000],
+    ["resume"], ["resume", "/nowhere"], ["resume", ".", "--memory", "some"], ["resume", ".", "--vram-limit", "nan"],
+    ["resume", "/dev/null"], ["resume", ""], ["resume", "x" * 5000],
     ["inspect"], ["inspect", "/nowhere.mp4"], ["inspect", "/dev/null"], ["inspect", "."], ["inspect", "x" * 5000],
     ["plan", "--machine", "3GB"], ["plan", "--size", "0x0"],
     ["train", "miniature-base", "--from", "/nowhere"], ["train", "uhr", "--from", "/dev/null"], ["train", "miniature-vae", "--from", "."],
@@ -149,8 +154,9 @@ def test_too_little_disk(tiny22, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_memory(tiny22, tmp_path):
-    assert "memory" in generate(tiny22, tmp_path, "--size", "4k", "--memory-limit", "0.01").error
+@pytest.mark.parametrize("memory", ["auto", "high", "balanced", "low"])
+def test_too_little_memory(memory, tiny22, tmp_path):
+    assert "memory" in generate(tiny22, tmp_path, "--size", "4k", "--vram-limit", "0.01", "--memory", memory).error
 
 
 # --- models -----------------------------------------------------------------------------------------------------------------------

@@ -112,15 +112,15 @@ def test_transformer_flops_are_those_counted(tiny, shape, graft):
     assert 0.98 <= counted.get_total_flops() / said <= 1.02
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.mark.parametrize(("guidance_scale", "interval"), [(1.0, (0.0, 1.0)), (5.0, (0.0, 1.0)), (5.0, (0.8, 0.95)), (5.0, (0.0, 0.1))])
 @pytest.mark.parametrize("attention", [FullAttention(), Windows(tokens=40)], ids=["full", "windows"])
-def test_denoising_flops_include_guidance_and_steps(tiny, attention, guidance_scale):
-    asked = request(Grid(num_frames=5, height=80, width=112), guidance_scale=guidance_scale, attention=attention)
+def test_denoising_flops_include_guidance_and_steps(tiny, attention, guidance_scale, interval):
+    asked = request(Grid(num_frames=5, height=80, width=112), guidance_scale=guidance_scale, attention=attention, guidance_interval=interval)
     info = base()
     graft = asked.config.refine.graft(info.geometry.token_shape(asked.grid))
     field = velocity(tiny.configure(graft))
     z = torch.zeros(1, *info.geometry.latent_shape(asked.grid))
-    guided, levels = flow.guided(field, field, guidance_scale), flow.sigmas(4, 5.0)
+    guided, levels = flow.guided(field, field, guidance_scale, interval), flow.sigmas(4, 5.0)
     with torch.no_grad(), counter() as counted:
         for level in levels[:-1]:
             guided(z, level)

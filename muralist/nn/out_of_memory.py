@@ -1,0 +1,65 @@
+"""What to do when memory runs out in spite of the plan: the same work in smaller chunks, which gives the same result."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from muralist.errors import UserError
+
+T = TypeVar("T")
+FLOOR = 256  # tokens: what a smaller chunk saves is below what a forward holds beside it
+log = logging.getLogger("muralist")
+
+
+class Chunks:
+    """How many tokens one stage computes at a time: what its graft says, until that turns out to be too many for the device."""
+
+    def __init__(self) -> None:
+        self.most: int | None = None  # None: memory has not run out yet
+
+    def attempt(self, work: Callable[[int | None], T], asked: int | None, tokens: int) -> T:
+        """work(chunk), again with half the chunk whenever memory runs out; the chunk that served serves from then on.
+
+        Args:
+            work: may be called again after it has failed, so it must leave its inputs as they are.
+            asked: the chunk to begin with, None: all `tokens` at once.
+
+        Raises:
+            UserError: there is too little memory for the smallest chunk.
+        """
+        while True:
+            chunk = asked if self.most is None else self.most
+            try:
+                return work(chunk)
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+                size = min(chunk or tokens, tokens)
+            # outside of `except`: until its end the exception holds the frames, and these the tensors
+            self.most = self._smaller(size)
+            give_back()
+
+    def _smaller(self, size: int) -> int:
+        if size <= FLOOR:
+            fix = "use --memory low, a smaller --size or fewer --num-frames, or end what else uses the device"
+            raise UserError(f"too little for {size} tokens at a time", where="memory", fix=fix)
+        smaller = max(size // 2, FLOOR)
+        log.warning("muralist: note: memory ran out with %d tokens at a time; on with %d", size, smaller)
+        return smaller
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an allocator says that there is no more memory; the CPU's has no type of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def give_back() -> None:
+    """What nobody holds any more, to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
