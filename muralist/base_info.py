@@ -14,6 +14,7 @@ import torch
 from muralist.errors import UserError
 from muralist.nn.experts import EXPERTS, ExpertsConfig
 from muralist.nn.kinds import BRANCHES, INJECTOR, STEP_SIZE, BranchesConfig, InjectorConfig
+from muralist.sampling import flow
 from muralist.store import parts, weights
 from muralist.types import Geometry, Grid
 
@@ -41,7 +42,8 @@ CLASSES = {"transformer": "WanTransformer3DModel", "transformer_2": "WanTransfor
 class Defaults:
     """The numbers a base was made for: its own grid, sampling, and text length. `refine_steps`: of the schedule on a guide's target grid.
 
-    `skip_share`: of those, what a guide replaces; a base that does not know large sizes keeps more of its guide.
+    `skip_share`: of those, what a guide replaces; a base that does not know large sizes keeps more of its guide. `guidance_interval`: noise
+    levels (low, high) between which guidance works; where it begins below 1, the first steps find the ground undisturbed.
     """
 
     grid: Grid
@@ -52,6 +54,12 @@ class Defaults:
     max_sequence_length: int
     refine_steps: int
     skip_share: float = SKIP_SHARE
+    guidance_interval: flow.Interval = flow.WHOLE
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How the base denoises from pure noise, by the names of the fields of every part that does."""
+        return {name: getattr(self, name) for name in ("num_inference_steps", "guidance_scale", "guidance_interval", "flow_shift")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,13 +317,15 @@ def _defaults(folder: Path, geometry: Geometry, two: bool) -> Defaults:
     if (folder / "muralist.json").is_file():
         values = weights.read_config(folder / "muralist.json")
         try:
-            values = {"refine_steps": values["num_inference_steps"], "skip_share": SKIP_SHARE} | values
+            values = {"refine_steps": values["num_inference_steps"], "skip_share": SKIP_SHARE, "guidance_interval": flow.WHOLE} | values
+            values["guidance_interval"] = tuple(values["guidance_interval"])
             defaults = Defaults(grid=Grid(**values["grid"]), **{k: values[k] for k in Defaults.__dataclass_fields__ if k != "grid"})
             if not isinstance(defaults.negative_prompt, str):
                 raise TypeError("negative_prompt")
             numbers = (*(getattr(defaults, k) for k in _NUMBERS), *(getattr(defaults.grid, k) for k in Grid.__dataclass_fields__))
             if any(type(n) not in (int, float) or n <= 0 for n in numbers) or any(type(getattr(defaults, k)) is not int for k in _NUMBERS[:3]):
                 raise TypeError("a number")
+            flow.check_interval(defaults.guidance_interval)
             return defaults
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / 'muralist.json'} lacks or misnames {error}", where="model", fix="restore the file") from None

@@ -30,9 +30,8 @@ def atlasvid(base: BaseInfo) -> Config:
     for name in (PROXY, DETAIL):
         base.require_adapter(name)
     d = base.defaults
-    sampling = dict(num_inference_steps=d.num_inference_steps, guidance_scale=d.guidance_scale, flow_shift=d.flow_shift)
     return Config(
-        proxy=LowFrameRateProxy(height=d.grid.height, width=d.grid.width, adapter=PROXY, **sampling),
+        proxy=LowFrameRateProxy(height=d.grid.height, width=d.grid.width, adapter=PROXY, **d.sampling),
         upsample=None,
-        refine=Refine(attention=ProxyWindows(tokens=1024, max_frames=MAX_FRAMES), adapter=DETAIL, **sampling),
+        refine=Refine(attention=ProxyWindows(tokens=1024, max_frames=MAX_FRAMES), adapter=DETAIL, **d.sampling),
     )

@@ -19,21 +19,15 @@ WINDOW_FRAMES = 8  # latent frames: 512 tokens are then 8 x 8 x 8, and a longer 
 
 def direct(base: BaseInfo) -> Config:
     """Full attention at the target size from pure noise: exact, and quadratic in the number of tokens."""
-    d = base.defaults
-    refine = Refine(num_inference_steps=d.num_inference_steps, guidance_scale=d.guidance_scale, flow_shift=d.flow_shift, attention=FullAttention())
-    return Config(proxy=None, upsample=None, refine=refine)
+    return Config(proxy=None, upsample=None, refine=Refine(**base.defaults.sampling, attention=FullAttention()))
 
 
 def cascade(base: BaseInfo) -> Config:
     """A proxy at the base's own size, latent interpolation, re-noising, and refinement in shifted local windows."""
     d = base.defaults
-    proxy = LowResolutionProxy(
-        height=d.grid.height, width=d.grid.width, num_inference_steps=d.num_inference_steps, guidance_scale=d.guidance_scale, flow_shift=d.flow_shift
-    )
+    proxy = LowResolutionProxy(height=d.grid.height, width=d.grid.width, **d.sampling)
     refine = Refine(
-        num_inference_steps=d.refine_steps,
-        guidance_scale=d.guidance_scale,
-        flow_shift=d.flow_shift,
+        **d.sampling | {"num_inference_steps": d.refine_steps},
         skip_steps=round(d.skip_share * d.refine_steps),
         attention=Windows(tokens=512, max_frames=WINDOW_FRAMES),
         adapter=UHR if UHR in base.adapters else None,

@@ -25,10 +25,7 @@ def pixelwizard(base: BaseInfo) -> Config:
     """PixelWizard: a small anchor, then the large video from noise in four steps, the anchor added to its tokens."""
     base.require_adapter(ANCHORED)
     d = base.defaults
-    proxy = LowResolutionProxy(
-        height=HEIGHT, width=WIDTH, num_inference_steps=d.num_inference_steps, guidance_scale=d.guidance_scale, flow_shift=d.flow_shift,
-        adapter=ANCHOR if ANCHOR in base.adapters else None,
-    )  # fmt: skip
+    proxy = LowResolutionProxy(height=HEIGHT, width=WIDTH, adapter=ANCHOR if ANCHOR in base.adapters else None, **d.sampling)
     windows = Windows(tokens=1024)
     refine = Refine(
         num_inference_steps=STEPS, guidance_scale=1.0, flow_shift=SHIFT, attention=windows, adapter=ANCHORED, steps=ShortcutSteps(), anchor="injected"

@@ -42,9 +42,7 @@ def ultragen(base: BaseInfo) -> Config:
     branches = base.branches
     plain = tuple(sorted(set(range(base.transformer_config["num_layers"])) - set(branches.blocks)))
     refine = Refine(
-        num_inference_steps=STEPS,
-        guidance_scale=base.defaults.guidance_scale,
-        flow_shift=SHIFT,
+        **base.defaults.sampling | {"num_inference_steps": STEPS, "flow_shift": SHIFT},
         attention=BranchedWindows(branches.windows, branches=tuple(branches.branches), plain=plain),
         adapter=BRANCHED if BRANCHED in base.adapters else None,
     )

@@ -45,6 +45,12 @@ def velocity_of_sample(z: torch.Tensor, sample: torch.Tensor, sigma: float) -> t
     return (z - sample) / sigma
 
 
+def check_interval(interval: Interval) -> None:
+    """Raises UserError for what is no interval of noise levels."""
+    if len(interval) != 2 or any(type(end) not in (int, float) for end in interval) or not 0 <= interval[0] < interval[1] <= 1:
+        raise UserError(f"{list(interval)}", where="guidance_interval", fix="use two noise levels from 0 to 1, the lower one first, such as [0.3, 0.9]")
+
+
 def passes(sigma: float, guidance_scale: float, interval: Interval = WHOLE) -> int:
     """Forwards of the network that a step at sigma takes: two where guidance works, one where it does not."""
     return 2 if guidance_scale != 1 and interval[0] <= sigma <= interval[1] else 1

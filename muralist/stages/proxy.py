@@ -81,8 +81,7 @@ class LowFrameRateProxy(LowResolutionProxy):
 def check_guidance(guidance_scale: float, interval: flow.Interval = flow.WHOLE) -> None:
     if not 0 <= guidance_scale <= 100:
         raise UserError(f"{guidance_scale}", where="guidance_scale", fix="use 1 (off) to about 10")
-    if not 0 <= interval[0] < interval[1] <= 1:
-        raise UserError(f"{list(interval)}", where="guidance_interval", fix="use two noise levels from 0 to 1, the lower one first, such as [0.3, 0.9]")
+    flow.check_interval(interval)
 
 
 def check_chunk(token_chunk: int | None) -> None:

@@ -250,6 +250,8 @@ DAMAGES = {
     "branches without a number of windows": lambda f: _part(f, "branches", windows=None),
     "an injector that lacks a tensor": lambda f: _part(f, "injector", drop="norm.bias"),
     "an injector for channels in halves": lambda f: _part(f, "injector", channels=4.5),
+    "guidance nowhere": lambda f: _edit(f / "muralist.json", guidance_interval=[0.9, 0.1]),
+    "guidance at one level": lambda f: _edit(f / "muralist.json", guidance_interval=[0.9]),
     "defaults out of range": lambda f: _edit(f / "muralist.json", guidance_scale=-1),
 }  # fmt: skip
 

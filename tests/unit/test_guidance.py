@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from muralist.errors import UserError
 from muralist.plan import plan
+from muralist.recipes.baselines import cascade, direct
 from muralist.sampling import flow
 from muralist.stages.proxy import LowResolutionProxy
 from muralist.stages.refine import Refine
@@ -59,3 +62,10 @@ def test_the_plan_counts_the_steps_that_are_guided():
     assert flow.sigmas(4, 5.0)[:-1] == pytest.approx([1, 0.9375, 0.8333, 0.625], abs=1e-4)
     assert (whole.flops * 6 == part.flops * 8, none.flops * 2 == whole.flops) == (True, True)
     assert (whole.work, part.work, none.work) == ("4 steps x 2 passes", "4 steps, 2 of them x 2 passes", "4 steps")
+
+
+@pytest.mark.parametrize("recipe", [direct, cascade])
+def test_recipes_guide_where_the_base_says(recipe):
+    narrow = replace(base(), defaults=replace(base().defaults, guidance_interval=(0.1, 0.9)))
+    config = recipe(narrow)
+    assert {part.guidance_interval for part in (config.proxy, config.refine) if part} == {(0.1, 0.9)}
