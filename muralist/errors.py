@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 
+class Note(UserWarning):
+    """Something a person should know and need not mend; the command line shows it as a note."""
+
+
 class UserError(ValueError):
     """A mistake that the user can fix: shown as one line, exit code 2.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from muralist.cli import _options
-from muralist.errors import UserError
+from muralist.errors import Note, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -132,6 +132,8 @@ def quiet() -> None:
     import transformers.utils.logging
 
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("always", category=Note)
+    warnings.showwarning = lambda message, *_, **__: print(f"muralist: note: {plain(message)}", file=sys.stderr)
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.disable_progress_bar()
         logging.set_verbosity_error()

@@ -112,6 +112,12 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def digest(folder: Path) -> str:
+    """A digest of all files of a small folder, such as a tokenizer's."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return hashlib.sha256(b"".join(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+
+
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a component, from the headers."""
     headers = (check_safetensors(file) for file in _weight_files(folder))

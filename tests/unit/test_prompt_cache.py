@@ -1,0 +1,94 @@
+"""A prompt seen before needs no text encoder; nothing that can happen to the cache fails a run or writes elsewhere."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from muralist.base import Base
+from muralist.base_info import inspect_base
+from muralist.stages import prompt
+from muralist.stages.prompt import encode_prompt
+from muralist.store import prompt_cache
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A cache of its own, and a base that is worth caching."""
+    monkeypatch.setenv(prompt_cache.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(prompt, "WORTH_KEEPING", 0)
+    return tmp_path / "cache" / "prompts"
+
+
+def base_of(model: Path, dtype: torch.dtype = torch.float32) -> Base:
+    return Base(inspect_base(str(model)), torch.device("cpu"), dtype)
+
+
+def without_encoder(model: Path, monkeypatch: pytest.MonkeyPatch) -> Base:
+    base = base_of(model)
+    monkeypatch.setattr(base, "text_encoder", lambda: pytest.fail("the text encoder was asked for"))
+    return base
+
+
+def test_a_prompt_seen_before_comes_from_the_cache_bit_for_bit(tiny21, folder, monkeypatch):
+    first = encode_prompt(base_of(tiny21), "a red ball", "blue sand")
+    again = encode_prompt(without_encoder(tiny21, monkeypatch), "a  red ball ", "blue sand")
+    assert torch.equal(first.positive, again.positive) and torch.equal(first.negative, again.negative)
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_another_prompt_type_length_or_model_is_another_entry(tiny21, tiny22, folder):
+    encode_prompt(base_of(tiny21), "a red ball", "")
+    encode_prompt(base_of(tiny21), "a blue ball", "")
+    assert len(list(folder.iterdir())) == 3
+    encode_prompt(base_of(tiny21, torch.bfloat16), "a red ball", "")
+    assert len(list(folder.iterdir())) == 5
+    keys = {prompt_cache.key_of(**{"model": "a", "length": 512} | change) for change in ({}, {"model": "b"}, {"length": 16})}
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize("harm", [lambda file: file.write_bytes(file.read_bytes()[:-1] + b"x"), Path.unlink, lambda file: file.write_bytes(b"")])
+@pytest.mark.parametrize("name", ["embedding.safetensors", "MANIFEST.json"])
+def test_a_damaged_entry_is_computed_again_with_a_note(tiny21, folder, name, harm):
+    first = encode_prompt(base_of(tiny21), "a red ball", "a red ball")
+    (entry,) = folder.iterdir()
+    harm(entry / name)
+    with pytest.warns(UserWarning, match="computed again"):
+        again = encode_prompt(base_of(tiny21), "a red ball", "a red ball")
+    assert torch.equal(first.positive, again.positive) and prompt_cache.find(folder, entry.name) is not None
+
+
+def test_the_oldest_entries_go_when_all_are_too_large(tmp_path):
+    for i in range(4):
+        prompt_cache.keep(tmp_path, f"{i}", torch.zeros(1000), limit=3 * 4500)
+        os.utime(tmp_path / f"{i}", (i, i))
+    assert prompt_cache.find(tmp_path, "1") is not None  # of use: now the youngest
+    prompt_cache.keep(tmp_path, "4", torch.zeros(1000), limit=3 * 4500)
+    assert sorted(path.name for path in tmp_path.iterdir()) in (["1", "3", "4"], ["1", "4"])
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tiny21, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompt, "WORTH_KEEPING", 0)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(prompt_cache.VARIABLE, str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="does not matter"):
+        assert encode_prompt(base_of(tiny21), "a red ball", "").positive.shape == (1, 512, 32)
+
+
+def test_where_the_cache_lies(monkeypatch, tmp_path):
+    monkeypatch.delenv(prompt_cache.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert prompt_cache.cache_folder() == tmp_path / "muralist" / "prompts"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert prompt_cache.cache_folder() == Path.home() / ".cache" / "muralist" / "prompts"
+    monkeypatch.setenv(prompt_cache.VARIABLE, "off")
+    assert prompt_cache.cache_folder() is None
+
+
+def test_a_small_encoder_is_not_worth_an_entry(tiny21, tmp_path, monkeypatch):
+    monkeypatch.setenv(prompt_cache.VARIABLE, str(tmp_path / "cache"))
+    encode_prompt(base_of(tiny21), "a red ball", "")
+    assert not (tmp_path / "cache").exists()
