@@ -16,6 +16,7 @@ from muralist.base import Base
 from muralist.base_info import UPSAMPLER
 from muralist.config import Request
 from muralist.progress import Observer, measured
+from muralist.stages.ahead import Ahead
 from muralist.stages.decode import plan_decode
 from muralist.stages.decode_in_less import decode_in_less
 from muralist.stages.encode import encode, next_frame
@@ -26,6 +27,7 @@ from muralist.stages.upsample import pieces, upsample
 from muralist.store.run import RunDirectory
 from muralist.types import FrameChunk, LatentVideo, TextCond
 
+AHEAD = {"cpu": 0, "cuda": 8}  # frames that are decoded while others are compressed; on a CPU both want the same cores
 SAVE_EVERY = 1  # denoising steps between two snapshots
 
 
@@ -60,7 +62,9 @@ def _proxy(text: TextCond, request: Request, base: Base, run: RunDirectory, obse
     if not run.has("proxy"):
         with measured(observer, "proxy", config.num_inference_steps):
             saved, after_step = _steps(run, "proxy", observer)
-            latent = make_proxy(base, text, config, request.grid, seed=request.seed, saved=saved, after_step=after_step)
+            latent = make_proxy(
+                base, text, config, request.grid, seed=request.seed, saved=saved, after_step=after_step
+            )  # fmt: skip
             _finish(run, "proxy", latent)
     return LatentVideo(run.load("proxy")[0]["latent"].to(base.device), grid)
 
@@ -85,7 +89,9 @@ def _refine(
         with measured(observer, "refine", config.num_inference_steps):
             saved, after_step = _steps(run, "refine", observer)
             seen = sight(config, request.config.proxy, proxy, seed=request.seed)
-            latent = refine(base, text, guide, grid, config, sight=seen, seed=request.seed, saved=saved, after_step=after_step)
+            latent = refine(
+                base, text, guide, grid, config, sight=seen, seed=request.seed, saved=saved, after_step=after_step
+            )  # fmt: skip
             _finish(run, "refine", latent)
     base.release("transformer", "transformer_2")
     return LatentVideo(run.load("refine")[0]["latent"].to(base.device), grid)
@@ -93,12 +99,18 @@ def _refine(
 
 def paint(latent: LatentVideo, request: Request, base: Base, run: RunDirectory, output: Path, observer: Observer) -> Path:
     """Decode and encode in one stream: frames go into the file as they come."""
+    ahead = Ahead(AHEAD[base.device.type])
+
+    def on_tile(done: int, total: int) -> None:
+        ahead.check()
+        observer.advance("decode", done * latent.grid.num_frames // total)
+
     with measured(observer, "decode", latent.grid.num_frames):
         chunks = frames(
-            latent, request, base, first_frame=next_frame(run), scratch=run.scratch("decode"), group=request.config.encode.gop,
-            on_tile=lambda done, total: observer.advance("decode", done * latent.grid.num_frames // total),
+            latent, request, base, first_frame=next_frame(run), scratch=run.scratch("decode"), group=request.config.encode.gop, on_tile=on_tile,
+            lag=ahead.lag, where=base.device,
         )  # fmt: skip
-        path = encode(chunks, request.grid, output, request.config.encode, run, metadata(request, base))
+        path = encode(chunks, request.grid, output, request.config.encode, run, metadata(request, base), ahead)
     run.drop_scratch("decode")
     return path
 

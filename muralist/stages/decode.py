@@ -38,6 +38,7 @@ from muralist.types import FrameChunk, Grid, LatentVideo
 
 TILES = (1024, 768, 512, 384, 256, 128)  # sides tried, largest first: the halo of a small tile costs more than the tile
 U16 = 65535
+CPU = torch.device("cpu")
 GROUP = 12  # frames: an encoder's closed group of pictures, which it must be given again from its start after a kill
 Progress = Callable[[int, int], object]
 
@@ -149,8 +150,10 @@ def decode(
     crop: Grid | None = None,
     first_frame: int = 0,
     group: int = GROUP,
+    lag: int = 0,
+    where: torch.device = CPU,
 ) -> Iterator[FrameChunk]:
-    """Frames of a latent video in order: 1, then 4, 4, ... of them, [t, H, W, 3] float32 on the CPU in [0, 1].
+    """Frames of a latent video in order: 1, then 4, 4, ... of them, [t, H, W, 3] float32 in [0, 1].
 
     Args:
         latent: normalised latents [1, C, F, h, w].
@@ -161,6 +164,8 @@ def decode(
         first_frame: pixel frame to start at: the first chunk is the one that holds it; nothing is yielded if it is the count of frames.
         group: a reader that was killed asks again from a multiple of this many frames, at or before the last it was given. One that asks for
             earlier ones gets them too, but later.
+        lag: by how many frames that reader may be behind the last it was given, where they wait in a queue.
+        where: the device of the frames, if they come straight from the decoder (time-major): converted there, a quarter of the bytes is copied.
 
     Raises:
         UserError: shapes that do not fit together.
@@ -176,7 +181,7 @@ def decode(
     folder = scratch and _folder(scratch, job, vae, plan)
     match plan:
         case TimeMajor():
-            return _time_major(job, plan, folder, start, group)
+            return _time_major(job, plan, folder, start, group, lag, where)
         case TileMajor():
             return _in_folder(job, folder, start)
 
@@ -231,45 +236,45 @@ class _Job:
         return self.decoder.first_part(self.z[:, :, k : k + 1], first=k == 0, caches=caches)
 
     def tile(self, patch: Patch, index: int, k: int, caches: Caches) -> torch.Tensor:
-        """Checked pixels of one tile of one latent frame, float32 on the CPU."""
+        """Checked pixels of one tile of one latent frame, float32 where they were decoded."""
         box = self.tiles[index]
         try:
-            return self.decoder.second_part(patch, box, first=k == 0, caches=caches).float().cpu()
+            return self.decoder.second_part(patch, box, first=k == 0, caches=caches).float()
         except FloatingPointError as error:
             where = f"tile {index + 1} of {len(self.tiles)} (rows {box.y.start}-{box.y.stop}, columns {box.x.start}-{box.x.stop}), latent frame {k}"
             raise FloatingPointError(f"decode: {where}: {error}") from error
 
 
-def _time_major(job: _Job, plan: TimeMajor, folder: Path | None, start: int, group: int) -> Iterator[FrameChunk]:
+def _time_major(job: _Job, plan: TimeMajor, folder: Path | None, start: int, group: int, lag: int, where: torch.device) -> Iterator[FrameChunk]:
     k, whole, tiles = _load_state(folder, start, len(job.tiles))
     job.advance(k * len(job.tiles))
     while k < job.frames:
         patch = job.first_part(k, whole)
         span = job.decoder.frames_of(k)
-        frames = torch.empty(len(span), job.height, job.width, 3)
+        frames = torch.empty(len(span), job.height, job.width, 3, device=where)
         for index, box in enumerate(job.tiles):
             frames[:, box.y.start : box.y.stop, box.x.start : box.x.stop] = job.tile(patch, index, k, tiles[index])
             job.advance()
         k += 1
         if folder and k % plan.save_every == 0 and k < job.frames:
-            _save_state(folder, k, whole, tiles, job.decoder, group)
+            _save_state(folder, k, whole, tiles, job.decoder, group, lag)
         if k > start:
             yield FrameChunk(frames, span.start)
 
 
-def _save_state(folder: Path, k: int, whole: Caches, tiles: list[Caches], decoder: StreamingDecoder, group: int) -> None:
+def _save_state(folder: Path, k: int, whole: Caches, tiles: list[Caches], decoder: StreamingDecoder, group: int, lag: int) -> None:
     """All causal caches as they stand before latent frame `k`; first those go that no reader needs any more: each may be gigabytes."""
     saved = {_frame_of(path): path for path in _states(folder)}
-    for old in set(saved).difference(_wanted(sorted(saved), k, decoder, group)):
+    for old in set(saved).difference(_wanted(sorted(saved), k, decoder, group, lag)):
         atomic.remove(saved[old])
     named = {f"{i}/{name}": value for i, caches in enumerate([whole, *tiles]) for name, value in caches.items()}
     save_tensors(folder / f"caches-{k:06d}.safetensors", named)
 
 
-def _wanted(saved: list[int], k: int, decoder: StreamingDecoder, group: int) -> list[int]:
+def _wanted(saved: list[int], k: int, decoder: StreamingDecoder, group: int, lag: int = 0) -> list[int]:
     """Which of the `saved` states (latent frames, ascending) the reader may still need when state `k` is saved: it has been given all frames
-    before latent frame k - 1, and asks again from the start of its open group."""
-    again = decoder.frames_of(k - 1).start // group * group
+    before latent frame k - 1, but the last `lag`, and asks again from the start of its open group."""
+    again = max(decoder.frames_of(k - 1).start - lag, 0) // group * group
     latest = max((frame for frame in saved if frame * decoder.temporal_factor < again + decoder.temporal_factor), default=0)
     return [frame for frame in saved if frame >= latest]
 
@@ -336,7 +341,7 @@ def _decode_tile(job: _Job, folder: Path, index: int, path: Path) -> None:
             with safe_open(folder / f"first-{k:06d}.safetensors", "pt") as saved:
                 x = saved.get_slice("x")[:, box.y.start : box.y.stop, box.x.start : box.x.stop]
             pixels = job.tile(Patch(x.to(job.decoder.device), box, size), index, k, caches)
-            sink.write(pixels.mul_(U16).round_().numpy().astype(np.uint16))
+            sink.write(pixels.mul_(U16).round_().to(torch.uint16).cpu().numpy())
 
     values = (1 + (job.frames - 1) * job.decoder.temporal_factor) * job.tiles[index].area * 3
     atomic.write_file(path, stream, needed=values * 2)

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from muralist.errors import UserError
+from muralist.stages.ahead import Ahead
 from muralist.store import atomic
+from muralist.store.colour import Planes, rgb_to_planes
 from muralist.store.paths import check_output
 from muralist.store.run import RunDirectory
 from muralist.store.video_write import EncodeOptions, LiveFile, Segment, SegmentEncoder, Settings, finish_file
@@ -33,6 +36,7 @@ def encode(
     options: EncodeOptions | None = None,
     run: RunDirectory | None = None,
     metadata: Mapping[str, Any] | None = None,
+    ahead: Ahead | None = None,
 ) -> Path:
     """Write the video, its metadata inside and in OUT.json beside it.
 
@@ -42,6 +46,7 @@ def encode(
         grid: exact size, frame count and rate of the file.
         output: an .mp4 path; an older file there is replaced at the very end.
         run: where finished groups are kept; None keeps nothing to resume from.
+        ahead: takes the frames from `chunks` and converts them in a thread of its own, while earlier ones are compressed.
         metadata: JSON values (prompt, seed, recipe, base, versions); go to the mp4's comment tag and to OUT.json.
     Returns:
         `output`.
@@ -57,9 +62,11 @@ def encode(
     journal = Journal(run)
     journal.require(settings)
     live = LiveFile(live_path(output), settings, comment, journal.segments())
-    for segment in _encoded(chunks, grid, settings, first=live.frames):
-        journal.add(segment, settings)
-        live.append(segment)
+    pictures = (ahead or Ahead(0))(_pictures(chunks, grid, settings, first=live.frames))
+    with closing(pictures):
+        for segment in _encoded(pictures, grid, settings, first=live.frames):
+            journal.add(segment, settings)
+            live.append(segment)
     live.close()
     _publish(output, settings, comment, metadata or {}, grid)
     return output
@@ -131,12 +138,18 @@ def _intact(directory: Path) -> dict[str, Any] | None:
     return info if usable and manifest.get("versions", {}).get("av") == atomic.versions()["av"] else None
 
 
-def _encoded(chunks: Iterator[FrameChunk], grid: Grid, settings: Settings, first: int) -> Iterator[Segment]:
+def _pictures(chunks: Iterator[FrameChunk], grid: Grid, settings: Settings, first: int) -> Iterator[tuple[int, Planes]]:
+    """(number, code values on the CPU) of every frame from `first` on."""
+    for number, frame in _frames(chunks, grid, first):
+        yield number, rgb_to_planes(frame, settings.bit_depth)
+
+
+def _encoded(pictures: Iterator[tuple[int, Planes]], grid: Grid, settings: Settings, first: int) -> Iterator[Segment]:
     """Every group from frame `first` on, each as soon as it is complete."""
     encoder, done = None, first
-    for number, frame in _frames(chunks, grid, first):
+    for number, planes in pictures:
         encoder = encoder or SegmentEncoder(settings, start=number)
-        encoder.add(frame)
+        encoder.add_planes(planes)
         if encoder.frames == settings.gop or number == grid.num_frames - 1:
             yield encoder.finish()
             encoder, done = None, number + 1

@@ -28,7 +28,7 @@ import torch
 
 from muralist.errors import UserError
 from muralist.store import atomic
-from muralist.store.colour import rgb_to_planes
+from muralist.store.colour import Planes, rgb_to_planes
 from muralist.types import Grid
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
@@ -129,7 +129,11 @@ class SegmentEncoder:
 
     def add(self, frame: torch.Tensor) -> None:
         """Encode the next frame [H, W, 3], float in [0, 1]."""
-        picture = _picture(rgb_to_planes(frame, self._depth), self._stream.pix_fmt)
+        self.add_planes(rgb_to_planes(frame, self._depth))
+
+    def add_planes(self, planes: Planes) -> None:
+        """Encode the next frame, given as code values on the CPU."""
+        picture = _picture(planes, self._stream.pix_fmt)
         picture.pts, picture.time_base = self.frames, self._stream.codec_context.time_base
         self._mux(self._stream.encode(picture))
         self.frames += 1
@@ -236,7 +240,7 @@ def _encoder_options(settings: Settings) -> dict[str, str]:
     return {**common, "threads": "1", "x265-params": f"{threads}:{keys}:info=0:log-level=none"}
 
 
-def _picture(planes: Iterable[torch.Tensor], pixel_format: str) -> av.VideoFrame:
+def _picture(planes: Planes, pixel_format: str) -> av.VideoFrame:
     """An encoder's frame from code values; its rows may be padded."""
     Y, Cb, Cr = planes
     picture = av.VideoFrame(Y.shape[1], Y.shape[0], pixel_format)

@@ -1,0 +1,88 @@
+"""How much of a whole run is neither transformer nor decoder: a miniature video of 1920x1080, 29 frames, in a process of its own.
+
+    python benchmarks/overhead.py [--ahead 0 8]     minutes; frames decoded while others are compressed
+
+Wall time counts from the start of the process, imports included. Results go to results/overhead.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+PROMPT = "a red ball moves right over grass"
+GOAL = 1.15
+
+
+class Watch:
+    """Seconds spent inside functions; a device is waited for, since its work goes on when a function returns."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    def over(self, owner: Any, method: str, name: str) -> None:
+        """Count the method of a class under a name."""
+        import torch
+
+        inner = getattr(owner, method)
+
+        @wraps(inner)
+        def timed(*arguments: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            result = inner(*arguments, **options)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            return result
+
+        setattr(owner, method, timed)
+
+
+def child(ahead: int, folder: Path) -> dict[str, Any]:
+    """One video, painted by the command's own way."""
+    from muralist import load, pipeline
+    from muralist.nn.decoder import StreamingDecoder
+    from muralist.nn.transformer import MuralTransformer
+
+    watch, device = Watch(), load().base.device.type
+    for owner, method, name in (
+        (MuralTransformer, "forward", "transformer"),
+        (StreamingDecoder, "first_part", "decode"),
+        (StreamingDecoder, "second_part", "decode"),
+    ):
+        watch.over(owner, method, name)
+    pipeline.AHEAD[device] = ahead
+    with load()(PROMPT, width=1920, height=1080, num_frames=29, seed=0) as video:
+        video.save(folder / "out.mp4")
+    return {"ahead": ahead, "device": device, **{f"{name}_s": seconds for name, seconds in watch.seconds.items()}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ahead", type=int, nargs="+", default=[0, 8])
+    parser.add_argument("--child", type=int)
+    options, rows = parser.parse_args(), []
+    with tempfile.TemporaryDirectory() as folder:
+        if options.child is not None:
+            print(json.dumps(child(options.child, Path(folder))))
+            return
+    for ahead in options.ahead:
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, __file__, "--child", str(ahead)], check=True, stdout=subprocess.PIPE, text=True)
+        wall, row = time.perf_counter() - started, json.loads(done.stdout.splitlines()[-1])
+        rows.append(row | {"wall_s": wall, "wall / (transformer + decode)": wall / (row["transformer_s"] + row["decode_s"])})
+        print(rows[-1], flush=True)
+    from common import write
+
+    write("overhead", rows, f"miniature, cascade, 1920x1080, 29 frames; the goal is {GOAL}")
+
+
+if __name__ == "__main__":
+    main()
