@@ -11,6 +11,7 @@ has finished stands in its run directory (a temporary one unless `run_dir` is gi
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from muralist import recipes
 from muralist.base import Base, pick_device
 from muralist.base_info import inspect_base
+from muralist.errors import Note
 from muralist.progress import Observer, Silent
-from muralist.request import Asked, make_request
+from muralist.request import Asked, make_request, settle_kernels
 from muralist.types import FrameChunk, Grid, LatentVideo
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ class Pipeline:
             observer: told of the progress (`muralist.progress.Observer`).
             memory, vram_limit: a level (`high`, `balanced`, `low`, `auto`: the first that fits) and gigabytes, as on the command line.
             options: `negative_prompt, width, height, num_frames, duration, fps, seed, num_inference_steps, guidance_scale, flow_shift,
-                skip_steps, settings` (a sequence of `NAME=VALUE`), as in diffusers and on the command line; the recipe's or the base's own
+                skip_steps, attention, settings` (a sequence of `NAME=VALUE`), as in diffusers and on the command line; the recipe's or the base's own
                 values where left out.
         Raises:
             UserError: options that cannot be, a video that does not fit this machine, or a run directory made with other options.
@@ -108,7 +110,11 @@ class Pipeline:
             raise TypeError(f"unknown option {unknown[0]!r}")
         options |= {"settings": tuple(options.get("settings", ()))}
         asked = Asked(prompt=prompt, **{"recipe": self.recipe, "revision": self._revision} | options)
-        return make_request(asked, self.base.info, note=lambda _: None)
+        return settle_kernels(make_request(asked, self.base.info, note=lambda _: None), self.base.info, self.base.device, note=_warn)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, Note, stacklevel=4)
 
 
 class Video:

@@ -94,6 +94,11 @@ class BaseInfo:
         """The transformer's: channels of a token."""
         return _width(self.transformer_config)
 
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head; 128 is what diffusers builds where the configuration is silent."""
+        return self.transformer_config.get("attention_head_dim", 128)
+
     def require_adapter(self, name: str) -> None:
         """UserError with what to do if the base has no such adapter."""
         if name not in self.adapters:

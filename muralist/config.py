@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from muralist.errors import UserError
+from muralist.nn.kernels import Kernels
 from muralist.stages.decode_options import DecodeOptions
 from muralist.stages.proxy import LowFrameRateProxy, LowResolutionProxy
 from muralist.stages.refine import ProxyWindows, Refine
@@ -27,7 +28,7 @@ class Config:
     """One part a stage, in the order of the data flow.
 
     No proxy: refinement starts from pure noise and nothing is upsampled. A proxy is enlarged and noised again, or refinement looks at it while
-    it works (`ProxyWindows`), or it is added to the tokens (`Refine.anchor`), or several of these.
+    it works (`ProxyWindows`), or it is added to the tokens (`Refine.anchor`), or several of these. `kernels`: how transformers are computed.
     """
 
     proxy: LowResolutionProxy | LowFrameRateProxy | None
@@ -35,6 +36,7 @@ class Config:
     refine: Refine
     decode: DecodeOptions = field(default_factory=DecodeOptions)
     encode: EncodeOptions = field(default_factory=EncodeOptions)
+    kernels: Kernels = field(default_factory=Kernels)
 
     def __post_init__(self):
         looks = isinstance(self.refine.attention, ProxyWindows) or self.refine.anchor != "none"

@@ -15,6 +15,7 @@ import torch
 from muralist.base import Base
 from muralist.base_info import UPSAMPLER
 from muralist.config import Request
+from muralist.nn.kernels import Kernels
 from muralist.progress import Observer, measured
 from muralist.stages.ahead import Ahead
 from muralist.stages.decode import plan_decode
@@ -63,7 +64,7 @@ def _proxy(text: TextCond, request: Request, base: Base, run: RunDirectory, obse
         with measured(observer, "proxy", config.num_inference_steps):
             saved, after_step = _steps(run, "proxy", observer)
             latent = make_proxy(
-                base, text, config, request.grid, seed=request.seed, saved=saved, after_step=after_step
+                base, text, config, request.grid, seed=request.seed, saved=saved, after_step=after_step, kernels=_kernels(request, base)
             )  # fmt: skip
             _finish(run, "proxy", latent)
     return LatentVideo(run.load("proxy")[0]["latent"].to(base.device), grid)
@@ -90,11 +91,16 @@ def _refine(
             saved, after_step = _steps(run, "refine", observer)
             seen = sight(config, request.config.proxy, proxy, seed=request.seed)
             latent = refine(
-                base, text, guide, grid, config, sight=seen, seed=request.seed, saved=saved, after_step=after_step
+                base, text, guide, grid, config, sight=seen, seed=request.seed, saved=saved, after_step=after_step, kernels=_kernels(request, base)
             )  # fmt: skip
             _finish(run, "refine", latent)
     base.release("transformer", "transformer_2")
     return LatentVideo(run.load("refine")[0]["latent"].to(base.device), grid)
+
+
+def _kernels(request: Request, base: Base) -> Kernels:
+    """What the transformers are computed with on this machine; who typed the request has been told of what is not there (`settle_kernels`)."""
+    return request.config.kernels.settled(base.device, base.dtype, base.info.head_dim)[0]
 
 
 def paint(latent: LatentVideo, request: Request, base: Base, run: RunDirectory, output: Path, observer: Observer) -> Path:

@@ -16,7 +16,10 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from muralist import recipes
+from muralist.base import pick_dtype
 from muralist.base_info import BaseInfo, check_structure
 from muralist.config import MAX_FRAMES, MAX_PROMPT, Config, Request, jsonable
 from muralist.errors import UserError
@@ -53,6 +56,7 @@ class Asked:
     guidance_scale: float | None = None
     flow_shift: float | None = None
     skip_steps: int | None = None
+    attention: str | None = None
     settings: tuple[str, ...] = ()
 
 
@@ -161,7 +165,16 @@ def override(config: Config, asked: Asked) -> Config:
     values = {name: getattr(asked, name) for name in ("num_inference_steps", "guidance_scale", "flow_shift", "skip_steps")}
     values = {name: value for name, value in values.items() if value is not None}
     proxy = config.proxy and _replaced(config.proxy, values)
-    return replace(config, proxy=proxy, refine=_replaced(config.refine, _with_skip(config.refine, values)))
+    kernels = config.kernels if asked.attention is None else replace(config.kernels, attention=asked.attention)
+    return replace(config, proxy=proxy, refine=_replaced(config.refine, _with_skip(config.refine, values)), kernels=kernels)
+
+
+def settle_kernels(request: Request, info: BaseInfo, device: torch.device, note: Callable[[str], None]) -> Request:
+    """The request with what this machine will compute with in place of `auto` and of what is not there; `note` is told of the latter."""
+    kernels, notes = request.config.kernels.settled(device, pick_dtype(device), info.head_dim)
+    for text in notes:
+        note(text)
+    return replace(request, config=replace(request.config, kernels=kernels))
 
 
 def changed(config: Config, settings: Sequence[str]) -> Config:

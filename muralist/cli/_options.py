@@ -75,6 +75,7 @@ class VideoOptions:
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any value of the recipe's configuration, such as 'refine.experts=[\"low\"]'; often."),
     ] = None
+    attention: Annotated[str | None, typer.Option(help="Kernel of attention: auto, sdpa, flash, cudnn, efficient, varlen, fa3, fa4, sage, reference.")] = None
     device: Device = "auto"
     memory: Memory = "auto"
     vram_limit: VramLimit = None

@@ -21,6 +21,7 @@ def command(device: Device = "auto", json: Json = False, debug: Debug = False) -
         "versions": _versions,
         "device": lambda: _device(target),
         "working type": lambda: _dtype(target),
+        "attention": lambda: _attention(target),
         "speed": lambda: _speed(target),
         "codecs": _codecs,
         "disk": lambda: f"{_show.amount(_free())} free in the current directory",
@@ -66,6 +67,19 @@ def _dtype(device: Any) -> str:
     if device.type == "cuda":
         return f"{dtype}: the GPU multiplies it in matrix units"
     return f"{dtype}: " + ("this CPU multiplies it in matrix units (AMX)" if dtype == "bfloat16" else "this CPU has no matrix units for bfloat16 (AMX)")
+
+
+def _attention(device: Any) -> str:
+    """The kernels that run here on heads of Wan's width, and why the others do not."""
+    from muralist.base import pick_dtype
+    from muralist.nn.attention import backends
+
+    wrong = {name: backends.why_not(name, device, pick_dtype(device), 128) for name in backends.NAMES if name != "auto"}
+    here, auto = [name for name, reason in wrong.items() if reason is None], backends.settle("auto", device, pick_dtype(device), 128)[0]
+    absent = [name for name, reason in wrong.items() if reason == backends.ABSENT]
+    refused = [name for name, reason in wrong.items() if reason not in (None, backends.ABSENT)]
+    lists = (("", here), ("not installed: ", absent), ("not on this device: ", refused))
+    return f"auto is {auto}; there: " + "; ".join(prefix + ", ".join(names) for prefix, names in lists if names)
 
 
 def _speed(device: Any) -> str:

@@ -78,7 +78,7 @@ def prepare(prompt: str, video: VideoOptions, run_dir: Path | None) -> Job:
     from muralist.base import pick_device
     from muralist.base_info import inspect_base
     from muralist.cost.budget import Budget
-    from muralist.request import check_prompt, make_request
+    from muralist.request import check_prompt, make_request, settle_kernels
 
     check_prompt(prompt)  # all of this before a model is searched, or even downloaded
     budget = Budget(video.memory, video.vram_limit)
@@ -86,7 +86,7 @@ def prepare(prompt: str, video: VideoOptions, run_dir: Path | None) -> Job:
     recipes.find(video.recipe)
     device = pick_device(video.device)
     info = inspect_base(video.model, video.revision)
-    return Job(make_request(asked, info, note), info, device, budget)
+    return Job(settle_kernels(make_request(asked, info, note), info, device, note), info, device, budget)
 
 
 def ask(prompt: str, video: VideoOptions, run_dir: Path | None):
@@ -97,7 +97,7 @@ def ask(prompt: str, video: VideoOptions, run_dir: Path | None):
         raise UserError("width and height go together, without size", where="size", fix="use --size 3840x2160, or --width 3840 --height 2160")
     width, height = (video.width, video.height) if video.width is not None else parse_size(video.size) if video.size is not None else SIZES["4k"]
     seed = stored_seed(run_dir) if video.seed == -1 and run_dir is not None else video.seed
-    same = {name: getattr(video, name) for name in ("num_frames", "fps", "recipe", "revision", "negative_prompt")}
+    same = {name: getattr(video, name) for name in ("num_frames", "fps", "recipe", "revision", "negative_prompt", "attention")}
     numbers = {name: getattr(video, name) for name in ("num_inference_steps", "guidance_scale", "flow_shift", "skip_steps")}
     duration = None if video.duration is None else parse_duration(video.duration)
     settings = tuple(video.settings or ())

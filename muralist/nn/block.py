@@ -12,9 +12,23 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
 from einops import rearrange
 
-from muralist.nn.attention import BranchedWindows, CloseRemote, FullAttention, GuidedWindows, WindowAttention, attend_full, attend_windows
-from muralist.nn.attention.guided import Neighbours, Pooling, joined
+from muralist.nn.attention import BranchedWindows, CloseRemote, FullAttention, GuidedWindows, WindowAttention, attend_full, attend_windows, guided
+from muralist.nn.attention.guided import Neighbours, Pooling
 from muralist.nn.attention.window import ExtraKeys
+from muralist.nn.block_parts import (
+    after_attention,
+    after_ffn,
+    after_text,
+    gated,
+    heads,
+    joined,
+    keys_values,
+    modulated,
+    queries,
+    queries_keys_values,
+    text_queries,
+    value_of,
+)  # fmt: skip
 from muralist.nn.branches import Blocks, CompressedBranch, Pools, attend_pooled, fused
 from muralist.nn.chunked import join_chunks, map_chunks
 from muralist.nn.experts import Branch, Place
@@ -76,14 +90,13 @@ class MuralBlock(WanTransformerBlock):
 
 def _window_attention(block: MuralBlock, x: torch.Tensor, table: torch.Tensor, layer: Layer, branch: Branch | None) -> torch.Tensor:
     """A chunk holds whole windows, so queries, keys and values of the full sequence never exist together."""
-    attn, extra = block.attn1, _extra_keys(block, x, table, layer)
+    extra = _extra_keys(block, x, table, layer)
 
     def update(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         shift, scale, gate, *_ = token_rows(table, layer.levels, chunk)
-        normed = _seen(modulated(block.norm1, part, shift, scale), branch)
-        rope = layer.rope.at(layer.partition.order[chunk.span])
-        query, key, value = _query(attn, normed, rope), _key(attn, normed, rope), _value(attn, normed)
-        return _gated(part, _project(attn, attend_windows(query, key, value, chunk.runs, extra)), gate)
+        normed, query, key, value = queries_keys_values(block, part, shift, scale, *layer.rope.at(layer.partition.order[chunk.span]))
+        _seen(normed, branch)
+        return after_attention(block, part, attend_windows(query, key, value, chunk.runs, extra), gate)
 
     return _with_branch(map_chunks(update, x, layer.windows, layer.in_place), branch, table, layer, gate=2)
 
@@ -102,7 +115,7 @@ def _extra_keys(block: MuralBlock, x: torch.Tensor, table: torch.Tensor, layer: 
 
         means = pooling.mean((chunk.span, normed(chunk)) for chunk in layer.spans)
         sources.append((between, *_unrotated(block.attn1, means)))
-    return joined(sources)
+    return guided.joined(sources)
 
 
 def keys_and_values(block: MuralBlock, x: torch.Tensor, temb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,39 +125,37 @@ def keys_and_values(block: MuralBlock, x: torch.Tensor, temb: torch.Tensor) -> t
 
 
 def _unrotated(attn: WanAttention, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return _heads(attn, attn.norm_k(attn.to_k(normed))), _value(attn, normed)
+    return heads(attn, attn.norm_k(attn.to_k(normed))), value_of(attn, normed)
 
 
 def _full_attention(block: MuralBlock, x: torch.Tensor, table: torch.Tensor, layer: Layer, branch: Branch | None) -> torch.Tensor:
     """Keys and values of the full sequence first, then queries chunk by chunk."""
-    attn = block.attn1
 
-    def prepare(part: torch.Tensor, chunk: Chunk) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-        shift, scale, gate, *_ = token_rows(table, layer.levels, chunk)
-        return modulated(block.norm1, part, shift, scale), layer.rope.at(layer.partition.order[chunk.span]), gate
+    def rope(chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+        return layer.rope.at(layer.partition.order[chunk.span])
 
-    def keys_and_values(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-        normed, rope, _ = prepare(part, chunk)
-        return torch.stack([_key(attn, normed, rope), _value(attn, normed)], dim=2)  # [B, n, 2, H, d]
+    def prepare(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        shift, scale, *_ = token_rows(table, layer.levels, chunk)
+        return keys_values(block, part, shift, scale, *rope(chunk))
 
     def update(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-        normed, rope, gate = prepare(part, chunk)
+        shift, scale, gate, *_ = token_rows(table, layer.levels, chunk)
+        normed, query = queries(block, part, shift, scale, *rope(chunk))
         _seen(normed, branch)
-        return _gated(part, _project(attn, attend_full(_query(attn, normed, rope), key, value)), gate)
+        return after_attention(block, part, attend_full(query, key, value), gate)
 
-    key, value = join_chunks(keys_and_values, x, layer.spans, layer.in_place).unbind(2)
+    key, value = join_chunks(prepare, x, layer.spans, layer.in_place).unbind(2)
     return _with_branch(map_chunks(update, x, layer.spans, layer.in_place), branch, table, layer, gate=2)
 
 
 def _close_remote_attention(block: MuralBlock, x: torch.Tensor, table: torch.Tensor, layer: Layer, branch: Branch | None) -> torch.Tensor:
     """Queries, keys and values of the full sequence first: the lattices need them all. Then the mean of both kinds of window."""
-    attn = block.attn1
 
     def prepare(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         shift, scale, *_ = token_rows(table, layer.levels, chunk)
-        normed = _seen(modulated(block.norm1, part, shift, scale), branch)
-        rope = layer.rope.at(layer.partition.order[chunk.span])
-        return torch.stack([_query(attn, normed, rope), _key(attn, normed, rope), _value(attn, normed)], dim=2)  # [B, n, 3, H, d]
+        normed, *projected = queries_keys_values(block, part, shift, scale, *layer.rope.at(layer.partition.order[chunk.span]))
+        _seen(normed, branch)
+        return torch.stack(projected, dim=2)  # [B, n, 3, H, d]
 
     def attend(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         return attend_windows(*part.unbind(2), chunk.runs)
@@ -158,7 +169,7 @@ def _close_remote_attention(block: MuralBlock, x: torch.Tensor, table: torch.Ten
 
     def update(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         gate = token_rows(table, layer.levels, chunk)[2]
-        return _gated(part, _project(attn, torch.lerp(close[:, chunk.span], apart[:, chunk.span], 0.5)), gate)
+        return after_attention(block, part, torch.lerp(close[:, chunk.span], apart[:, chunk.span], 0.5), gate)
 
     return _with_branch(map_chunks(update, x, layer.spans, layer.in_place), branch, table, layer, gate=2)
 
@@ -175,7 +186,7 @@ def _branched_attention(block: MuralBlock, x: torch.Tensor, table: torch.Tensor,
         normed = _seen(modulated(block.norm1, part, shift, scale), branch)
         query, key, value = attn.to_q(normed), attn.to_k(normed), attn.to_v(normed)
         pools.add(chunk, (normed, query, key, value) if branches.config.projecting == "once" else (normed,))
-        query, key, value = _heads(attn, attn.norm_q(query)), _heads(attn, attn.norm_k(key)), _heads(attn, value)
+        query, key, value = heads(attn, attn.norm_q(query)), heads(attn, attn.norm_k(key)), heads(attn, value)
         rope = layer.rope.at(layer.partition.order[chunk.span])
         return rearrange(attend_windows(rotate(query, *rope), rotate(key, *rope), value, chunk.runs), "b n H d -> b n (H d)")
 
@@ -186,7 +197,7 @@ def _branched_attention(block: MuralBlock, x: torch.Tensor, table: torch.Tensor,
     def update(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         gate = token_rows(table, layer.levels, chunk)[2]
         others = [z[:, layer.partition.order[chunk.span]] for z in restored]
-        return _gated(part, _joined(attn, fused(local[:, chunk.span], alphas, others, of_branch=branches.config.of_branch)), gate)
+        return gated(part, joined(attn, fused(local[:, chunk.span], alphas, others, of_branch=branches.config.of_branch)), gate)
 
     return _with_branch(map_chunks(update, x, layer.windows, layer.in_place), branch, table, layer, gate=2)
 
@@ -197,39 +208,13 @@ def _restored(attn: WanAttention, pooled: Sequence[torch.Tensor], branch: Compre
     key_layer = attn.to_q if branch.config.key_of_query else attn.to_k
     query, key, value = projected or (attn.to_q(x), key_layer(x), attn.to_v(x))
     query, key = attn.norm_q(query + branch.q(x)), attn.norm_k(key + branch.k(x))
-    return branch.restore(attend_pooled(*(_heads(attn, y) for y in (query, key, value + branch.v(x))), blocks), blocks)
+    return branch.restore(attend_pooled(*(heads(attn, y) for y in (query, key, value + branch.v(x))), blocks), blocks)
 
 
 SELF_ATTENTION = {
     FullAttention: _full_attention, WindowAttention: _window_attention, GuidedWindows: _window_attention, BranchedWindows: _branched_attention,
     CloseRemote: _close_remote_attention,
 }  # fmt: skip
-
-
-def _query(attn: WanAttention, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    return rotate(_heads(attn, attn.norm_q(attn.to_q(x))), *rope)
-
-
-def _key(attn: WanAttention, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    return rotate(_heads(attn, attn.norm_k(attn.to_k(x))), *rope)
-
-
-def _value(attn: WanAttention, x: torch.Tensor) -> torch.Tensor:
-    return _heads(attn, attn.to_v(x))
-
-
-def _heads(attn: WanAttention, x: torch.Tensor) -> torch.Tensor:
-    return rearrange(x, "b n (H d) -> b n H d", H=attn.heads)
-
-
-def _project(attn: WanAttention, x: torch.Tensor) -> torch.Tensor:
-    """Output projection and dropout: [B, n, H, d] -> [B, n, D]."""
-    return _joined(attn, rearrange(x, "b n H d -> b n (H d)"))
-
-
-def _joined(attn: WanAttention, x: torch.Tensor) -> torch.Tensor:
-    """The same for heads side by side, [B, n, D]."""
-    return attn.to_out[1](attn.to_out[0](x))
 
 
 # -- Work that treats every token alone --
@@ -242,8 +227,8 @@ def _per_token(
 
     def update(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         *_, shift, scale, gate = token_rows(table, layer.levels, chunk)
-        part = part + _cross_attention(block.attn2, block.norm2(part.float()).type_as(part), texts)
-        return _gated(part, block.ffn(_seen(modulated(block.norm3, part, shift, scale), branch)).float(), gate)
+        part, normed = after_text(block, part, _attend_texts(text_queries(block, part), texts), shift, scale)
+        return after_ffn(block, part, _seen(normed, branch), gate)
 
     return _with_branch(map_chunks(update, x, layer.spans, layer.in_place), branch, table, layer, gate=5)
 
@@ -261,33 +246,27 @@ def _with_branch(x: torch.Tensor, branch: Branch | None, table: torch.Tensor, la
     filtered = branch.filtered()
 
     def update(part: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-        return _gated(part, branch.update(filtered[:, chunk.span]), token_rows(table, layer.levels, chunk)[gate])
+        return gated(part, branch.update(filtered[:, chunk.span]), token_rows(table, layer.levels, chunk)[gate])
 
     return map_chunks(update, x, layer.spans, layer.in_place)
 
 
 def _text_keys(attn: WanAttention, context: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of the text, and of the image in front of it where the base takes one: each [B, L, H, d]. Once a block, not once a chunk."""
+    """Keys and values of the text, and of the image in front of it where the base takes one: each [B, L, H, d]. Once a block, not once a chunk.
+
+    And once a forward, though they are the same at every step: they take 0.5 % of one at 448x256, 0.02 % at 1080p (`benchmarks/compiling.py`).
+    """
     num_image = 0 if attn.add_k_proj is None else context.shape[1] - TEXT_LENGTH
     image, text = context[:, :num_image], context[:, num_image:]
-    pairs = [(_heads(attn, attn.norm_k(attn.to_k(text))), _value(attn, text))]
+    pairs = [(heads(attn, attn.norm_k(attn.to_k(text))), value_of(attn, text))]
     if attn.add_k_proj is not None:
-        pairs.append((_heads(attn, attn.norm_added_k(attn.add_k_proj(image))), _heads(attn, attn.add_v_proj(image))))
+        pairs.append((heads(attn, attn.norm_added_k(attn.add_k_proj(image))), heads(attn, attn.add_v_proj(image))))
     return pairs
 
 
-def _cross_attention(attn: WanAttention, x: torch.Tensor, texts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """One softmax for the text and one for the image, summed: [B, n, D] -> [B, n, D]."""
-    query = _heads(attn, attn.norm_q(attn.to_q(x)))
-    return _project(attn, sum(attend_full(query, key, value) for key, value in texts))
-
-
-def modulated(norm: torch.nn.Module, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (norm(x.float()) * (1 + scale) + shift).type_as(x)
-
-
-def _gated(x: torch.Tensor, update: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    return (x.float() + update * gate).type_as(x)
+def _attend_texts(query: torch.Tensor, texts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """One softmax for the text and one for the image, summed: [B, n, H, d] -> [B, n, H, d]."""
+    return sum(attend_full(query, key, value) for key, value in texts)
 
 
 def token_rows(table: torch.Tensor, levels: torch.Tensor | None, chunk: Chunk) -> tuple[torch.Tensor, ...]:

@@ -39,9 +39,11 @@ from muralist.errors import UserError
 from muralist.nn.attention import BranchedWindows, CloseRemote, FullAttention, GuidedWindows, ProxyMemory, WindowAttention
 from muralist.nn.attention.close_remote import remote
 from muralist.nn.attention.guided import Pooling, neighbours, places, pooled_places
-from muralist.nn.block import SELF_ATTENTION, Layer, MuralBlock, keys_and_values, modulated, token_rows
+from muralist.nn.block import SELF_ATTENTION, Layer, MuralBlock, keys_and_values, token_rows
+from muralist.nn.block_parts import modulated
 from muralist.nn.branches import Blocks
 from muralist.nn.chunked import join_chunks, map_chunks
+from muralist.nn.kernels import PLAIN, Kernels
 from muralist.nn.rope import RopeScale, RotaryTable, interleaved, rotary_table
 from muralist.nn.streaming import BlockStream, rest_to
 from muralist.nn.windows import Chunk, Partition, Shape, chunks, partition, reorder, spans
@@ -55,12 +57,14 @@ class Graft:
     """What differs from the stock model. The default: nothing.
 
     `token_chunk`: tokens computed at a time where tokens are independent (>= 1); None: all at once. `experts`: names of those at work.
+    `kernels`: how attention is computed, and whether blocks are compiled.
     """
 
     attention: FullAttention | WindowAttention | GuidedWindows | BranchedWindows | CloseRemote = field(default_factory=FullAttention)
     rope: RopeScale = field(default_factory=RopeScale)
     token_chunk: int | None = None
     experts: tuple[str, ...] = ()
+    kernels: Kernels = PLAIN
 
     def __post_init__(self) -> None:
         if self.token_chunk is not None and self.token_chunk < 1:
@@ -68,8 +72,8 @@ class Graft:
 
     @property
     def keeps_stock_blocks(self) -> bool:
-        """Stock blocks can serve: full attention, all tokens at once, no experts."""
-        return isinstance(self.attention, FullAttention) and self.token_chunk is None and not self.experts
+        """Stock blocks can serve: full attention, all tokens at once, no experts, PyTorch's own kernels."""
+        return isinstance(self.attention, FullAttention) and self.token_chunk is None and not self.experts and self.kernels == PLAIN
 
 
 class MuralTransformer(WanTransformer3DModel):
@@ -163,7 +167,7 @@ class MuralTransformer(WanTransformer3DModel):
         """
         before, collected = self.graft, []
         shape = self.token_shape(hidden_states)
-        self.configure(Graft(rope=RopeScale(t=time_scale), token_chunk=math.prod(shape)))
+        self.configure(Graft(rope=RopeScale(t=time_scale), token_chunk=math.prod(shape), kernels=before.kernels))
         try:
             self._grafted_blocks(hidden_states, timestep, encoder_hidden_states, None, shape, collect=collected)
         finally:
@@ -342,7 +346,8 @@ class MuralTransformer(WanTransformer3DModel):
     def _run(self, block: torch.nn.Module, *arguments: Any) -> torch.Tensor:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             return self._gradient_checkpointing_func(block, *arguments)
-        return block(*arguments)
+        with self.graft.kernels.at_work():
+            return block(*arguments)
 
 
 def _refuse_hooks(modules: Sequence[torch.nn.Module]) -> None:

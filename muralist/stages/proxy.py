@@ -9,6 +9,7 @@ import torch
 
 from muralist.base import Base
 from muralist.errors import UserError
+from muralist.nn.kernels import PLAIN, Kernels
 from muralist.sampling import flow
 from muralist.types import Geometry, Grid, LatentVideo, TextCond
 
@@ -98,6 +99,7 @@ def make_proxy(
     seed: int,
     saved: tuple[int, torch.Tensor] | None,
     after_step: Callable[[int, torch.Tensor], None],
+    kernels: Kernels = PLAIN,
 ) -> LatentVideo:
     """Denoise pure noise [1, C, F, h, w] on the proxy's grid; `saved` is (steps done, latent) of an interrupted run."""
     from muralist.nn.rope import RopeScale
@@ -106,7 +108,7 @@ def make_proxy(
     grid = proxy.grid(target, base.info.geometry)
     levels = flow.sigmas(proxy.num_inference_steps, proxy.flow_shift)
     start, z = saved or (0, flow.keyed_noise((1, *base.info.geometry.latent_shape(grid)), seed=seed, stage="proxy"))
-    graft = Graft(rope=RopeScale(t=proxy.time_scale), token_chunk=proxy.token_chunk)
+    graft = Graft(rope=RopeScale(t=proxy.time_scale), token_chunk=proxy.token_chunk, kernels=kernels)
     guidance = {"guidance_scale": proxy.guidance_scale, "guidance_interval": proxy.guidance_interval}
     velocity = base.velocity(text, **guidance, graft=graft, adapter=proxy.adapter)
     z = flow.denoise(velocity, z.to(base.device), levels, start=start, after_step=after_step)

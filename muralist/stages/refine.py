@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -12,6 +12,7 @@ from muralist.base import NOTHING, Base, ProxyView, Sight
 from muralist.errors import UserError
 from muralist.nn.attention import BranchedWindows, CloseRemote, FullAttention, GuidedWindows, Middle, Near
 from muralist.nn.attention.close_remote import MOST
+from muralist.nn.kernels import PLAIN, Kernels
 from muralist.nn.kinds import require_whole
 from muralist.nn.windows import WindowAttention, choose_window
 from muralist.sampling import flow
@@ -131,12 +132,13 @@ def refine(
     seed: int,
     saved: tuple[int, torch.Tensor] | None,
     after_step: Callable[[int, torch.Tensor], None],
+    kernels: Kernels = PLAIN,
 ) -> LatentVideo:
     """Denoise [1, C, F, h, w] on the legal `grid`; with a guide from x = (1 - sigma_S) guide + sigma_S eps at step S, by what is in its `sight`."""
     geometry: Geometry = base.info.geometry
     levels = flow.sigmas(how.num_inference_steps, how.flow_shift)
     start, z = saved or (how.skip_steps, _start(guide, (1, *geometry.latent_shape(grid)), levels[how.skip_steps], seed))
-    graft = how.graft(geometry.token_shape(grid))
+    graft = replace(how.graft(geometry.token_shape(grid)), kernels=kernels)
     guidance = {"guidance_scale": how.guidance_scale, "guidance_interval": how.guidance_interval}
     velocity = base.velocity(text, **guidance, graft=graft, adapter=how.adapter, sight=sight)
     z = flow.denoise(velocity, z.to(base.device), levels, start=start, after_step=after_step)
