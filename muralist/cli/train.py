@@ -50,6 +50,7 @@ TRAININGS = {
     "anchored": Training("muralist.train.anchored", "train_anchored", "model", MODEL, init=False, serves="adapters/anchored (and parts/)", data=True),
     "experts": Training("muralist.train.experts", "train_experts", "model", MODEL, init=False, serves="parts/experts", data=True),
 }
+MAX_CLIPS = 1_000_000
 MAX_MINUTES = 60 * 24 * 30
 
 
@@ -68,6 +69,9 @@ def command(
         int | None, typer.Option("--height", help="Of footage, in pixels: what is larger is shrunk to it, what is smaller left out. [default: 2160]")
     ] = None,
     min_score: Annotated[float | None, typer.Option("--min-score", help="Footage of at least this score alone, such as 6.5 of HPSv3.")] = None,
+    clips: Annotated[
+        int | None, typer.Option("--clips", help="Clips of each size to train on; they are encoded first, beside the budget. [default: 200 or 400]")
+    ] = None,
     init: Annotated[str | None, typer.Option("--init", help="A model whose weights the VAE or the base starts from, such as miniature.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output directory; without it, a directory with checkpoints is refused.")
@@ -86,7 +90,7 @@ def command(
 
     training = TRAININGS[name]
     target, folder = pick_device(device), _folder(output or f"runs/{name}")
-    earlier = _earlier(training, start) | _initial(training, init) | _footage(training, data, height, min_score)
+    earlier = _earlier(training, start) | _initial(training, init) | _footage(training, data, height, min_score) | _clips(training, clips)
     begin(folder, resume=resume)
     try:
         result = getattr(importlib.import_module(training.module), training.function)(folder, minutes=minutes, device=target, resume=resume, **earlier)
@@ -99,6 +103,7 @@ def command(
             "data": data,
             "height": height,
             "min-score": min_score,
+            "clips": clips,
             "output": folder,
         }
         given = ((f"--{option}", str(value)) for option, value in typed.items() if value is not None)
@@ -169,6 +174,17 @@ def _footage(training: Training, data: str | None, height: int | None, min_score
     from muralist.train.trainee import VideoData
 
     return {"data": VideoData(source=read_footage(typed_path(data, "data"), min_score=min_score), heights=(height,))}
+
+
+def _clips(training: Training, clips: int | None) -> dict[str, int]:
+    """How many clips to encode as an argument; none for the training's own number."""
+    if clips is None:
+        return {}
+    if not training.data:
+        raise UserError("this training makes its own videos", where="clips", fix="leave it out")
+    if not 1 <= clips <= MAX_CLIPS:
+        raise UserError(f"{clips} clips", where="clips", fix=f"use 1 to {MAX_CLIPS:,}")
+    return {"clips": clips}
 
 
 def _folder(text: str) -> Path:

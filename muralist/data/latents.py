@@ -31,8 +31,8 @@ from muralist.types import Grid
 
 Shard = tuple[dict[str, torch.Tensor], dict[str, str]]  # tensors and the header's metadata
 WORLD = World()
-FORMAT = 2  # of a shard: raise it when one holds other tensors
-SHARD = 100  # videos
+FORMAT = 3  # of a shard: raise it when one holds other tensors
+SHARD = 20  # videos: a minute or two of one core
 BATCH_FRAMES = 24  # encoded at a time: two clips at least, since torch takes its slow convolution for a single small one
 
 

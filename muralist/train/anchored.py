@@ -23,7 +23,7 @@ from muralist.store.parts import save_part
 from muralist.train.loop import Report, begin
 from muralist.train.objectives.flow import Batch, FlowConfig
 from muralist.train.objectives.shortcut import ShortcutConfig, ShortcutMatching
-from muralist.train.trainee import Trainee, VideoData, fit_adapter, give_adapter
+from muralist.train.trainee import CLIPS, Trainee, VideoData, fit_adapter, give_adapter
 
 ANCHORED = "anchored"  # the adapter
 
@@ -45,6 +45,7 @@ def train_anchored(
     resume: bool,
     model: Path,
     data: VideoData | None = None,
+    clips: int = CLIPS,
     config: AnchoredConfig | None = None,
     report: Report = print,
 ) -> Path:
@@ -54,20 +55,20 @@ def train_anchored(
     width = trainee.info.width
     config = config or AnchoredConfig(injector=InjectorConfig(channels=trainee.info.geometry.channels, dim=width))
     data = data or VideoData()
-    pools = _pools(trainee, data, config, folder, report)
+    pools = _pools(trainee, data, clips, config, folder, report)
     give_adapter(trainee, ANCHORED)
     added = _add_parts(trainee, config, width, device)
     flow = FlowConfig(prediction=trainee.info.prediction, shift=trainee.info.defaults.flow_shift)
     objective = Anchored(trainee, trainee.transformer, trainee.embed, Crops(pools), flow, device, shortcut=config.shortcut)
-    adapter = fit_adapter(trainee, ANCHORED, objective, folder, minutes, resume, trainee.origin(data), report)
+    adapter = fit_adapter(trainee, ANCHORED, objective, folder, minutes, resume, trainee.origin(data, clips), report)
     for kind, (record, network) in added.items():
         save_part(folder / "parts" / kind, kind, record, {name: p.detach().half().cpu() for name, p in network.named_parameters()})
     return adapter
 
 
-def _pools(trainee: Trainee, data: VideoData, config: AnchoredConfig, folder: Path, report: Report) -> tuple[LatentPool, ...]:
+def _pools(trainee: Trainee, data: VideoData, clips: int, config: AnchoredConfig, folder: Path, report: Report) -> tuple[LatentPool, ...]:
     def pool(height: int) -> PoolConfig:
-        crops = trainee.crop_pool(height, data)
+        crops = trainee.crop_pool(height, data, clips)
         return replace(crops, name=f"anchored-{height}", proxy=replace(trainee.own_grid, num_frames=crops.length), damage=config.damage)
 
     return trainee.encoded([pool(height) for height in data.heights], data.source, folder / "latents", report)

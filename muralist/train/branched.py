@@ -29,6 +29,7 @@ HEIGHTS = (512, 1088)  # of the world's renders
 TIMES = 7  # the tokens of a training video, in clips of the base's own size; the embedded base: 29 frames at 512, 9 at 1088
 SHIFT = 5.0  # of the noise levels, as in sampling
 BATCH = 2
+CLIPS = 200  # of each height
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,19 +56,20 @@ def train_branched(
     resume: bool,
     model: Path,
     data: VideoData | None = None,
+    clips: int = CLIPS,
     config: BranchedConfig | None = None,
     report: Report = print,
 ) -> Path:
     """Writes `folder/adapters/branched` and `folder/parts/branches`; copies in the model's folder put them to use."""
     begin(folder, resume=resume)
-    trainee, data = Trainee(model, device), data or VideoData(heights=HEIGHTS, crops=200)
+    trainee, data = Trainee(model, device), data or VideoData(heights=HEIGHTS)
     branches, attention = (config or BranchedConfig()).of(trainee)
-    pools = trainee.encoded([_pool(trainee, height, data, attention) for height in data.heights], data.source, folder / "latents", report)
+    pools = trainee.encoded([_pool(trainee, height, clips, attention) for height in data.heights], data.source, folder / "latents", report)
     give_adapter(trainee, BRANCHED)
     attached = _attached(trainee, branches).to(device).requires_grad_(True)
     flow = FlowConfig(prediction=trainee.info.prediction, shift=SHIFT, graft=Graft(attention=attention))
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Crops(pools, batch=BATCH), flow, device)
-    adapter = fit_adapter(trainee, BRANCHED, objective, folder, minutes, resume, trainee.origin(data), report)
+    adapter = fit_adapter(trainee, BRANCHED, objective, folder, minutes, resume, trainee.origin(data, clips), report)
     save_part(folder / "parts" / BRANCHES, BRANCHES, asdict(branches), {name: p.detach().half().cpu() for name, p in attached.named_parameters()})
     return adapter
 
@@ -84,7 +86,7 @@ def _attached(trainee: Trainee, branches: BranchesConfig) -> torch.nn.ModuleDict
     return attach_branches(blocks, branches)
 
 
-def _pool(trainee: Trainee, height: int, data: VideoData, attention: BranchedWindows) -> PoolConfig:
+def _pool(trainee: Trainee, height: int, clips: int, attention: BranchedWindows) -> PoolConfig:
     """Whole videos of one height in the base's own proportions, as many frames as fit the tokens. Raises UserError for a height that cannot be trained at."""
     own, geometry = trainee.own_grid, trainee.info.geometry
     large = geometry.legal(Grid(num_frames=own.num_frames, height=height, width=round(height * own.width / own.height), fps=own.fps))
@@ -96,4 +98,4 @@ def _pool(trainee: Trainee, height: int, data: VideoData, attention: BranchedWin
     latent_frames = min(budget // (shape[1] * shape[2]), shape[0])
     if latent_frames < min(2, shape[0]):
         raise UserError(f"of a video {height} pixels high only single frames fit {budget:,} tokens", where="height", fix="use smaller ones, such as 1088")
-    return PoolConfig(name=f"whole-{height}", count=data.crops, grid=large, frames=(latent_frames - 1) * geometry.temporal_factor + 1, seed=height + 1)
+    return PoolConfig(name=f"whole-{height}", count=clips, grid=large, frames=(latent_frames - 1) * geometry.temporal_factor + 1, seed=height + 1)

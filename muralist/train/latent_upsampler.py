@@ -20,6 +20,7 @@ from muralist.train.trainee import VideoData
 
 SCALES = (1.5, 2.0, 3.0)  # LUVE's; `_scales` adds the step from the base's own size to 4K
 HEIGHT_4K = 2176
+CLIPS = 200  # pairs of each scale
 WIDE = 1024  # the width of a base from which it gets the paper's network; Wan2.1-1.3B has 1,536
 
 
@@ -31,7 +32,7 @@ def train_latent_upsampler(
     resume: bool,
     model: Path,
     data: VideoData | None = None,
-    pairs: int = 200,
+    clips: int = CLIPS,
     network: LatentUpsamplerConfig | None = None,
     objective: LatentUpsampleConfig | None = None,
     report: Report = print,
@@ -45,7 +46,7 @@ def train_latent_upsampler(
     vae = load_vae(model / "vae").to(device).eval()
     info = inspect_base(str(model))
     data, own = data or VideoData(), info.defaults.grid
-    configs = [PairConfig(name=f"pairs-{scale:g}", count=pairs, low=own, scale=scale, seed=round(10 * scale)) for scale in _scales(own.height, data)]
+    configs = [PairConfig(name=f"pairs-{scale:g}", count=clips, low=own, scale=scale, seed=round(10 * scale)) for scale in _scales(own.height, data)]
     pools = [build_pairs(vae, config, folder / "latents", device, report, data.source) for config in configs]
     torch.manual_seed(0)
     upsampler = LatentUpsampler(network or _usual(info)).to(device)

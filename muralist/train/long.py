@@ -19,14 +19,13 @@ from muralist.stages.proxy import LowFrameRateProxy
 from muralist.stages.refine import ProxyWindows, Refine
 from muralist.train.loop import Report, begin
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
-from muralist.train.trainee import Trainee, VideoData, fit_adapter, give_adapter
+from muralist.train.trainee import CLIPS, Trainee, VideoData, fit_adapter, give_adapter
 from muralist.types import Grid
 
 PROXY, DETAIL = "proxy", "detail"  # adapters
 EVERY = 4  # latent frames
 SHRINK = 2  # the proxy of a training clip has the clip's sides divided by this
 CUTS = 8  # a training window holds this part of the clip's tokens, and half of its frames
-CLIPS = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ def train_proxy(
     (pool,) = trainee.encoded([PoolConfig(name="slow", count=clips, grid=slow, seed=11)], data.source, folder / "latents", report)
     give_adapter(trainee, PROXY)
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Clips(pool, stride=EVERY), _config(trainee), device)
-    return fit_adapter(trainee, PROXY, objective, folder, minutes, resume, trainee.origin(data), report)
+    return fit_adapter(trainee, PROXY, objective, folder, minutes, resume, trainee.origin(data, clips), report)
 
 
 def train_detail(
@@ -69,7 +68,7 @@ def train_detail(
     give_adapter(trainee, DETAIL)
     graft = training_windows(trainee).graft(trainee.info.geometry.token_shape(own))
     objective = InSightOfProxy(trainee, trainee.transformer, trainee.embed, Clips(pool), replace(_config(trainee), graft=graft), device)
-    return fit_adapter(trainee, DETAIL, objective, folder, minutes, resume, trainee.origin(data), report)
+    return fit_adapter(trainee, DETAIL, objective, folder, minutes, resume, trainee.origin(data, clips), report)
 
 
 class InSightOfProxy(FlowMatching):

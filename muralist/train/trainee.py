@@ -27,6 +27,7 @@ from muralist.types import Grid
 
 FRAMES = 9  # of a crop, if the base makes as many: three latent frames
 WORLD_HEIGHTS = (1088, 2176)
+CLIPS = 400  # encoded of each height
 RANK = 32  # of adapters
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
@@ -37,7 +38,6 @@ class VideoData:
 
     source: Source = field(default_factory=World)
     heights: tuple[int, ...] = WORLD_HEIGHTS
-    crops: int = 400  # of each height
     sharpen: Unsharp | None = None
 
 
@@ -59,11 +59,11 @@ class Trainee(nn.Module):
             self.transformer.enable_gradient_checkpointing()
         self._known: dict[str, torch.Tensor] = {}
 
-    def origin(self, data: VideoData) -> dict[str, str]:
+    def origin(self, data: VideoData, clips: int) -> dict[str, str]:
         """What a training of this base on these videos stands on: another one is not gone on with."""
         return {
             "base": weights.fingerprint(self.info.folder / "transformer"),
-            "data": json.dumps([data.source.identity, data.heights, data.crops], sort_keys=True),
+            "data": json.dumps([data.source.identity, data.heights, clips], sort_keys=True),
         }
 
     @property
@@ -84,9 +84,9 @@ class Trainee(nn.Module):
             self._known[text] = embedded[: int(embedded.any(dim=-1).sum())].half().cpu()
         self.base.release("text_encoder", "tokenizer")
 
-    def pools(self, data: VideoData, folder: Path, report: Report) -> tuple[LatentPool, ...]:
+    def pools(self, data: VideoData, clips: int, folder: Path, report: Report) -> tuple[LatentPool, ...]:
         """The data's latents, encoded where they are missing, and their captions learned."""
-        return self.encoded([self.crop_pool(height, data) for height in data.heights], data.source, folder, report)
+        return self.encoded([self.crop_pool(height, data, clips) for height in data.heights], data.source, folder, report)
 
     def encoded(self, configs: Sequence[PoolConfig], source: Source, folder: Path, report: Report) -> tuple[LatentPool, ...]:
         """These pools, encoded where they are missing, and their captions learned."""
@@ -95,14 +95,14 @@ class Trainee(nn.Module):
         self.learn_captions([text for pool in pools for text in pool.captions])
         return pools
 
-    def crop_pool(self, height: int, data: VideoData) -> PoolConfig:
+    def crop_pool(self, height: int, data: VideoData, clips: int) -> PoolConfig:
         """Crops of the base's own size from videos of one height."""
         own = self.own_grid
         large = self.info.geometry.legal(Grid(num_frames=own.num_frames, height=height, width=round(height * own.width / own.height), fps=own.fps))
         kind = "sharp" if data.sharpen else "crops"
         return PoolConfig(
             name=f"{kind}-{height}",
-            count=data.crops,
+            count=clips,
             grid=large,
             frames=min(FRAMES, own.num_frames),
             crop=(own.height, own.width),

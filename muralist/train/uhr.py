@@ -12,13 +12,15 @@ import torch
 
 from muralist.train.loop import Report, begin
 from muralist.train.objectives.flow import FlowConfig, FlowMatching
-from muralist.train.trainee import Crops, Trainee, VideoData, fit_adapter, give_adapter
+from muralist.train.trainee import CLIPS, Crops, Trainee, VideoData, fit_adapter, give_adapter
 
 ADAPTER = "uhr"
 MAX_SIGMA = 0.9
 
 
-def train_uhr(folder: Path, *, minutes: float, device: torch.device, resume: bool, model: Path, data: VideoData | None = None, report: Report = print) -> Path:
+def train_uhr(
+    folder: Path, *, minutes: float, device: torch.device, resume: bool, model: Path, data: VideoData | None = None, clips: int = CLIPS, report: Report = print
+) -> Path:
     """LoRA on every projection of the base in `model`; writes `folder/adapters/uhr`. A copy of it in `model/adapters` puts it to use.
 
     A base that has the adapter already goes on from it.
@@ -26,8 +28,8 @@ def train_uhr(folder: Path, *, minutes: float, device: torch.device, resume: boo
     begin(folder, resume=resume)
     trainee = Trainee(model, device)
     data = data or VideoData()
-    pools = trainee.pools(data, folder / "latents", report)
+    pools = trainee.pools(data, clips, folder / "latents", report)
     give_adapter(trainee, ADAPTER)
     config = FlowConfig(prediction=trainee.info.prediction, shift=trainee.info.defaults.flow_shift, max_sigma=MAX_SIGMA)
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Crops(pools), config, device)
-    return fit_adapter(trainee, ADAPTER, objective, folder, minutes, resume, trainee.origin(data), report)
+    return fit_adapter(trainee, ADAPTER, objective, folder, minutes, resume, trainee.origin(data, clips), report)
