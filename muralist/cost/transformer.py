@@ -180,8 +180,9 @@ def live_bytes(size: Dimensions, graft: Graft, token_shape: Shape, itemsize: int
     if graft.keeps_stock_blocks:
         return tokens * each
     chunk = each * min(max(graft.token_chunk or tokens, _largest_window(graft.attention, token_shape)), tokens)
+    attending = 4 * stream + chunk // each * _attention_bytes(size, itemsize)  # with keys and values; in the first block also with the embedding
     if isinstance(graft.attention, FullAttention):
-        return 4 * stream + chunk  # residual stream, keys, values; in the first block also the embedding it was copied from
+        return max(attending, 2 * stream + chunk)  # keys and values are gone when the FFN works
     order = 5 * 8 * tokens  # index tables of both partitions and of the switch between them
     if isinstance(graft.attention, GuidedWindows) and graft.attention.middle is not None:  # sums in float32, their means, keys and values
         order += math.prod(pooled_shape(token_shape, graft.attention.middle.pool)) * size.width * (FP32 + 5 * itemsize)
@@ -191,7 +192,7 @@ def live_bytes(size: Dimensions, graft: Graft, token_shape: Shape, itemsize: int
     if isinstance(graft.attention, BranchedWindows):
         working = chunk // each * _attention_bytes(size, itemsize)
         beside = branching.live_bytes(graft.attention, branches, token_shape, size.width, itemsize, working)
-        beside = max(beside, 4 * stream + chunk if graft.attention.plain else 0)  # blocks with full attention
+        beside = max(beside, attending if graft.attention.plain else 0)  # blocks with full attention
     return max(2 * stream, stream + chunk, beside) + order  # reordering copies the stream, while no chunk is at work
 
 

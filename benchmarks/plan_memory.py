@@ -1,0 +1,149 @@
+"""Peak memory of a forward and of a decode against what the plan says, each case in a process of its own.
+
+    python benchmarks/plan_memory.py            # about four minutes on one core
+    python benchmarks/plan_memory.py --only 3   # every third case
+
+Measured is the highest resident memory less that before the model was made (libraries imported and warm). The plan's figure is that of its stage less
+the process itself. Writes results/plan_memory.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import write
+from diffusers import AutoencoderKLWan
+
+from muralist.cost import transformer
+from muralist.nn.attention import WindowAttention
+from muralist.nn.heap import return_large_blocks
+from muralist.nn.transformer import Graft, MuralTransformer
+from muralist.stages.decode import TileMajor, TimeMajor, decode, decode_bytes
+from muralist.types import Grid, LatentVideo
+
+GRAFTS = {
+    "stock": {},
+    "full": {"token_chunk": 2048},
+    "windows": {"attention": (5, 6, 8), "token_chunk": 2048},
+    "windows, 8192": {"attention": (5, 6, 8), "token_chunk": 8192},
+}
+FORWARDS = [  # width, heads, feed-forward, graft, token grid
+    (768, 6, 4480, "stock", (3, 20, 30)), (512, 4, 2048, "stock", (3, 24, 40)), (512, 4, 2048, "full", (5, 24, 30)), (768, 6, 4480, "full", (3, 24, 40)),
+    (512, 4, 2048, "windows", (5, 30, 40)), (512, 4, 2048, "windows", (5, 40, 60)), (512, 4, 2048, "windows, 8192", (5, 40, 60)),
+    (768, 6, 4480, "windows", (5, 24, 40)),
+]  # fmt: skip
+DECODES = [  # flavour, base width, frames, width, height, order, tile
+    ("2.1", 32, 5, 448, 256, "time", 1024), ("2.1", 32, 5, 640, 384, "time", 512), ("2.1", 32, 9, 448, 256, "tile", 256),
+    ("2.1", 48, 5, 448, 256, "tile", 256), ("2.2", 32, 5, 640, 384, "time", 1024), ("2.2", 32, 5, 960, 512, "time", 512),
+    ("2.2", 32, 9, 640, 384, "tile", 256), ("2.2", 64, 5, 448, 256, "tile", 256),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A forward or a decode, by its place in the lists above."""
+
+    kind: str
+    number: int
+
+    def measure(self) -> dict[str, Any]:
+        """In this process: the row of the case."""
+        return_large_blocks()
+        return (_forward if self.kind == "forward" else _decode)(self.number)
+
+    def apart(self) -> dict[str, Any]:
+        """In a process of its own: what another case has left would count as there already. Forked, so that libraries are imported once."""
+        context = multiprocessing.get_context("fork")
+        with context.Pool(1) as pool:
+            return pool.apply(self.measure)
+
+
+CASES = [*(Case("forward", n) for n in range(len(FORWARDS))), *(Case("decode", n) for n in range(len(DECODES)))]
+
+
+class Growth:
+    """Bytes by which resident memory rises above what it is at the start, at most, by the kernel's own mark: a thread that looks now and then is late."""
+
+    def __enter__(self) -> Growth:
+        Path("/proc/self/clear_refs").write_text("5")  # the mark back to what is resident now
+        self._before = self._mark()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bytes = self._mark() - self._before
+
+    @staticmethod
+    def _mark() -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+
+
+def _forward(number: int) -> dict[str, Any]:
+    width, heads, ffn, name, shape = FORWARDS[number]
+    given = GRAFTS[name]
+    graft = Graft(**given | ({"attention": WindowAttention(given["attention"])} if "attention" in given else {}))
+    config = {"num_attention_heads": heads, "attention_head_dim": width // heads, "ffn_dim": ffn, "num_layers": 2, "text_dim": 64, "freq_dim": 64}
+
+    def run(token_shape: tuple[int, int, int]) -> None:
+        model = MuralTransformer(**config, in_channels=16, out_channels=16, patch_size=(1, 2, 2)).eval().configure(graft)
+        f, y, x = token_shape
+        with torch.inference_mode():
+            model(torch.zeros(1, 16, f, 2 * y, 2 * x), torch.ones(1), torch.zeros(1, 16, 64))
+
+    run((2, 6, 8))
+    started = time.monotonic()
+    with Growth() as growth:
+        run(shape)
+    size = transformer.Dimensions.of(config | {"in_channels": 16, "out_channels": 16, "patch_size": (1, 2, 2), "cross_attn_norm": True})
+    said = 4 * transformer.parameters(size) + transformer.live_bytes(size, graft, shape, 4)
+    tokens = "x".join(map(str, shape))
+    return _row("forward", f"{name}, {width} wide, {tokens} tokens", said, growth.bytes, time.monotonic() - started)
+
+
+def _decode(number: int) -> dict[str, Any]:
+    flavour, base, frames, width, height, order, tile = DECODES[number]
+    config = {"base_dim": base, "z_dim": 16, "scale_factor_spatial": 8}
+    if flavour == "2.2":
+        config |= {"decoder_base_dim": base, "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
+    plan = (TimeMajor if order == "time" else TileMajor)(tile=tile)
+
+    def run(grid: Grid) -> int:
+        factor = config["scale_factor_spatial"]
+        z = torch.zeros(1, 16, (grid.num_frames - 1) // 4 + 1, grid.height // factor, grid.width // factor)
+        vae = AutoencoderKLWan(**config).eval().requires_grad_(False)
+        with torch.inference_mode():
+            for _ in decode(LatentVideo(z, grid), vae, plan):
+                pass
+        return decode_bytes(vae, tuple(z.shape[1:]), plan).peak + z.nbytes
+
+    run(Grid(num_frames=5, height=64, width=64))
+    started = time.monotonic()
+    with Growth() as growth:
+        said = run(Grid(num_frames=frames, height=height, width=width))
+    return _row("decode", f"Wan{flavour}, {base} wide, {width}x{height} x{frames}, {order}, tile {tile}", said, growth.bytes, time.monotonic() - started)
+
+
+def _row(kind: str, case: str, said: int, measured: int, seconds: float) -> dict[str, Any]:
+    return {"stage": kind, "case": case, "plan MB": said / 1e6, "measured MB": measured / 1e6, "plan / measured": said / measured, "seconds": seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", type=int, default=1, help="every n-th case")
+    options = parser.parse_args()
+    rows = []
+    for case in CASES[:: options.only]:
+        rows.append(case.apart())
+        print(rows[-1], flush=True)
+    if options.only == 1:
+        write("plan_memory", rows, note="Resident memory above that of the process with its libraries warm, against the plan's stage less the process.")
+
+
+if __name__ == "__main__":
+    main()
