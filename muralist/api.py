@@ -74,7 +74,7 @@ class Pipeline:
             UserError: options that cannot be, a video that does not fit this machine, or a run directory made with other options.
         """
         from muralist.cost.budget import Budget
-        from muralist.pipeline import denoise
+        from muralist.pipeline import denoise, prepare_memory
         from muralist.plan import Machine
         from muralist.request import plan_run, stored_seed
         from muralist.store.run import RunDirectory
@@ -85,7 +85,7 @@ class Pipeline:
         asked = self.request(prompt, **{"seed": stored_seed(folder)} | options)
         plan = plan_run(asked, self.base.info, Machine.measure(self.base.device, folder), folder, budget)
         plan.check()
-        self.base.stream(plan.streamed)
+        prepare_memory(self.base, plan)
         request = plan.request
         run = RunDirectory.create(folder, {"request": request.record(), "weights": self.base.info.fingerprint})
         try:

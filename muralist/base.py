@@ -20,7 +20,6 @@ import torch
 from muralist.base_info import UPSAMPLER, BaseInfo
 from muralist.errors import UserError
 from muralist.nn.experts import EXPERTS, ExpertsConfig, attach
-from muralist.nn.heap import return_large_blocks
 from muralist.nn.kinds import BRANCHES, INJECTOR, STEP_SIZE, BranchesConfig, InjectorConfig
 from muralist.nn.out_of_memory import Chunks
 from muralist.nn.streaming import rest_to, streamed_by_hooks
@@ -101,7 +100,6 @@ class Base:
         self.info, self.device, self.dtype = info, device, dtype or pick_dtype(device)
         self._loaded: dict[str, Any] = dict(components or {})
         self._streamed = False
-        return_large_blocks()
 
     def stream(self, streamed: bool) -> None:
         """Whether the weights of transformer and text encoder wait in main memory and visit the device (`nn/streaming.py`), from now on."""

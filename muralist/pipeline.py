@@ -15,6 +15,7 @@ import torch
 from muralist.base import Base
 from muralist.base_info import UPSAMPLER
 from muralist.config import Request
+from muralist.nn.heap import return_large_blocks
 from muralist.nn.kernels import Kernels
 from muralist.progress import Observer, measured
 from muralist.stages.ahead import Ahead
@@ -35,6 +36,13 @@ SAVE_EVERY = 1  # denoising steps between two snapshots
 def generate(request: Request, base: Base, run: RunDirectory, output: Path, observer: Observer) -> Path:
     """Paint one video, or finish it where an earlier process was stopped; returns the file's path."""
     return paint(denoise(request, base, run, observer), request, base, run, output, observer)
+
+
+def prepare_memory(base: Base, plan: Plan) -> None:
+    """What a plan decided beyond its request, done before anything is loaded."""
+    base.stream(plan.streamed)
+    if plan.memory != "high" and base.device.type == "cpu":
+        return_large_blocks()
 
 
 def denoise(request: Request, base: Base, run: RunDirectory, observer: Observer) -> LatentVideo:

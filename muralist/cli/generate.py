@@ -126,22 +126,22 @@ def execute(job: Job, output: Path, run_dir: Path, *, keep_run: bool, json: bool
         note(text)
     job = replace(job, request=plan.request)  # what the plan has settled, such as the decoder's memory, is part of the run
     with RunDirectory.create(run_dir, job.record(output, run_dir)) as run:
-        _paint(job, output, run, streamed=plan.streamed, json=json)
+        _paint(job, output, run, plan, json=json)
         if not keep_run:
             run.remove()
     return 0
 
 
-def _paint(job: Job, output: Path, run: RunDirectory, *, streamed: bool, json: bool) -> None:
+def _paint(job: Job, output: Path, run: RunDirectory, plan: Plan, *, json: bool) -> None:
     from muralist.base import Base
     from muralist.cli._bars import Bars, JsonLines, resumable
-    from muralist.pipeline import generate
+    from muralist.pipeline import generate, prepare_memory
 
     _show.notes()
     _show.quiet()
     stages = ["prompt", *(["proxy", "upsample"] if job.request.config.proxy else []), "refine", "decode"]
     base = Base(job.info, job.device)
-    base.stream(streamed)
+    prepare_memory(base, plan)
     with resumable(run.root), JsonLines() if json else Bars(stages) as observer:
         generate(job.request, base, run, output, observer)
     if json:
