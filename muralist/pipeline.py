@@ -17,6 +17,7 @@ from muralist.base_info import UPSAMPLER
 from muralist.config import Request
 from muralist.nn.heap import return_large_blocks
 from muralist.nn.kernels import Kernels
+from muralist.plan import Plan
 from muralist.progress import Observer, measured
 from muralist.stages.ahead import Ahead
 from muralist.stages.decode import plan_decode
