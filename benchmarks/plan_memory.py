@@ -10,6 +10,8 @@ the process itself. Writes results/plan_memory.{json,md}.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import multiprocessing
 import time
 from dataclasses import dataclass
@@ -71,6 +73,8 @@ class Growth:
     """Bytes by which resident memory rises above what it is at the start, at most, by the kernel's own mark: a thread that looks now and then is late."""
 
     def __enter__(self) -> Growth:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what the warm-up has freed would be used again unseen
         Path("/proc/self/clear_refs").write_text("5")  # the mark back to what is resident now
         self._before = self._mark()
         return self

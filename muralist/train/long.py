@@ -34,7 +34,7 @@ class Clips:
 
     pool: LatentPool
     stride: int = 1
-    batch: int = 8
+    batch: int = 4
 
     def __call__(self, rng: np.random.Generator, progress: float) -> Batch:
         index = rng.integers(len(self.pool.captions), size=self.batch)

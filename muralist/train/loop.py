@@ -39,9 +39,15 @@ class Objective(Protocol):
     def loss(self, step: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]: ...
 
 
+WARMUP = 0.1  # of the budget, at most: a short one would be over before `warmup` steps are
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """How long and how fast. Exactly one of `minutes` and `steps` is the budget; `decay` is the share of it in which the rate falls."""
+    """How long and how fast. Exactly one of `minutes` and `steps` is the budget; `decay` is the share of it in which the rate falls.
+
+    The rate rises over `warmup` steps, or over WARMUP of the budget where that is sooner.
+    """
 
     minutes: float | None = None
     steps: int | None = None
@@ -64,7 +70,8 @@ class Schedule:
 
     def rate(self, step: int, progress: float) -> float:
         falling = max((progress - (1 - self.decay)) / self.decay, 0.0)
-        return self.learning_rate * min((step + 1) / self.warmup, 1.0) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * falling)))
+        rising = min(max((step + 1) / self.warmup, progress / WARMUP), 1.0)
+        return self.learning_rate * rising * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * falling)))
 
 
 CHECKPOINTS = "checkpoints"
