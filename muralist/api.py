@@ -21,7 +21,7 @@ from muralist.base import Base, pick_device
 from muralist.base_info import inspect_base
 from muralist.errors import Note
 from muralist.progress import Observer, Silent
-from muralist.request import Asked, make_request, settle_kernels
+from muralist.request import Asked, make_request, tell_of_kernels
 from muralist.types import FrameChunk, Grid, LatentVideo
 
 if TYPE_CHECKING:
@@ -110,7 +110,9 @@ class Pipeline:
             raise TypeError(f"unknown option {unknown[0]!r}")
         options |= {"settings": tuple(options.get("settings", ()))}
         asked = Asked(prompt=prompt, **{"recipe": self.recipe, "revision": self._revision} | options)
-        return settle_kernels(make_request(asked, self.base.info, note=lambda _: None), self.base.info, self.base.device, note=_warn)
+        request = make_request(asked, self.base.info, note=lambda _: None)
+        tell_of_kernels(request, self.base.info, self.base.device, note=_warn)
+        return request
 
 
 def _warn(text: str) -> None:

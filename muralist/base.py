@@ -158,9 +158,9 @@ class Base:
             transformer, at_work = self.transformer(sigma), tuple(name for name in graft.experts if self.info.experts.experts[name].works_at(sigma))
 
             def forward(token_chunk: int | None) -> torch.Tensor:
+                transformer.configure(replace(graft, experts=at_work, token_chunk=token_chunk))  # its kernels and chunks are those of the proxy's pass too
                 seen = given(z, sigma)
                 select_adapter(transformer, adapter)
-                transformer.configure(replace(graft, experts=at_work, token_chunk=token_chunk))
                 return transformer(z.to(self.dtype), self._timestep(sigma), embeds, return_dict=False, attention_kwargs=seen)[0].float()
 
             output = chunks.attempt(forward, graft.token_chunk, math.prod(transformer.token_shape(z)))

@@ -6,7 +6,7 @@ Each stage's result stands in the run directory before the next one starts; what
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def _refine(
 
 
 def _kernels(request: Request, base: Base) -> Kernels:
-    """What the transformers are computed with on this machine; who typed the request has been told of what is not there (`settle_kernels`)."""
+    """What the transformers are computed with on this machine; who typed the request has been told of what is not there (`tell_of_kernels`)."""
     return request.config.kernels.settled(base.device, base.dtype, base.info.head_dim)[0]
 
 
@@ -140,7 +140,8 @@ def metadata(request: Request, base: Base) -> dict[str, Any]:
     """What the file says of itself: enough to paint it again."""
     from muralist.store.atomic import versions
 
-    return {"generator": "muralist", "versions": versions(), "dtype": str(base.dtype).removeprefix("torch."), "request": request.record()}
+    computed = {"dtype": str(base.dtype).removeprefix("torch."), "kernels": asdict(_kernels(request, base))}
+    return {"generator": "muralist", "versions": versions(), **computed, "request": request.record()}
 
 
 def _steps(run: RunDirectory, stage: str, observer: Observer):

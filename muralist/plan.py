@@ -96,31 +96,32 @@ class Plan:
         }
 
 
-def plan(request: Request, info: BaseInfo, machine: Machine, *, budget: Budget = UNLIMITED, settled: bool = False) -> Plan:
+def plan(request: Request, info: BaseInfo, machine: Machine, *, budget: Budget = UNLIMITED, begun: bool = False) -> Plan:
     """Plan a request on a base for a machine; does not raise where it cannot fit (`Plan.check` does).
 
-    `settled`: the request comes from a run that has begun; what an earlier plan decided in it stays, since it decides the last bits.
+    `begun`: the request comes from a run that has begun; what an earlier plan decided in it stays, since it decides the last bits.
 
     Raises:
         UserError: a request that no machine could run, such as a frame count that is not 4n+1 or a codec that does not exist.
     """
     asked = Setting(request=request, info=info, machine=budget.cut(machine))
-    level, setting = choose(asked, budget.mode, begun=settled)
+    level, setting = choose(asked, budget.mode, begun=begun)
     stages = tuple(estimates(setting))
-    notes = (*_notes(setting), *_memory_notes(level, asked, setting))
-    refusals = tuple(_refusals(setting, stages, level))
+    notes = (*_notes(setting), *_memory_notes(level, asked, setting, begun))
+    refusals = tuple(_refusals(setting, stages, level, begun))
     return Plan(request=setting.request, stages=stages, machine=setting.machine, memory=level, streamed=setting.streamed, notes=notes, refusals=refusals)
 
 
 # -- What cannot fit --
 
 
-def _refusals(setting: Setting, stages: tuple[StagePlan, ...], level: str) -> Iterator[Refusal]:
+def _refusals(setting: Setting, stages: tuple[StagePlan, ...], level: str, begun: bool) -> Iterator[Refusal]:
     machine = setting.machine
     if error := decode_need(setting).error:
-        yield Refusal(error.what, "memory, decode", _slower(setting, level) or _smaller(setting, level))
+        fix = _elsewhere(setting, level) if begun else _slower(setting, level) or _smaller(setting, level)
+        yield Refusal(error.what, "memory, decode", fix)
     elif too_large := next((stage for stage in stages if not stage_fits(stage, machine)), None):
-        fix = _slower(setting, level) or _shorter(setting) or _smaller(setting, level)
+        fix = _elsewhere(setting, level) if begun else _slower(setting, level) or _shorter(setting) or _smaller(setting, level)
         yield Refusal(_lacks(too_large, machine), f"memory, {too_large.stage}", fix)
     disk = sum(stage.disk_bytes for stage in stages)
     if disk > machine.disk_free:
@@ -139,6 +140,13 @@ def _slower(setting: Setting, level: str) -> str | None:
     below = list(LEVELS)[list(LEVELS).index(level) + 1 :]
     found = next((name for name in below if fits(settle(setting, LEVELS[name]))), None)
     return found and f"use --memory {found}"
+
+
+def _elsewhere(setting: Setting, level: str) -> str:
+    """For a run that has begun, of which only the place of the weights can change."""
+    below = list(LEVELS)[list(LEVELS).index(level) + 1 :]
+    found = next((name for name in below if fits(with_weights(setting, LEVELS[name]))), None)
+    return f"use --memory {found}" if found else "free memory, go on on a larger machine, or start a new run"
 
 
 def _shorter(setting: Setting) -> str | None:
@@ -201,11 +209,15 @@ def _beyond_training(setting: Setting) -> Iterator[str]:
         yield f"{size}: full attention without an adapter for that size may blur"
 
 
-def _memory_notes(level: str, asked: Setting, setting: Setting) -> Iterator[str]:
+def _memory_notes(level: str, asked: Setting, setting: Setting, begun: bool) -> Iterator[str]:
     """What a level below the highest costs its speed, and what the highest would have taken."""
     if level == "high":
         return
-    doing = [f"at most {LEVELS[level].token_chunk} tokens at a time", *(["blocks streamed from main memory"] if setting.streamed else [])]
+    chunks = [] if begun else [f"at most {LEVELS[level].token_chunk} tokens at a time"]
+    doing = chunks + (["blocks streamed from main memory"] if setting.streamed else [])
+    if not doing:
+        yield f"memory {level}: nothing changes, since the run has begun and keeps its chunks of tokens"
+        return
     high = with_weights(asked, LEVELS["high"])
     need = max(stage.memory_bytes for stage in estimates(settle(high, LEVELS["high"])) if stage.stage != "encode")
     yield f"memory {level}: {', '.join(doing)}; high would take {_gb(need)}, {_gb(setting.machine.limit)} are free"

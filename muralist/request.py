@@ -169,12 +169,10 @@ def override(config: Config, asked: Asked) -> Config:
     return replace(config, proxy=proxy, refine=_replaced(config.refine, _with_skip(config.refine, values)), kernels=kernels)
 
 
-def settle_kernels(request: Request, info: BaseInfo, device: torch.device, note: Callable[[str], None]) -> Request:
-    """The request with what this machine will compute with in place of `auto` and of what is not there; `note` is told of the latter."""
-    kernels, notes = request.config.kernels.settled(device, pick_dtype(device), info.head_dim)
-    for text in notes:
+def tell_of_kernels(request: Request, info: BaseInfo, device: torch.device, note: Callable[[str], None]) -> None:
+    """Tell `note` what was asked to compute with and is not on this machine. The request stays as it was asked: another machine may go on with it."""
+    for text in request.config.kernels.settled(device, pick_dtype(device), info.head_dim)[1]:
         note(text)
-    return replace(request, config=replace(request.config, kernels=kernels))
 
 
 def changed(config: Config, settings: Sequence[str]) -> Config:
@@ -258,7 +256,7 @@ def plan_run(request: Request, info: BaseInfo, machine: Machine, run_dir: Path, 
 
     check_structure(info)
     request, begun, held = _continued(request, run_dir)
-    return plan(request, info, replace(machine, disk_free=machine.disk_free + held), budget=budget, settled=begun)
+    return plan(request, info, replace(machine, disk_free=machine.disk_free + held), budget=budget, begun=begun)
 
 
 def _continued(request: Request, run_dir: Path) -> tuple[Request, bool, int]:
@@ -275,9 +273,20 @@ def _continued(request: Request, run_dir: Path) -> tuple[Request, bool, int]:
 
 
 def _decided(config: Config, begun: Config) -> Config:
-    """The configuration with what a plan decides (`cost/levels.py`) as in a run that has begun."""
-    proxy = config.proxy and begun.proxy and replace(config.proxy, token_chunk=begun.proxy.token_chunk)
-    return replace(config, proxy=proxy or config.proxy, refine=replace(config.refine, token_chunk=begun.refine.token_chunk), decode=begun.decode)
+    """The configuration with what a plan decides (`cost/levels.py`) as in a run that has begun; what nobody but a user can have changed stays."""
+    from muralist.stages.decode_options import DecodeOptions
+
+    proxy = config.proxy and begun.proxy and replace(config.proxy, token_chunk=_decided_chunk(config.proxy.token_chunk, begun.proxy.token_chunk))
+    refine = replace(config.refine, token_chunk=_decided_chunk(config.refine.token_chunk, begun.refine.token_chunk))
+    return replace(config, proxy=proxy or config.proxy, refine=refine, decode=begun.decode if config.decode == DecodeOptions() else config.decode)
+
+
+def _decided_chunk(asked: int | None, begun: int | None) -> int | None:
+    """The begun one if some level of memory makes it of what is asked for, else what is asked for."""
+    from muralist.cost.levels import LEVELS
+
+    most = [level.token_chunk for level in LEVELS.values() if level.token_chunk]
+    return begun if begun in {min(asked or tokens, tokens) for tokens in most} else asked
 
 
 def _foreign(why: str) -> UserError:

@@ -78,7 +78,7 @@ def prepare(prompt: str, video: VideoOptions, run_dir: Path | None) -> Job:
     from muralist.base import pick_device
     from muralist.base_info import inspect_base
     from muralist.cost.budget import Budget
-    from muralist.request import check_prompt, make_request, settle_kernels
+    from muralist.request import check_prompt, make_request, tell_of_kernels
 
     check_prompt(prompt)  # all of this before a model is searched, or even downloaded
     budget = Budget(video.memory, video.vram_limit)
@@ -86,7 +86,9 @@ def prepare(prompt: str, video: VideoOptions, run_dir: Path | None) -> Job:
     recipes.find(video.recipe)
     device = pick_device(video.device)
     info = inspect_base(video.model, video.revision)
-    return Job(settle_kernels(make_request(asked, info, note), info, device, note), info, device, budget)
+    request = make_request(asked, info, note)
+    tell_of_kernels(request, info, device, note)
+    return Job(request, info, device, budget)
 
 
 def ask(prompt: str, video: VideoOptions, run_dir: Path | None):

@@ -26,13 +26,13 @@ def command(
     from muralist.base_info import inspect_base
     from muralist.cli.generate import Job, execute
     from muralist.cost.budget import Budget
-    from muralist.request import settle_kernels
+    from muralist.request import tell_of_kernels
     from muralist.store.paths import check_output, typed_path
 
     budget, folder = Budget(memory, vram_limit), typed_path(run_dir, "run_dir")
     request, output, model = read(folder)
     path, info, target = check_output(output), inspect_base(model, request.revision), pick_device(device)
-    settle_kernels(request, info, target, note)  # for its notes: the request stays that of the run
+    tell_of_kernels(request, info, target, note)
     return execute(Job(request, info, target, budget), path, folder, keep_run=keep_run, json=json)
 
 

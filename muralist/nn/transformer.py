@@ -167,7 +167,8 @@ class MuralTransformer(WanTransformer3DModel):
         """
         before, collected = self.graft, []
         shape = self.token_shape(hidden_states)
-        self.configure(Graft(rope=RopeScale(t=time_scale), token_chunk=math.prod(shape), kernels=before.kernels))
+        tokens = math.prod(shape)
+        self.configure(Graft(rope=RopeScale(t=time_scale), token_chunk=min(before.token_chunk or tokens, tokens), kernels=before.kernels))
         try:
             self._grafted_blocks(hidden_states, timestep, encoder_hidden_states, None, shape, collect=collected)
         finally:

@@ -6,12 +6,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from muralist.base import Base
+from muralist.base import Base, ProxyView, Sight
 from muralist.base_info import inspect_base
 from muralist.errors import UserError
 from muralist.nn import out_of_memory
-from muralist.nn.attention import WindowAttention
+from muralist.nn.attention import FullAttention, GuidedWindows, Near, WindowAttention
 from muralist.nn.decoder import StreamingDecoder
+from muralist.nn.kernels import Kernels
 from muralist.nn.transformer import Graft, MuralTransformer
 from muralist.sampling import flow
 from muralist.stages.decode import TILES, TileMajor, TimeMajor, decode
@@ -49,6 +50,21 @@ def small_floor(monkeypatch):
 @pytest.fixture(scope="module")
 def base(tiny22):
     return Base(inspect_base(str(tiny22)), CPU, torch.float32)
+
+
+def test_the_pass_over_the_proxy_is_computed_as_the_graft_says(base):
+    """With its kernels and its chunks, on a transformer that was never configured before."""
+    text = TextCond(torch.zeros(1, 4, 32), torch.zeros(1, 4, 32))
+    near = Near((1, 1, 1), (16.0, 16.0, 24.0))
+    graft = Graft(attention=GuidedWindows(WindowAttention((1, 3, 4)), near), token_chunk=6, kernels=Kernels(attention="reference"))
+    z, seen = torch.zeros(1, 48, 1, 6, 8), []
+    sight = Sight(ProxyView(torch.zeros(1, 48, 1, 6, 8), 1.0, None, "clean", 0), None, None)
+    velocity = Base(base.info, CPU, torch.float32).velocity(text, guidance_scale=1.0, graft=graft, adapter="detail", sight=sight)
+    with pytest.MonkeyPatch.context() as patch:
+        configure = MuralTransformer.configure
+        patch.setattr(MuralTransformer, "configure", lambda self, given: seen.append(given) or configure(self, given))
+        velocity(z, 0.5)
+    assert {(given.kernels, given.token_chunk) for given in seen} == {(graft.kernels, 6)} and sum(given.attention == FullAttention() for given in seen) == 1
 
 
 def denoised(base: Base, graft: Graft) -> torch.Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,10 +156,26 @@ def test_the_command_line_says_it_once_and_records_what_computes(tiny22, tmp_pat
     size = ("--size", "128x66", "--num-frames", 5, "--seed", 1, "--model", tiny22, "--json")
     answer = muralist("generate", "a red ball", "-o", tmp_path / "a.mp4", "--attention", "fa3", *size)
     assert answer.code == 0 and answer.err.count("attention fa3: it is not installed; sdpa computes it") == 1
-    assert answer.events[-1]["request"]["config"]["kernels"]["attention"] == "sdpa"
+    assert computed(tmp_path / "a.mp4") == "sdpa"
     answer = muralist("generate", "a red ball", "-o", tmp_path / "b.mp4", "--attention", "reference", *size)
-    assert answer.events[-1]["request"]["config"]["kernels"]["attention"] == "reference"
+    assert answer.code == 0 and computed(tmp_path / "b.mp4") == "reference"
     assert "use one of auto, sdpa" in muralist("plan", "--attention", "fa5", *size[:-1]).error
+
+
+def computed(video: Path) -> str:
+    return json.loads(video.with_name(video.name + ".json").read_text())["metadata"]["kernels"]["attention"]
+
+
+def test_a_run_goes_on_where_its_kernel_is_gone(tiny22, tmp_path, monkeypatch):
+    """The request keeps what was asked for; what computes is decided where it goes on."""
+    fake(monkeypatch, "sageattention", "sageattn", lambda q, k, v, **layout: reference_attention(q, k, v))
+    typed = ("generate", "a red ball", "--model", tiny22, "--size", "128x66", "--num-frames", 5, "--seed", 1, "--attention", "sage", "--keep-run")
+    assert muralist(*typed, "-o", tmp_path / "a.mp4").code == 0 and computed(tmp_path / "a.mp4") == "sage"
+    monkeypatch.delitem(sys.modules, "sageattention")
+    forget()
+    (tmp_path / "a.mp4").unlink()
+    answer = muralist(*typed, "-o", tmp_path / "a.mp4")
+    assert answer.code == 0 and "attention sage: it is not installed; sdpa computes it" in answer.err and computed(tmp_path / "a.mp4") == "sdpa"
 
 
 def test_doctor_lists_the_kernels():

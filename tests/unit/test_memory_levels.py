@@ -87,8 +87,25 @@ def test_a_cpu_has_nothing_to_stream():
 
 def test_a_begun_run_keeps_its_chunks_and_streams_where_it_must():
     begun = planned("5B").request
-    made = plan(begun, SIZES["5B"].info("5B"), CARD, budget=Budget("auto", 13), settled=True)
+    made = plan(begun, SIZES["5B"].info("5B"), CARD, budget=Budget("auto", 13), begun=True)
     assert made.request == begun and made.streamed
+
+
+def test_what_cannot_change_in_a_begun_run_is_not_promised():
+    begun = request(Grid(num_frames=9, height=320, width=480), cascade=True)
+    made = plan(begun, base(), replace(ROOMY, device_bytes=None), budget=Budget("low"), begun=True)
+    assert made.request == begun and any("nothing changes" in note for note in made.notes) and not any("tokens at a time" in note for note in made.notes)
+    begun = planned("5B").request
+    made = plan(begun, SIZES["5B"].info("5B"), CARD, budget=Budget("high", 6), begun=True)
+    assert made.refusals and all("size" not in refusal.fix and "frames" not in refusal.fix for refusal in made.refusals)
+
+
+def test_other_chunks_than_those_of_a_begun_run_are_refused(tiny22, tmp_path):
+    arguments = ("generate", "a ball", "--model", tiny22, *SMALL, "-o", tmp_path / "a.mp4", "--keep-run")
+    assert muralist(*arguments).code == 0
+    for setting in ("refine.token_chunk=7", "proxy.token_chunk=5", "decode.tile=64"):
+        answer = muralist(*arguments, "--set", setting)
+        assert answer.code == 2 and setting.split("=")[0].split(".")[-1] in answer.error, answer.err
 
 
 @pytest.mark.parametrize("memory", ["balanced", "low"])
