@@ -2,8 +2,9 @@
 
     python benchmarks/adherence.py --count 105                      # at the base's own size
     python benchmarks/adherence.py --count 12 --size 3840x2160      # by the cascade
+    python benchmarks/adherence.py --count 12 --size 1920x1080 --recipe luve
 
-Writes results/adherence-SIZE.{json,md} and a contact sheet of first, middle and last frames.
+Writes results/adherence-SIZE.{json,md} (-RECIPE where one is given) and a contact sheet of first, middle and last frames.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ def scenes(count: int, seed: int) -> list[world.Scene]:
 def main() -> None:
     options = arguments()
     width, height = (int(v) for v in options.size.split("x"))
-    recipe = "direct" if (width, height) == (448, 256) else "cascade"
+    recipe = options.recipe or ("direct" if (width, height) == (448, 256) else "cascade")
     pipe = muralist.load(options.model, recipe=recipe)
     sheet, rows, started = [], [], time.time()
     for scene in scenes(options.count, options.seed):
         with tempfile.TemporaryDirectory() as folder:
-            video = pipe(world.caption(scene), width=width, height=height, num_frames=29, seed=scene.seed, run_dir=Path(folder) / "run")
+            video = pipe(world.caption(scene), width=width, height=height, num_frames=options.num_frames, seed=scene.seed, run_dir=Path(folder) / "run")
             # 4K clips are judged on every fourth frame: a whole one is 2.9 GB of floats
             frames = torch.cat([chunk.frames[:: (1 if height < 1000 else 4)] for chunk in video])
         result = score(frames, scene)
@@ -49,7 +50,8 @@ def main() -> None:
     means = [{"measure": a, "percent": 100 * float(np.mean([r[a] for r in rows]))} for a in ATTRIBUTES]
     means.append({"measure": "exactly one object", "percent": 100 * float(np.mean([r["objects"] == 1 for r in rows]))})
     print(means)
-    write(f"adherence-{options.size}", means, note=f"{len(rows)} held-out prompts, recipe {recipe}, {options.size}, seed {options.seed}")
+    name = f"adherence-{options.size}" + (f"-{recipe}" if options.recipe else "")
+    write(name, means, note=f"{len(rows)} held-out prompts, recipe {recipe}, {options.size} x {options.num_frames}, seed {options.seed}")
     Image.fromarray(torch.cat(sheet[:24]).numpy()).save(options.sheet)
 
 
@@ -64,6 +66,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=105)
     parser.add_argument("--size", default="448x256")
+    parser.add_argument("--recipe", help="another than the usual one of the size")
+    parser.add_argument("--num-frames", type=int, default=29)
     parser.add_argument("--model", default="miniature")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sheet", type=Path, default=Path("adherence.png"))
