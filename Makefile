@@ -16,8 +16,9 @@ demo: .venv/ready
 	$(BIN)/python examples/contact_sheet.py out/demo.mp4 out/demo.png
 	@echo "the video: out/demo.mp4   four of its frames: out/demo.png"
 
+# one process a core with one thread each: most tests are Python and small models, which more threads do not hasten
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 lint: .venv/ready
 	$(BIN)/ruff check .
