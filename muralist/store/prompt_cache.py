@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -21,6 +22,7 @@ from muralist.store.tensors import load_tensors, writer
 VARIABLE = "MURALIST_CACHE"  # another folder, or `off`
 LIMIT = 1 << 30  # bytes of all entries; one of Wan's is 4 MB in bfloat16
 _FILE, _TENSOR = "embedding.safetensors", "embedding"
+_OURS = re.compile(r"[0-9a-f]{64}((\.old)?\.tmp)?")  # an entry, or one that `atomic.publish_dir` was killed in
 
 
 def cache_folder() -> Path | None:
@@ -67,8 +69,9 @@ def keep(folder: Path | None, key: str, embedding: torch.Tensor, limit: int = LI
 
 
 def _make_room(folder: Path, limit: int) -> None:
-    """Also removes what a killed process left half done, which is as old as any."""
-    entries = sorted((path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()), key=lambda path: path.stat().st_mtime)
+    """Also removes what a killed process left half done, which is as old as any. What else a user keeps in that folder is left alone."""
+    entries = [path for path in folder.iterdir() if _OURS.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
+    entries.sort(key=lambda path: path.stat().st_mtime)
     sizes = {path: sum(file.stat().st_size for file in path.iterdir() if file.is_file()) for path in entries}
     total = sum(sizes.values())
     for path in entries[:-1]:

@@ -61,13 +61,28 @@ def test_a_damaged_entry_is_computed_again_with_a_note(tiny21, folder, name, har
     assert torch.equal(first.positive, again.positive) and prompt_cache.find(folder, entry.name) is not None
 
 
+KEYS = [f"{i:064x}" for i in range(5)]
+
+
 def test_the_oldest_entries_go_when_all_are_too_large(tmp_path):
     for i in range(4):
-        prompt_cache.keep(tmp_path, f"{i}", torch.zeros(1000), limit=3 * 4500)
-        os.utime(tmp_path / f"{i}", (i, i))
-    assert prompt_cache.find(tmp_path, "1") is not None  # of use: now the youngest
-    prompt_cache.keep(tmp_path, "4", torch.zeros(1000), limit=3 * 4500)
-    assert sorted(path.name for path in tmp_path.iterdir()) in (["1", "3", "4"], ["1", "4"])
+        prompt_cache.keep(tmp_path, KEYS[i], torch.zeros(1000), limit=3 * 4500)
+        os.utime(tmp_path / KEYS[i], (i, i))
+    assert prompt_cache.find(tmp_path, KEYS[1]) is not None  # of use: now the youngest
+    prompt_cache.keep(tmp_path, KEYS[4], torch.zeros(1000), limit=3 * 4500)
+    assert sorted(path.name for path in tmp_path.iterdir()) in ([KEYS[1], KEYS[3], KEYS[4]], [KEYS[1], KEYS[4]])
+
+
+def test_only_what_the_cache_made_goes(tmp_path):
+    """A user may put the cache where other things are; half entries of a killed process are the cache's own."""
+    theirs = ["data", "a" * 63, "A" * 64, "a" * 64 + ".zip", "a" * 64 + ".d"]
+    left_over = [KEYS[0] + ".tmp", KEYS[0] + ".old.tmp"]
+    for name in (*theirs, *left_over):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.bin").write_bytes(bytes(5000))
+        os.utime(tmp_path / name, (1, 1))
+    prompt_cache.keep(tmp_path, KEYS[1], torch.zeros(1000), limit=1)
+    assert {path.name for path in tmp_path.iterdir()} == {*theirs, KEYS[1]}
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tiny21, tmp_path, monkeypatch):
