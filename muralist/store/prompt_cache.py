@@ -1,7 +1,7 @@
 """Prompt embeddings that were computed once, kept in the user's cache so that a text encoder of gigabytes is not loaded for a prompt seen before.
 
 An entry is a published directory (`atomic`), `KEY/` with one tensor file and its manifest; KEY is a sha256 of all that decides the embedding.
-Nothing in here can fail a run: an entry that is damaged is computed again, a cache that cannot be written is done without, with a note.
+Nothing in here can fail a run: an entry that is damaged is computed again, a cache that cannot be used is done without, with a note.
 """
 
 from __future__ import annotations
@@ -28,8 +28,18 @@ _OURS = re.compile(r"[0-9a-f]{64}((\.old)?\.tmp)?")  # an entry, or one that `at
 def cache_folder() -> Path | None:
     """Where embeddings are kept: $MURALIST_CACHE, else the user's cache directory; None: nowhere."""
     asked = os.environ.get(VARIABLE)
-    if asked is not None:
-        return None if asked.lower() in ("", "0", "off", "no") else Path(asked).expanduser() / "prompts"
+    if asked is not None and asked.lower() in ("", "0", "off", "no"):
+        return None
+    try:
+        folder = _default_folder() if asked is None else Path(asked).expanduser() / "prompts"
+        folder.is_dir()  # a name that is too long, a folder that may not be looked into
+        return folder
+    except (RuntimeError, OSError) as error:  # a user without a home directory, or one that does not exist
+        warnings.warn(f"prompt cache: there is none, which does not matter ({error})", Note, stacklevel=2)
+        return None
+
+
+def _default_folder() -> Path:
     shared = os.environ.get("XDG_CACHE_HOME", "")
     # the specification: a relative path is invalid and left out of account
     root = Path(shared) if os.path.isabs(shared) else Path.home() / ".cache"
@@ -42,16 +52,18 @@ def key_of(**facts: object) -> str:
 
 
 def find(folder: Path | None, key: str) -> torch.Tensor | None:
-    """The embedding of an entry, on the CPU; None if there is none. A damaged one is removed, with a warning."""
-    if folder is None or not (folder / key).is_dir():
+    """The embedding of an entry, on the CPU; None if there is none. A damaged one is removed, with a note."""
+    if folder is None:
         return None
     try:
+        if not (folder / key).is_dir():
+            return None
         manifest = atomic.read_manifest(folder / key)
         tensor = load_tensors(folder / key / _FILE, manifest["files"][_FILE]["sha256"])[_TENSOR]
         os.utime(folder / key)  # the oldest go first, and this one was just of use
         return tensor
     except (UserError, OSError, KeyError) as error:
-        warnings.warn(f"prompt cache: {folder / key} is damaged and computed again ({error})", Note, stacklevel=2)
+        warnings.warn(f"prompt cache: {folder / key} cannot be used and is computed again ({error})", Note, stacklevel=2)
         shutil.rmtree(folder / key, ignore_errors=True)
         return None
 

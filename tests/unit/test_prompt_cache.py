@@ -10,6 +10,7 @@ import torch
 
 from muralist.base import Base
 from muralist.base_info import inspect_base
+from muralist.errors import Note
 from muralist.stages import prompt
 from muralist.stages.prompt import encode_prompt
 from muralist.store import prompt_cache
@@ -91,6 +92,32 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tiny21, tmp_path,
     monkeypatch.setenv(prompt_cache.VARIABLE, str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="does not matter"):
         assert encode_prompt(base_of(tiny21), "a red ball", "").positive.shape == (1, 512, 32)
+
+
+@pytest.mark.parametrize("place", ["~nosuchuser/x", "a" * 300])
+def test_a_place_that_cannot_be_is_no_cache_with_a_note(tiny21, tmp_path, monkeypatch, place):
+    monkeypatch.setattr(prompt, "WORTH_KEEPING", 0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(prompt_cache.VARIABLE, place)
+    with pytest.warns(Note, match="there is none, which does not matter"):
+        assert encode_prompt(base_of(tiny21), "a red ball", "").positive.shape == (1, 512, 32)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch):
+    def homeless(*_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(prompt_cache.VARIABLE, raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.warns(Note, match="home directory"):
+        assert prompt_cache.cache_folder() is None
+
+
+def test_an_entry_that_cannot_be_looked_at_is_not_found(tmp_path):
+    with pytest.warns(Note, match="computed again"):
+        assert prompt_cache.find(tmp_path, "a" * 300) is None
 
 
 def test_where_the_cache_lies(monkeypatch, tmp_path):
