@@ -10,7 +10,7 @@ import ftfy
 import torch
 
 from muralist.base import Base
-from muralist.store import prompt_cache, weights
+from muralist.store import atomic, prompt_cache, weights
 from muralist.types import TextCond
 
 WORTH_KEEPING = 100_000_000  # bytes of a text encoder; a smaller one (the embedded base's) is loaded faster than an entry is hashed and synced
@@ -33,14 +33,19 @@ def _embedding(base: Base, text: str, folder: Path | None) -> torch.Tensor:
     length = base.info.defaults.max_sequence_length
     if folder is None:
         return _embed(base.tokenizer(), base.text_encoder(), text, length)
-    model = (weights.fingerprint(base.info.folder / "text_encoder"), weights.digest(base.info.folder / "tokenizer"))
-    key = prompt_cache.key_of(model=model, text=text, length=length, dtype=base.dtype, device=base.device.type)
+    key = prompt_cache.key_of(model=_identity(base.info.folder), text=text, length=length, dtype=base.dtype, device=base.device.type)
     found = prompt_cache.find(folder, key)
     if found is not None:
         return found.to(base.device)
     computed = _embed(base.tokenizer(), base.text_encoder(), text, length)
     prompt_cache.keep(folder, key, computed)
     return computed
+
+
+def _identity(model: Path) -> tuple[str, ...]:
+    """What tells one text encoder from another: its weights, what its configuration makes of them, and its tokenizer."""
+    encoder = model / "text_encoder"
+    return weights.fingerprint(encoder), atomic.file_sha256(encoder / "config.json"), weights.digest(model / "tokenizer")
 
 
 @torch.inference_mode()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,14 @@ def test_another_prompt_type_length_or_model_is_another_entry(tiny21, tiny22, fo
     assert len(list(folder.iterdir())) == 5
     keys = {prompt_cache.key_of(**{"model": "a", "length": 512} | change) for change in ({}, {"model": "b"}, {"length": 16})}
     assert len(keys) == 3
+
+
+def test_another_configuration_of_the_same_weights_is_another_entry(tiny21, folder, tmp_path):
+    model = shutil.copytree(tiny21, tmp_path / "model")
+    first = encode_prompt(base_of(model), "a red ball", "").positive
+    file = model / "text_encoder" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layer_norm_epsilon": 0.5}))
+    assert not torch.equal(encode_prompt(base_of(model), "a red ball", "").positive, first) and len(list(folder.iterdir())) == 4
 
 
 @pytest.mark.parametrize("harm", [lambda file: file.write_bytes(file.read_bytes()[:-1] + b"x"), Path.unlink, lambda file: file.write_bytes(b"")])
