@@ -7,8 +7,10 @@ share one. Weights are inputs: all blocks of a transformer share it too. Without
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
 from importlib.util import find_spec
@@ -16,6 +18,9 @@ from typing import Any
 
 import torch
 
+# PyTorch allows 8 of a function, and one more ends a run, since nothing here may fall back to eager code: adapters, bases, types and numbers of windows
+# each ask for graphs of their own, and a process may see many of them.
+GRAPHS = 64
 _compiling = False
 
 
@@ -28,9 +33,19 @@ def regional(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def either(*arguments: Any) -> Any:
-        return compiled()(*arguments) if _compiling else function(*arguments)
+        if not _compiling:
+            return function(*arguments)
+        _allow_graphs()
+        return compiled()(*arguments)
 
     return either
+
+
+def _allow_graphs() -> None:
+    """Before every call, since PyTorch keeps what is set here for the thread that set it."""
+    config = torch._dynamo.config
+    if config.recompile_limit < GRAPHS:
+        config.recompile_limit = GRAPHS
 
 
 @contextmanager
@@ -47,5 +62,12 @@ def compiling() -> Iterator[None]:
 def why_not(device: torch.device) -> str | None:
     """What this machine lacks to compile for a device; None: nothing."""
     if device.type == "cuda":
-        return None if find_spec("triton") else "triton is not installed"
-    return None if any(map(shutil.which, ("g++", "clang++"))) else "there is no C++ compiler"
+        if not find_spec("triton"):
+            return "triton is not installed"
+        return _missing("C", (os.environ["CC"],) if "CC" in os.environ else ("gcc", "clang"))  # triton builds the launchers of its kernels
+    return _missing("C++", (os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"),))
+
+
+def _missing(language: str, compilers: Sequence[str]) -> str | None:
+    """`compilers` are those that PyTorch or triton would try: it takes no other one, even if it is there."""
+    return None if any(map(shutil.which, compilers)) else f"there is no {language} compiler ({' or '.join(compilers)})"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from torch._dynamo.utils import counters
 from muralist.base import Base
 from muralist.base_info import inspect_base
 from muralist.errors import UserError
+from muralist.nn import compiled as compiled_module
 from muralist.nn.attention import GuidedWindows, WindowAttention, attend_full, backends
 from muralist.nn.attention.reference import reference_attention
 from muralist.nn.kernels import PLAIN, Kernels
@@ -213,6 +216,40 @@ def forward(base: Base, graft: Graft) -> torch.Tensor:
 
 def compiled(graft: Graft) -> Graft:
     return Graft(attention=graft.attention, token_chunk=graft.token_chunk, kernels=Kernels(attention="sdpa", compile="blocks"))
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "variables", "lacking"),
+    [
+        (CPU, ["g++"], {}, None),
+        (CPU, ["clang++", "gcc"], {}, "no C++ compiler (g++)"),
+        (CPU, ["clang++"], {"CXX": "clang++"}, None),
+        (CPU, ["g++"], {"CXX": "icpx"}, "no C++ compiler (icpx)"),
+        (CUDA, ["clang"], {}, None),
+        (CUDA, ["g++"], {}, "no C compiler (gcc or clang)"),
+        (CUDA, ["gcc"], {"CC": "icx"}, "no C compiler (icx)"),
+    ],
+)
+def test_compiling_needs_the_compiler_that_will_be_asked_for(monkeypatch, tmp_path, device, there, variables, lacking):
+    for name in there:
+        (tmp_path / name).touch(mode=0o755)
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"PATH": str(tmp_path), **variables}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(compiled_module, "find_spec", lambda name: name)
+    monkeypatch.setattr(sys, "platform", "linux")
+    found = compiled_module.why_not(device)
+    assert found is None if lacking is None else lacking in found
+
+
+def test_a_process_may_see_many_graphs_of_one_function(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    function = compiled_module.regional(lambda x, name: x + len(name))
+    names = ["a" * length for length in range(12)]  # each text is a constant of its graph
+    with compiled_module.compiling(), ThreadPoolExecutor(1) as other:
+        assert [function(torch.zeros(3), name)[0].item() for name in names] == list(range(12))
+        assert other.submit(function, torch.zeros(3), "b" * 12).result()[0].item() == 12
 
 
 @pytest.mark.slow
