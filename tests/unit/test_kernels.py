@@ -146,6 +146,27 @@ def test_a_kernel_that_disagrees_is_not_used():
         backends.unregister("wrong")
 
 
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        (AssertionError(), "it does not take float32 heads of 64 on cpu (AssertionError)"),
+        (RuntimeError("\n \n"), "it does not take float32 heads of 64 on cpu (RuntimeError)"),
+        (ImportError("libfa3.so: undefined symbol: _ZN3c105\nmore"), "it cannot be loaded (libfa3.so: undefined symbol: _ZN3c105)"),
+        (ImportError(), "it cannot be loaded (ImportError)"),
+        (ModuleNotFoundError("No module named 'fa3'"), backends.ABSENT),
+    ],
+)
+def test_a_kernel_that_fails_is_named_by_how_it_fails(failure, told):
+    def fail(q, k, v):
+        raise failure
+
+    backends.register("broken", fail)
+    try:
+        assert backends.why_not("broken", CPU, torch.float32, 64) == told
+    finally:
+        backends.unregister("broken")
+
+
 def test_what_is_missing_is_named_and_replaced():
     assert backends.settle("auto", CPU, torch.float32, 64) == ("sdpa", None)
     assert backends.settle("fa3", CPU, torch.bfloat16, 64) == ("sdpa", "attention fa3: it is not installed; sdpa computes it")

@@ -148,8 +148,15 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
             error = (compute(q, k, v).float() - reference_attention(q, k, v).float()).abs().max().item()
     except UserError:
         raise
-    except ImportError:
+    except ModuleNotFoundError:
         return ABSENT
+    except ImportError as failure:  # it is there, and made for another PyTorch or another CUDA
+        return f"it cannot be loaded ({_first_line(failure)})"
     except Exception as failure:  # whatever a package makes of a type, a device or a width that it does not take
-        return f"it does not take {str(dtype).removeprefix('torch.')} heads of {head_dim} on {device.type} ({str(failure).splitlines()[0]:.60})"
+        return f"it does not take {str(dtype).removeprefix('torch.')} heads of {head_dim} on {device.type} ({_first_line(failure)})"
     return None if error <= AGREES else f"it is {error:.2g} off the reference"
+
+
+def _first_line(failure: Exception) -> str:
+    """What an exception says, shortened; the name of its type if it says nothing."""
+    return (str(failure).strip().splitlines() or [type(failure).__name__])[0][:60]
