@@ -159,7 +159,8 @@ def decode(
         latent: normalised latents [1, C, F, h, w].
         scratch: a folder for resumable work; what an earlier call with the same arguments finished there is not done again, and the frames
             come out bit-identical. Without one, nothing survives the call (tile-major then works in a temporary folder).
-        on_tile: called with (done, total), counted in tiles; work found finished counts as done.
+        on_tile: called with (done, total), counted in tiles; work found finished counts as done. Called with the same numbers after each latent
+            frame of a tile, or of what comes before all tiles (tile-major): what it raises ends the decode there.
         crop: yield the top left part of this size, if the legal grid is larger; what is cut off is never converted.
         first_frame: pixel frame to start at: the first chunk is the one that holds it; nothing is yielded if it is the count of frames.
         group: a reader that was killed asks again from a multiple of this many frames, at or before the last it was given. One that asks for
@@ -229,6 +230,7 @@ class _Job:
         return self.z.shape[2]
 
     def advance(self, tiles: int = 1) -> None:
+        """So many tiles are done. None: the caller may stop us here, since a tile of all frames takes long."""
         self.done += tiles
         self.on_tile(self.done, self.total)
 
@@ -310,9 +312,9 @@ def _in_folder(job: _Job, folder: Path | None, start: int) -> Iterator[FrameChun
 def _tile_major(job: _Job, folder: Path, start: int) -> Iterator[FrameChunk]:
     paths = [folder / f"tile-{i:04d}.u16" for i in range(len(job.tiles))]
     missing = [i for i, path in enumerate(paths) if not path.exists()]
+    job.advance(len(paths) - len(missing))
     if missing:
         _first_parts(job, folder)
-    job.advance(len(paths) - len(missing))
     for i in missing:
         _decode_tile(job, folder, i, paths[i])
         job.advance()
@@ -328,6 +330,7 @@ def _first_parts(job: _Job, folder: Path) -> None:
         patch = job.first_part(k, caches)
         save_tensors(folder / f"first-{k:06d}.safetensors", {"x": patch.data})
         save_tensors(state, {**caches, "next": torch.tensor(k + 1)})
+        job.advance(0)
 
 
 def _decode_tile(job: _Job, folder: Path, index: int, path: Path) -> None:
@@ -342,6 +345,7 @@ def _decode_tile(job: _Job, folder: Path, index: int, path: Path) -> None:
                 x = saved.get_slice("x")[:, box.y.start : box.y.stop, box.x.start : box.x.stop]
             pixels = job.tile(Patch(x.to(job.decoder.device), box, size), index, k, caches)
             sink.write(pixels.mul_(U16).round_().to(torch.uint16).cpu().numpy())
+            job.advance(0)
 
     values = (1 + (job.frames - 1) * job.decoder.temporal_factor) * job.tiles[index].area * 3
     atomic.write_file(path, stream, needed=values * 2)

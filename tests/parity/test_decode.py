@@ -183,10 +183,11 @@ class Killed(BaseException):
 
 
 def killed_after(count: int):
-    seen = itertools.count(1)
+    seen = set()
 
     def on_tile(done: int, total: int) -> None:
-        if next(seen) == count:
+        seen.add(done)
+        if len(seen) == count:
             raise Killed
 
     return on_tile
@@ -223,6 +224,18 @@ def test_finished_tiles_are_not_done_again(tmp_path, monkeypatch):
     counts = []
     again = frames(decode(video, vae, TileMajor(tile=64), scratch=tmp_path, on_tile=lambda *c: counts.append(c)))
     assert torch.equal(first, again) and counts == [(1, 1)]
+
+
+def test_tiles_can_be_stopped_at_every_latent_frame(monkeypatch):
+    """A tile of all frames takes long, and Ctrl-C is heard in `on_tile`."""
+    events = []
+    for name in ("first_part", "second_part"):
+        work = getattr(StreamingDecoder, name)
+        monkeypatch.setattr(StreamingDecoder, name, lambda *a, _work=work, **k: events.append("work") or _work(*a, **k))
+    told = []
+    frames(decode(latent("wan21"), model("wan21"), TileMajor(tile=64), on_tile=lambda *c: told.append(c) or events.append("told")))
+    assert events == ["told", *["work", "told"] * 2 * F, "told"]
+    assert told == [(0, 1)] * (1 + 2 * F) + [(1, 1)]
 
 
 def test_other_latents_do_not_pick_up_stale_work(tmp_path):

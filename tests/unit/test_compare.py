@@ -160,7 +160,8 @@ def test_costs_add_up_over_attempts(tmp_path, monkeypatch):
     at(101, first, event="begin", stage="prompt", total=1)
     at(103, first, event="end", stage="prompt", seconds=2.0, peak_rss=500, peak_device=0)
     at(103, first, event="begin", stage="refine", total=4)
-    at(107, first, event="advance", stage="refine", done=1)  # killed after this
+    at(107, first, event="advance", stage="refine", done=1)
+    at(109, first, event="advance", stage="refine", done=1)  # killed after this, in the midst of the second unit
     with open(path, "a") as handle:
         handle.write('{"event": "adva')  # in the middle of a line
     now[0] = 200.0
