@@ -50,7 +50,10 @@ MIN_STEPS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
-    """What is followed: every prompt with every seed, denoised on one legal grid by one schedule. `cutoff`: share of the latent's Nyquist."""
+    """What is followed: every prompt with every seed, denoised on one legal grid by one schedule.
+
+    `guidance_interval`: noise levels (low, high) between which guidance works; `cutoff`: share of the latent's Nyquist.
+    """
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -59,11 +62,12 @@ class Study:
     num_inference_steps: int
     guidance_scale: float
     flow_shift: float
+    guidance_interval: flow.Interval = flow.WHOLE
     cutoff: float = 0.25
 
     def __post_init__(self):
         flow.sigmas(self.num_inference_steps, self.flow_shift)
-        check_guidance(self.guidance_scale)
+        check_guidance(self.guidance_scale, self.guidance_interval)
         check_cutoff(self.cutoff)
         if self.num_inference_steps < MIN_STEPS:
             raise UserError(f"{self.num_inference_steps} steps make no curve", where="num_inference_steps", fix=f"use at least {MIN_STEPS}, better 20 or more")
@@ -280,10 +284,11 @@ def run(study: Study, base: Base, scratch: Path, observer: Observer) -> Result:
     spectra, mean, videos, levels = Spectra(*shape[2:], study.cutoff), Mean(), [], study.levels
     texts = _texts(study, base, observer)
     steps = study.num_inference_steps
+    guidance = {"guidance_scale": study.guidance_scale, "guidance_interval": study.guidance_interval}
     with measured(observer, "denoise", len(texts) * len(study.seeds) * steps):
         for (prompt, text), seed in itertools.product(zip(study.prompts, texts), study.seeds):
             noise, done = flow.keyed_noise((1, *shape), seed=seed, stage="proxy").to(base.device), len(videos) * steps
-            velocity = base.velocity(text, guidance_scale=study.guidance_scale, graft=Graft(), adapter=None)
+            velocity = base.velocity(text, **guidance, graft=Graft(), adapter=None)
             curves = follow(velocity, noise, levels, spectra, scratch, lambda step, z, done=done: observer.advance("denoise", done + step))
             mean.add(curves)
             videos.append(Video(prompt=prompt, seed=seed, settled=curves.settled, crossing=curves.crossing, half_settled=curves.half_settled))

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -132,11 +133,12 @@ def study(base, **changed):
     return Study(**given)
 
 
-def test_the_trajectory_is_that_of_a_proxy(tiny_base, tmp_path):
+@pytest.mark.parametrize("interval", [flow.WHOLE, (0.0, 0.8)], ids=str)
+def test_the_trajectory_is_that_of_a_proxy(tiny_base, tmp_path, interval):
     base = Base(inspect_base(str(tiny_base)), torch.device("cpu"), torch.float32)
-    how = study(base.info)
+    how = study(base.info, guidance_interval=interval)
     found = trajectory.run(how, base, tmp_path, Silent())
-    numbers = {name: getattr(how, name) for name in ("num_inference_steps", "guidance_scale", "flow_shift")}
+    numbers = {name: getattr(how, name) for name in ("num_inference_steps", "guidance_scale", "guidance_interval", "flow_shift")}
     proxy = LowResolutionProxy(height=how.grid.height, width=how.grid.width, **numbers)
     text = encode_prompt(base, how.prompts[0], how.negative_prompt)
     latent = make_proxy(base, text, proxy, how.grid, seed=3, saved=None, after_step=lambda step, z: None).z[0]
@@ -174,6 +176,13 @@ def test_the_command_takes_another_size_and_speaks_json(tiny22, tmp_path):
     assert answer.events[-1]["event"] == "result" and answer.events[-1]["base"]["cutoff_of_tokens"] == 1.0 and "8 frames become 9" in answer.err
     found = json.loads((tmp_path / "a.json").read_text())
     assert found["study"]["grid"] | {"kind": 0} == {"kind": 0, "num_frames": 9, "height": 64, "width": 96, "fps": 16.0}
+
+
+def test_the_command_guides_where_the_base_does(tiny22, tmp_path):
+    model = shutil.copytree(tiny22, tmp_path / "model")
+    (model / "muralist.json").write_text(json.dumps(json.loads((model / "muralist.json").read_text()) | {"guidance_interval": [0.0, 0.8]}))
+    assert muralist("psd", "a ball", "--model", model, "-o", tmp_path / "a.png").code == 0
+    assert json.loads((tmp_path / "a.json").read_text())["study"]["guidance_interval"] == [0.0, 0.8]
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------------------
