@@ -88,7 +88,7 @@ def _make(cell: Cell, folder: Path, runner: child.Runner) -> str | None:
     atomic.write_json(folder / "cell.json", cell.record())
     # A begun run is resumed by what it has recorded: the memory that is free today must not change its plan.
     begun = (folder / RUN / "request.json").is_file()
-    arguments = ("resume", RUN, "--keep-run", *_device(cell)) if begun else cell.arguments
+    arguments = ("resume", RUN, "--keep-run", *_where(cell)) if begun else cell.arguments
     failure = runner((*arguments[:1], "--json", *arguments[1:]), folder, Journal(folder / "journal.jsonl"))
     if failure is None and not (folder / VIDEO).is_file():
         failure = "the run ended well but left no video"
@@ -96,9 +96,10 @@ def _make(cell: Cell, folder: Path, runner: child.Runner) -> str | None:
     return failure
 
 
-def _device(cell: Cell) -> Iterator[str]:
+def _where(cell: Cell) -> Iterator[str]:
+    """The options that say where a run computes and in how much memory: a run does not record them, each start is told anew."""
     for word, value in zip(cell.options, cell.options[1:]):
-        if word == "--device":
+        if word in ("--device", "--memory", "--vram-limit"):
             yield from (word, value)
 
 

@@ -140,6 +140,23 @@ def test_when_nothing_succeeds_the_first_reason_is_the_line(tiny22, tmp_path, mo
     assert answer.code == 2 and "no run succeeded (the disk is full)" in answer.err
 
 
+def test_a_begun_cell_goes_on_where_and_in_the_memory_that_was_said(tiny22, tmp_path, monkeypatch):
+    asked = []
+
+    def begin(arguments, folder, on_event):
+        (folder / "run").mkdir(exist_ok=True)
+        (folder / "run" / "request.json").touch()
+        asked.append(arguments)
+        return "not now"
+
+    monkeypatch.setattr(child, "run", begin)
+    (tmp_path / "p.txt").write_text("a ball\n")
+    where = ("--device", "cpu", "--memory", "low", "--vram-limit", "12.5")
+    for _ in range(2):
+        compare("--recipes", "direct", "--prompts", tmp_path / "p.txt", "--model", tiny22, *SIZE, *where, "--output", tmp_path / "out")
+    assert asked[0][0] == "generate" and asked[1] == ("resume", "--json", "run", "--keep-run", *where)
+
+
 @pytest.mark.parametrize("text", ["0", "0,1", "3-5", " 7 , 7,1"])
 def test_seeds(text):
     assert grid.read_seeds(text) == {"0": [0], "0,1": [0, 1], "3-5": [3, 4, 5], " 7 , 7,1": [7, 1]}[text]
