@@ -22,6 +22,11 @@ def encode_prompt(base: Base, prompt: str, negative_prompt: str) -> TextCond:
     return TextCond(*(_embedding(base, clean(text), folder) for text in (prompt, negative_prompt)))
 
 
+def embed(base: Base, text: str) -> torch.Tensor:
+    """One text as above, computed and not kept: thousands of captions would drive a user's own prompts out of the cache."""
+    return _embedding(base, clean(text), None)
+
+
 def clean(text: str) -> str:
     """The text as Wan was trained on it: mended unicode, no HTML entities, single spaces (diffusers' `prompt_clean`)."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))

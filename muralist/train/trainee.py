@@ -18,7 +18,7 @@ from muralist.data.latents import LatentPool, PoolConfig
 from muralist.data.sharpen import Unsharp
 from muralist.data.sources import Source, World
 from muralist.errors import UserError
-from muralist.stages.prompt import encode_prompt
+from muralist.stages.prompt import embed
 from muralist.store import weights
 from muralist.train.loop import Report, Schedule, draw_curve, fit
 from muralist.train.miniature import load_vae
@@ -80,7 +80,7 @@ class Trainee(nn.Module):
     def learn_captions(self, captions: Sequence[str]) -> None:
         """Embed the captions and the empty one, once each; the text encoder goes again."""
         for text in sorted({*captions, ""} - self._known.keys()):
-            embedded = encode_prompt(self.base, text, "").positive[0]
+            embedded = embed(self.base, text)[0]
             self._known[text] = embedded[: int(embedded.any(dim=-1).sum())].half().cpu()
         self.base.release("text_encoder", "tokenizer")
 

@@ -21,8 +21,10 @@ from muralist.data.sharpen import Unsharp
 from muralist.data.sources import Footage, World, read_footage
 from muralist.errors import UserError
 from muralist.nn.kinds import hierarchical
+from muralist.stages import prompt
 from muralist.stages.encode import encode
-from muralist.store import weights
+from muralist.stages.prompt import encode_prompt
+from muralist.store import prompt_cache, weights
 from muralist.store.video_write import EncodeOptions
 from muralist.train.anchored import cut_to, train_anchored
 from muralist.train.branched import BranchedConfig, train_branched
@@ -260,6 +262,19 @@ def test_a_trainee_embeds_what_it_was_told(tiny21):
     assert both.shape == (2, 512, 32) and both[0].abs().sum() > both[1].abs().sum() > 0
     with pytest.raises(KeyError):
         trainee.embed(["a cube"])
+
+
+def test_captions_are_embedded_once_each_and_leave_the_users_cache_alone(tiny21, tmp_path, monkeypatch):
+    monkeypatch.setenv(prompt_cache.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(prompt, "WORTH_KEEPING", 0)
+    texts, embed = [], prompt._embed
+    monkeypatch.setattr(prompt, "_embed", lambda tokenizer, encoder, text, length: texts.append(text) or embed(tokenizer, encoder, text, length))
+    trainee = Trainee(tiny21, CPU)
+    trainee.learn_captions(["a red ball", "a star over grass", "a red ball"])
+    trainee.learn_captions(["a cube", "a red ball"])
+    assert sorted(texts) == ["", "a cube", "a red ball", "a star over grass"] and not (tmp_path / "cache").exists()
+    expected = encode_prompt(trainee.base, "a cube", "").positive
+    assert torch.equal(trainee.embed(["a cube"]), expected.half().float())
 
 
 def test_two_transformers_are_refused(tiny22, tmp_path):
