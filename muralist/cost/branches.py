@@ -36,6 +36,14 @@ def pairs(attention: BranchedWindows, config: BranchesConfig | None, token_shape
     return sum(window_pairs(pooled_shape(branch, token_shape), (1, count, count)) for branch, count in _at_work(attention, config, layers))
 
 
+def pieces(attention: BranchedWindows, config: BranchesConfig | None, token_shape: Shape) -> Iterator[tuple[int, int]]:
+    """(pooled tokens, keys of each) of every branch, whose windows are all computed at once."""
+    for name in attention.branches:
+        branch = config.branches[name]
+        frames, rows, columns = pooled_shape(branch, token_shape)
+        yield frames * rows * columns, frames * -(-rows // branch.windows) * -(-columns // branch.windows)
+
+
 def multiply_adds(attention: BranchedWindows, config: BranchesConfig | None, token_shape: Shape, layers: int) -> int:
     """Of projections, low-rank changes, convolutions and fusion weights, all blocks together."""
     tokens, total = math.prod(token_shape), 0

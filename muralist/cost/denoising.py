@@ -14,6 +14,7 @@ from muralist.cost import transformer
 from muralist.cost.setting import PROCESS_BYTES, Setting, StagePlan, size_text
 from muralist.nn.attention import BranchedWindows, CloseRemote, FullAttention, GuidedWindows
 from muralist.nn.attention.guided import pooled_shape
+from muralist.nn.kernels import Kernels
 from muralist.nn.kinds import INJECTOR, STEP_SIZE
 from muralist.nn.rope import RopeScale
 from muralist.nn.streaming import SLOTS
@@ -23,6 +24,7 @@ from muralist.stages.proxy import LowResolutionProxy
 from muralist.stages.refine import ProxyWindows, Refine
 from muralist.types import Grid
 
+REFERENCE = Kernels(attention="reference")
 SNAPSHOTS = 3  # two kept, one being published
 HOST_BYTES_PER_S = 20e9  # page-locked main memory to the device: PCIe 4.0 x16 carries 25e9 at best
 LATENTS = 4  # float32 latents alive in a guided step: the sample, both velocities, the next sample
@@ -89,7 +91,7 @@ def refine(part: Refine, setting: Setting) -> StagePlan:
     graft = _as_seen(part.graft(setting.info.geometry.token_shape(grid)), setting)
     steps = Steps.of(part, part.skip_steps)
     plan = _denoising(setting, "refine", part, grid, graft, steps, f"{size_text(grid)}, {_attention(graft)}" + _chunks(graft, grid, setting))
-    plan = _with_proxy(plan, part.attention, steps, setting) if isinstance(part.attention, ProxyWindows) else plan
+    plan = _with_proxy(plan, graft, part.attention, steps, setting) if isinstance(part.attention, ProxyWindows) else plan
     plan = _with_injector(plan, steps, setting) if part.anchor != "none" else plan
     return _with_experts(plan, part, steps, setting) if part.experts else plan
 
@@ -127,8 +129,10 @@ def _as_seen(graft: Graft, setting: Setting) -> Graft:
     return replace(graft, attention=replace(attention, near=near, middle=middle))
 
 
-def _with_proxy(plan: StagePlan, attention: ProxyWindows, steps: Steps, setting: Setting) -> StagePlan:
+def _with_proxy(plan: StagePlan, graft: Graft, attention: ProxyWindows, steps: Steps, setting: Setting) -> StagePlan:
     """The same with the passes over the proxy, one for each prompt or for each step and prompt, and the keys and values that they leave."""
+    passing = _live_bytes(Graft(token_chunk=graft.token_chunk), setting.proxy_grid, setting)  # its tokens all see each other
+    longer = max(passing - _live_bytes(graft, setting.grid, setting), 0)
     size, shape = setting.dimensions, setting.info.geometry.token_shape(setting.proxy_grid)
     one = transformer.forward(size, Graft(), shape, setting.info.defaults.max_sequence_length)
     times = steps.prompts if attention.proxy_noise == "clean" else steps.forwards
@@ -136,7 +140,7 @@ def _with_proxy(plan: StagePlan, attention: ProxyWindows, steps: Steps, setting:
         plan,
         flops=plan.flops + times * one.flops,
         attention_flops=plan.attention_flops + times * one.attention,
-        memory_bytes=plan.memory_bytes + steps.prompts * 2 * size.layers * size.width * one.tokens * setting.machine.itemsize,
+        memory_bytes=plan.memory_bytes + longer + steps.prompts * 2 * size.layers * size.width * one.tokens * setting.machine.itemsize,
         seconds=plan.seconds + setting.machine.seconds(linear=times * one.linear, attention=times * one.attention),
         action=f"{plan.action}, in sight of a proxy of {one.tokens:,} tokens",
     )
@@ -158,13 +162,13 @@ def _with_experts(plan: StagePlan, part: Refine, steps: Steps, setting: Setting)
 
 
 def _denoising(setting: Setting, stage: str, part: LowResolutionProxy | Refine, grid: Grid, graft: Graft, steps: Steps, action: str) -> StagePlan:
-    info, machine, size = setting.info, setting.machine, setting.dimensions
+    info, size = setting.info, setting.dimensions
     shape = info.geometry.token_shape(grid)
     one = transformer.forward(size, graft, shape, info.defaults.max_sequence_length, info.branches)
     # A low-rank layer multiplies each of its weights once for every token; adapters are stored in 16 bits.
     linear = one.linear + 2 * one.tokens * info.component_bytes.get(f"adapter {part.adapter}", 0) // 2
     forwards, latent, (held, host) = steps.forwards, setting.latent_bytes(grid), held_bytes(setting)
-    live = transformer.live_bytes(size, graft, shape, machine.itemsize, info.branches)
+    live = _live_bytes(graft, grid, setting)
     return StagePlan(
         stage=stage,
         work=steps.work,
@@ -179,6 +183,14 @@ def _denoising(setting: Setting, stage: str, part: LowResolutionProxy | Refine, 
         seconds=_seconds(setting, one, forwards, linear),
         action=action,
     )
+
+
+def _live_bytes(graft: Graft, grid: Grid, setting: Setting) -> int:
+    """Of one forward with the kernels of the request. Only the reference holds more than the others; what `auto` will be is not known here."""
+    info = setting.info
+    graft = replace(graft, kernels=REFERENCE) if setting.request.config.kernels.attention == "reference" else graft
+    shape, text = info.geometry.token_shape(grid), info.defaults.max_sequence_length
+    return transformer.live_bytes(setting.dimensions, graft, shape, setting.machine.itemsize, info.branches, text_tokens=text)
 
 
 def _seconds(setting: Setting, one: transformer.Forward, forwards: int, linear: float) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ from muralist.nn.transformer import Graft
 from muralist.nn.windows import Shape, windows_of
 
 _DEFAULTS = {name: p.default for name, p in inspect.signature(WanTransformer3DModel.__init__).parameters.items()}
+FP64 = 8  # bytes
+SCORES = 2  # copies of its scores that `reference_attention` holds: as they are multiplied and scaled, then scaled and normalised
 FP32 = 4  # bytes; norms, modulation and rotation compute in float32 whatever the weights are
 # Bytes of eager elementwise traffic for each token, layer and channel in bf16: 170 explains both the 5.0 s (1.3B) and the 2.4 s (5B) that
 # unfused norms, modulation, rotation and GELU cost in four 4K x81 forwards at 4.3 TB/s (performance notes, section 1.4; a model, not a measurement).
@@ -36,6 +38,7 @@ class Dimensions:
     """The sizes of a Wan transformer. `patch`: latent positions a token covers."""
 
     width: int
+    heads: int
     ffn: int
     layers: int
     channels_in: int
@@ -51,6 +54,7 @@ class Dimensions:
         value = {**_DEFAULTS, **config}
         return cls(
             width=value["num_attention_heads"] * value["attention_head_dim"],
+            heads=value["num_attention_heads"],
             ffn=value["ffn_dim"],
             layers=value["num_layers"],
             channels_in=value["in_channels"],
@@ -99,7 +103,7 @@ def _window_pairs(attention: WindowAttention, token_shape: Shape) -> tuple[int, 
 
 def _guided_pairs(attention: GuidedWindows, token_shape: Shape) -> tuple[int, ...]:
     """A proxy, or the pooled tokens, are taken to hold as many tokens as a window asks for (`Near.within` sees to that)."""
-    more = math.prod(attention.near.count) + (math.prod(attention.middle.near.count) if attention.middle else 0)
+    more = _neighbours(attention)
     return tuple(pairs + math.prod(token_shape) * more for pairs in _window_pairs(attention.windows, token_shape))
 
 
@@ -170,11 +174,42 @@ def elementwise_bytes(size: Dimensions, tokens: int, itemsize: int) -> int:
     return ELEMENTWISE_BYTES * tokens * size.width * size.layers * max(itemsize, 2) // 2
 
 
-def live_bytes(size: Dimensions, graft: Graft, token_shape: Shape, itemsize: int, branches: BranchesConfig | None = None) -> int:
+def live_bytes(size: Dimensions, graft: Graft, token_shape: Shape, itemsize: int, branches: BranchesConfig | None = None, *, text_tokens: int = 0) -> int:
     """Peak bytes of one forward besides weights and latents, as the forward allocates them (a test tracks it tensor by tensor).
 
-    `itemsize`: bytes of the working type.
+    `itemsize`: bytes of the working type. `text_tokens`: positions of text, which matter to the slow reference alone: every other kernel holds
+    no scores.
     """
+    scores = 0
+    if graft.kernels.attention == "reference":
+        scores = max(_reference_bytes(size, *piece) for piece in _pieces(graft, token_shape, branches, text_tokens))
+    return scores + _working_bytes(size, graft, token_shape, itemsize, branches)
+
+
+def _reference_bytes(size: Dimensions, queries: int, keys: int) -> int:
+    """Of `reference_attention`: the scores of so many queries with so many keys each, the values and the answer."""
+    return FP64 * (SCORES * size.heads * queries * keys + size.width * (max(queries, keys) + queries))
+
+
+def _pieces(graft: Graft, token_shape: Shape, branches: BranchesConfig | None, text_tokens: int) -> Iterator[tuple[int, int]]:
+    """(queries, keys of each) that attention is given at a time, the largest of each kind."""
+    attention, tokens = graft.attention, math.prod(token_shape)
+    span, window = min(graft.token_chunk or tokens, tokens), _largest_window(attention, token_shape)
+    yield span, text_tokens
+    if isinstance(attention, FullAttention) or (isinstance(attention, BranchedWindows) and attention.plain):
+        yield span, tokens
+    if isinstance(attention, BranchedWindows):
+        yield from branching.pieces(attention, branches, token_shape)
+    yield max(span, window), window + (_neighbours(attention) if isinstance(attention, GuidedWindows) else 0)
+
+
+def _neighbours(attention: GuidedWindows) -> int:
+    """Proxy and pooled tokens that a window sees."""
+    return math.prod(attention.near.count) + (math.prod(attention.middle.near.count) if attention.middle else 0)
+
+
+def _working_bytes(size: Dimensions, graft: Graft, token_shape: Shape, itemsize: int, branches: BranchesConfig | None) -> int:
+    """Of the residual stream and of the chunk at work."""
     tokens = math.prod(token_shape)
     stream, each = tokens * size.width * itemsize, _bytes_per_token(size, itemsize)
     if graft.keeps_stock_blocks:

@@ -20,11 +20,13 @@ from muralist.base_info import BaseInfo, Defaults
 from muralist.config import Config, Request
 from muralist.cost import text as text_cost
 from muralist.cost import transformer, vae
+from muralist.cost.budget import Budget
 from muralist.cost.decoding import GOOD_TILE
 from muralist.errors import UserError
 from muralist.nn.attention import FullAttention, WindowAttention
 from muralist.nn.attention.reference import window_mask
 from muralist.nn.decoder import StreamingDecoder
+from muralist.nn.kernels import Kernels
 from muralist.nn.transformer import Graft, MuralTransformer
 from muralist.plan import Machine, Plan, plan
 from muralist.sampling import flow
@@ -224,6 +226,32 @@ def test_live_memory_of_a_forward(dtype, graft, ffn):
         model(z, torch.ones(1), text)
     said = transformer.live_bytes(transformer.Dimensions.of(config), graft, (5, 18, 20), dtype.itemsize)
     assert 0.9 <= said / seen.peak <= 1.2
+
+
+@pytest.mark.parametrize("attention", [FullAttention(), WindowAttention((5, 9, 10))], ids=["full", "windows"])
+@pytest.mark.parametrize("token_chunk", [None, 450])
+def test_live_memory_of_the_reference(attention, token_chunk):
+    """It holds the scores of all pairs, in float64, which are most of it."""
+    config = TINY | dict(num_attention_heads=4, num_layers=2)
+    graft = Graft(attention=attention, token_chunk=token_chunk, kernels=Kernels(attention="reference"))
+    model = MuralTransformer(**config).configure(graft)
+    z, text = torch.randn(1, 16, 5, 36, 40), torch.randn(1, 512, 32)
+    with torch.no_grad(), Alive(model) as seen:
+        model(z, torch.ones(1), text)
+    said = transformer.live_bytes(transformer.Dimensions.of(config), graft, (5, 18, 20), 4, text_tokens=512)
+    assert 0.95 <= said / seen.peak <= 1.1
+
+
+def test_the_reference_is_refused_where_its_scores_do_not_fit():
+    info, grid = base(WAN_1_3B, WAN_21), Grid(num_frames=81, height=480, width=832)
+    asked = request(grid)
+    card = replace(ROOMY, dtype="bfloat16", device_bytes=24 * 10**9)
+    plan(asked, info, card).check()
+    slow = replace(asked, config=replace(asked.config, kernels=Kernels(attention="reference")))
+    with pytest.raises(UserError, match="refine needs") as error:
+        plan(slow, info, card, budget=Budget("high")).check()
+    assert error.value.fix == "use --memory balanced"
+    assert stage(plan(slow, info, card), "refine").memory_bytes > 2 * 8 * 12 * 2048 * 32760
 
 
 def test_what_does_not_fit_is_refused_with_a_size_that_does():
