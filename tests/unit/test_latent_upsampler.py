@@ -85,6 +85,16 @@ def test_the_mask_parts_what_only_the_roll_brings_together():
     assert (mask[1][:2, :2] == 0).all() and (mask[1][:2, 2:] < -50).all()
 
 
+def test_a_walk_without_values_leaves_no_masks_without_values():
+    shift_mask.cache_clear()
+    x = torch.randn(1, 4, 20, 20, 16, generator=torch.Generator().manual_seed(0))
+    with torch.device("meta"), torch.inference_mode():
+        TmsaBlock(16, (2, 8, 8), 2, 1.0, shifted=True, mutual=True)(torch.empty_like(x, device="meta"))
+    block = TmsaBlock(16, (2, 8, 8), 2, 1.0, shifted=True, mutual=True)
+    assert block(x).sum().isfinite() and shift_mask.cache_info().hits  # with the very mask of the walk
+    block(x).sum().backward()
+
+
 def test_positions_differ_everywhere():
     places = sine_positions((4, 4), 6)[0]
     assert places.shape == (16, 12) and len(torch.unique(places.round(decimals=4), dim=0)) == 16

@@ -123,12 +123,14 @@ def fitted(size: Shape, window: Shape, shifted: bool) -> tuple[Shape, Shape]:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # autograd takes no inference tensors
 def shift_mask(size: Shape, window: Shape, shift: Shape) -> torch.Tensor:
-    """[W, n, n]: 0 for pairs that lie together in the unshifted video, -100 for pairs that only the cyclic shift brings together."""
-    region = torch.zeros(size)
+    """[W, n, n]: 0 for pairs that lie together in the unshifted video, -100 for pairs that only the cyclic shift brings together. On the CPU: a plan
+    that walks through the network without values must not leave masks without values to who computes."""
+    region = torch.zeros(size, device="cpu")
     for axis, (length, side, by) in enumerate(zip(size, window, shift)):
         if by:
-            place = torch.arange(length)
+            place = torch.arange(length, device="cpu")
             part = (place >= length - side).int() + (place >= length - by).int()
             region = region * 3 + part.view([-1 if i == axis else 1 for i in range(3)])
     rows = rearrange(region, "(a t) (b y) (c x) -> (a b c) (t y x)", t=window[0], y=window[1], x=window[2])
