@@ -41,8 +41,8 @@ def main() -> None:
         name, _, folder = named.partition("=")
         methods[name] = load_latent_upsampler(Path(folder)).eval()
     rows = [row(name, enlarge, scale, vae, options.count) for scale in TRAINED + UNSEEN for name, enlarge in methods.items()]
-    rows += [latency(name, enlarge) for name, enlarge in methods.items()]
-    write("upsampling", rows, note="paper: LUVE's Tables 5 and 12 (Wan2.1, other clips); latency there on a GPU")
+    rows += [] if options.no_latency else [latency(name, enlarge) for name, enlarge in methods.items()]
+    write("upsampling", rows, note=f"{options.count} clips a scale; paper: LUVE's Tables 5 and 12 (Wan2.1, other clips); latency there on a GPU")
 
 
 def row(name: str, enlarge: Enlarge, scale: float, vae, count: int) -> dict:
@@ -93,6 +93,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="miniature")
     parser.add_argument("--parts", nargs="*", default=[], metavar="NAME=DIR")
     parser.add_argument("--count", type=int, default=12)
+    parser.add_argument("--no-latency", action="store_true", help="leave the times out, as on a busy machine")
     return parser.parse_args()
 
 

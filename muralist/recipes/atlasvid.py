@@ -9,12 +9,14 @@ attention FLOPs a layer. Ours, since only abstract, captions and two sentences a
 | value | here | why |
 |---|---|---|
 | `proxy.every` | 4 | the paper's r_t; 81 proxy frames then span 321 of the target, its longest example |
-| `refine.attention.tokens` | 1,024 | with the proxy's 64 about 1,100 keys a query, which gives the paper's factor |
+| `refine.attention.tokens` | 1,024 | with the proxy's 64 about 1,100 keys a query, which gives the paper's factor; small bases fewer, as in training |
 | `refine.attention.near` | 4 x 4 x 4 | the proxy's own rows and columns around a window |
 | `refine.attention.proxy_noise` | clean | its keys are then computed once; `same` is the alternative |
 """
 
 from __future__ import annotations
+
+import math
 
 from muralist.base_info import BaseInfo
 from muralist.config import Config
@@ -22,16 +24,19 @@ from muralist.stages.proxy import LowFrameRateProxy
 from muralist.stages.refine import ProxyWindows, Refine
 
 PROXY, DETAIL = "proxy", "detail"  # adapters
+TOKENS = 1024
 MAX_FRAMES = 8  # latent frames of a window: 8 x 8 x 16 tokens
+CUTS = 8  # a window has at most this part of the tokens of the base's own clip, and half of its frames, as in training (`train/long.py`)
 
 
 def atlasvid(base: BaseInfo) -> Config:
     """AtlasVid: a proxy with a quarter of the frames, and every window of the large video painted in sight of it."""
     for name in (PROXY, DETAIL):
         base.require_adapter(name)
-    d = base.defaults
+    d, own = base.defaults, base.geometry.token_shape(base.geometry.legal(base.defaults.grid))
+    windows = ProxyWindows(tokens=min(TOKENS, max(math.prod(own) // CUTS, 8)), max_frames=min(MAX_FRAMES, max(own[0] // 2, 1)))
     return Config(
         proxy=LowFrameRateProxy(height=d.grid.height, width=d.grid.width, adapter=PROXY, **d.sampling),
         upsample=None,
-        refine=Refine(attention=ProxyWindows(tokens=1024, max_frames=MAX_FRAMES), adapter=DETAIL, **d.sampling),
+        refine=Refine(attention=windows, adapter=DETAIL, **d.sampling),
     )
