@@ -107,8 +107,9 @@ class Lab:
         if kind != "full":
             return self._blocks(name, grid, kind, layers)
         whole, one = self.forward(name, grid, "windows"), self._blocks(name, grid, "windows", 1)
-        outside = max((layers * one.seconds - whole.seconds) / (layers - 1), 0.0)
         full = self._blocks(name, grid, "full", 1)
+        # what is outside of blocks can neither be less than nothing nor more than all, as noise would have it where both are short
+        outside = min(max((layers * one.seconds - whole.seconds) / (layers - 1), 0.0), full.seconds)
         return Cost(layers * full.seconds - (layers - 1) * outside, full.peak_bytes)
 
     def _blocks(self, name: str, grid: str, kind: Kind, layers: int) -> Cost:

@@ -202,7 +202,7 @@ def test_detail_training_looks_at_a_clean_proxy_as_the_proxy_was_painted(tiny22,
 
     monkeypatch.setattr(objective.transformer, "remember", looked)
     objective.loss(0, 0.0)
-    assert seen == [((48, 2, 2, 4), [0.0] * 8, 4.0, ["proxy"])]
+    assert seen == [((48, 2, 2, 4), [0.0] * 4, 4.0, ["proxy"])]
     assert objective.transformer.active_adapters() == ["detail"] and all(".detail." in name for name in names)
     windows = objective.config.graft.attention.windows
     assert windows.size[0] <= 1 and np.prod(windows.size) <= 8
