@@ -49,7 +49,7 @@ def refuse_part(folder: Path) -> None:
     for file in sorted(folder.glob("*.safetensors")):
         if said := (weights.check_safetensors(file).get("__metadata__") or {}).get("muralist"):
             kind = json.loads(said).get("kind")
-            raise UserError(f"adapters/{file.parent.name} is a part of kind {kind!r}, not a plain LoRA", where="adapter", fix=f"move its folder to parts/{kind}")
+            raise UserError(f"{file.parent.name} is a part of kind {kind!r}, not a plain LoRA", where="adapter", fix=f"move its folder to parts/{kind}")
 
 
 def load_part(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
