@@ -7,7 +7,7 @@ costs themselves are in `muralist/cost`, dispatched by the class of each part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
@@ -16,7 +16,7 @@ from muralist.base_info import BaseInfo
 from muralist.config import Request
 from muralist.cost.budget import Budget
 from muralist.cost.decoding import TILES, DecodeNeed, TileMajor
-from muralist.cost.levels import LEVELS, choose, fits, settle, stage_fits, with_weights
+from muralist.cost.levels import LEVELS, Level, choose, fits, settle, stage_fits, with_weights
 from muralist.cost.machine import Machine
 from muralist.cost.setting import Setting, StagePlan
 from muralist.cost.stages import FILES, decode_need, estimates
@@ -135,18 +135,16 @@ def _lacks(stage: StagePlan, machine: Machine) -> str:
     return f"{stage.stage} needs {_gb(stage.memory_bytes)} of memory, {machine.name} has {_gb(machine.limit)} free"
 
 
-def _slower(setting: Setting, level: str) -> str | None:
-    """The first level below that fits, if one does."""
+def _slower(setting: Setting, level: str, decide: Callable[[Setting, Level], Setting] = settle) -> str | None:
+    """The first level below that fits, if one does; `decide`: what a level may still fill in."""
     below = list(LEVELS)[list(LEVELS).index(level) + 1 :]
-    found = next((name for name in below if fits(settle(setting, LEVELS[name]))), None)
+    found = next((name for name in below if fits(decide(setting, LEVELS[name]))), None)
     return found and f"use --memory {found}"
 
 
 def _elsewhere(setting: Setting, level: str) -> str:
     """For a run that has begun, of which only the place of the weights can change."""
-    below = list(LEVELS)[list(LEVELS).index(level) + 1 :]
-    found = next((name for name in below if fits(with_weights(setting, LEVELS[name]))), None)
-    return f"use --memory {found}" if found else "free memory, go on on a larger machine, or start a new run"
+    return _slower(setting, level, with_weights) or "free memory, go on on a larger machine, or start a new run"
 
 
 def _shorter(setting: Setting) -> str | None:

@@ -86,8 +86,10 @@ def command(
         raise UserError(f"{minutes} minutes", where="minutes", fix="use a number above 0, such as 30")
     from muralist.base import pick_device
     from muralist.cli._show import Interrupted
+    from muralist.nn.heap import keep_freed_blocks
     from muralist.train.loop import begin
 
+    keep_freed_blocks()  # by the command, whose process it is
     training = TRAININGS[name]
     target, folder = pick_device(device), _folder(output or f"runs/{name}")
     earlier = _earlier(training, start) | _initial(training, init) | _footage(training, data, height, min_score) | _clips(training, clips)

@@ -16,8 +16,6 @@ attention FLOPs a layer. Ours, since only abstract, captions and two sentences a
 
 from __future__ import annotations
 
-import math
-
 from muralist.base_info import BaseInfo
 from muralist.config import Config
 from muralist.stages.proxy import LowFrameRateProxy
@@ -26,15 +24,15 @@ from muralist.stages.refine import ProxyWindows, Refine
 PROXY, DETAIL = "proxy", "detail"  # adapters
 TOKENS = 1024
 MAX_FRAMES = 8  # latent frames of a window: 8 x 8 x 16 tokens
-CUTS = 8  # a window has at most this part of the tokens of the base's own clip, and half of its frames, as in training (`train/long.py`)
 
 
 def atlasvid(base: BaseInfo) -> Config:
     """AtlasVid: a proxy with a quarter of the frames, and every window of the large video painted in sight of it."""
     for name in (PROXY, DETAIL):
         base.require_adapter(name)
-    d, own = base.defaults, base.geometry.token_shape(base.geometry.legal(base.defaults.grid))
-    windows = ProxyWindows(tokens=min(TOKENS, max(math.prod(own) // CUTS, 8)), max_frames=min(MAX_FRAMES, max(own[0] // 2, 1)))
+    d = base.defaults
+    trained = ProxyWindows.trained(base.geometry.token_shape(base.geometry.legal(d.grid)))
+    windows = ProxyWindows(tokens=min(TOKENS, trained.tokens), max_frames=min(MAX_FRAMES, trained.max_frames))
     return Config(
         proxy=LowFrameRateProxy(height=d.grid.height, width=d.grid.width, adapter=PROXY, **d.sampling),
         upsample=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
@@ -54,6 +55,11 @@ class ProxyWindows(Windows):
     reach: tuple[float, float, float] = (16.0, 16.0, 24.0)
     pool: tuple[int, int, int] | None = None
     proxy_noise: Literal["clean", "same"] = "clean"
+
+    @classmethod
+    def trained(cls, own: tuple[int, int, int]) -> ProxyWindows:
+        """Those that a base of the token grid `own` (f, y, x) is trained in: an eighth of its tokens, half of its frames."""
+        return cls(tokens=max(math.prod(own) // 8, 8), max_frames=max(own[0] // 2, 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

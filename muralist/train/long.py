@@ -25,7 +25,6 @@ from muralist.types import Grid
 PROXY, DETAIL = "proxy", "detail"  # adapters
 EVERY = 4  # latent frames
 SHRINK = 2  # the proxy of a training clip has the clip's sides divided by this
-CUTS = 8  # a training window holds this part of the clip's tokens, and half of its frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +85,8 @@ class InSightOfProxy(FlowMatching):
 
 
 def training_windows(trainee: Trainee) -> Refine:
-    """The windows of training: an eighth of the clip's tokens, half of its frames."""
-    f, y, x = trainee.info.geometry.token_shape(trainee.own_grid)
-    windows = ProxyWindows(tokens=max(f * y * x // CUTS, 8), max_frames=max(f // 2, 1))
+    """The windows of training."""
+    windows = ProxyWindows.trained(trainee.info.geometry.token_shape(trainee.own_grid))
     return Refine(num_inference_steps=1, guidance_scale=1.0, flow_shift=1.0, attention=windows, token_chunk=None)
 
 

@@ -24,7 +24,6 @@ import torch
 from torch import nn
 
 from muralist.errors import UserError
-from muralist.nn.heap import keep_freed_blocks
 from muralist.store import atomic
 from muralist.train import state
 
@@ -79,7 +78,6 @@ CHECKPOINTS = "checkpoints"
 
 def begin(folder: Path, *, resume: bool) -> None:
     """Say at once what would otherwise be found after hours: a folder that is in use, a library that is missing. Raises UserError."""
-    keep_freed_blocks()
     if not resume:
         state.require_unused(folder / CHECKPOINTS)
     if importlib.util.find_spec("matplotlib") is None:
