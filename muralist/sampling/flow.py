@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -18,6 +19,7 @@ from muralist.errors import UserError
 Velocity = Callable[[torch.Tensor, float], torch.Tensor]
 Interval = tuple[float, float]  # of sigma, both ends included
 WHOLE: Interval = (0.0, 1.0)
+U = TypeVar("U", float, torch.Tensor)
 
 
 def sigmas(num_inference_steps: int, flow_shift: float) -> list[float]:
@@ -27,7 +29,12 @@ def sigmas(num_inference_steps: int, flow_shift: float) -> list[float]:
     if not 0 < flow_shift < 1000:
         raise UserError(f"{flow_shift}", where="flow_shift", fix="use a number above 0, such as 5")
     uniform = [1 - i / num_inference_steps for i in range(num_inference_steps + 1)]
-    return [flow_shift * u / (1 + (flow_shift - 1) * u) for u in uniform]
+    return [shifted(u, flow_shift) for u in uniform]
+
+
+def shifted(u: U, flow_shift: float) -> U:
+    """Noise levels of the shares `u` of a schedule that are still to come, numbers or a tensor in [0, 1] (eq. 23)."""
+    return flow_shift * u / (1 + (flow_shift - 1) * u)
 
 
 def euler_step(z: torch.Tensor, velocity: torch.Tensor, sigma: float, sigma_next: float) -> torch.Tensor:

@@ -7,15 +7,12 @@ matching alternates with self-consistency of large steps (`objectives/shortcut.p
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
 from muralist.data.degrade import AnchorDamage
-from muralist.data.latents import LatentPool, PoolConfig
 from muralist.nn.injector import AnchorInjector
 from muralist.nn.kinds import INJECTOR, STEP_SIZE, InjectorConfig
 from muralist.nn.step_size import StepSizeEmbedding
@@ -23,9 +20,10 @@ from muralist.store.parts import save_part
 from muralist.train.loop import Report, begin
 from muralist.train.objectives.flow import Batch, FlowConfig
 from muralist.train.objectives.shortcut import ShortcutConfig, ShortcutMatching
-from muralist.train.trainee import CLIPS, Trainee, VideoData, fit_adapter, give_adapter
+from muralist.train.trainee import CLIPS, Crops, Trainee, VideoData, fit_adapter, give_adapter
 
 ANCHORED = "anchored"  # the adapter
+BATCH = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,23 +53,16 @@ def train_anchored(
     width = trainee.info.width
     config = config or AnchoredConfig(injector=InjectorConfig(channels=trainee.info.geometry.channels, dim=width))
     data = data or VideoData()
-    pools = _pools(trainee, data, clips, config, folder, report)
+    wanted = [trainee.guided_pool(ANCHORED, height, data, clips, config.damage) for height in data.heights]
+    pools = trainee.encoded(wanted, data.source, folder / "latents", report)
     give_adapter(trainee, ANCHORED)
     added = _add_parts(trainee, config, width, device)
     flow = FlowConfig(prediction=trainee.info.prediction, shift=trainee.info.defaults.flow_shift)
-    objective = Anchored(trainee, trainee.transformer, trainee.embed, Crops(pools), flow, device, shortcut=config.shortcut)
+    objective = Anchored(trainee, trainee.transformer, trainee.embed, Crops(pools, batch=BATCH), flow, device, shortcut=config.shortcut)
     adapter = fit_adapter(trainee, ANCHORED, objective, folder, minutes, resume, trainee.origin(data, clips), report)
     for kind, (record, network) in added.items():
         save_part(folder / "parts" / kind, kind, record, {name: p.detach().half().cpu() for name, p in network.named_parameters()})
     return adapter
-
-
-def _pools(trainee: Trainee, data: VideoData, clips: int, config: AnchoredConfig, folder: Path, report: Report) -> tuple[LatentPool, ...]:
-    def pool(height: int) -> PoolConfig:
-        crops = trainee.crop_pool(height, data, clips)
-        return replace(crops, name=f"anchored-{height}", proxy=replace(trainee.own_grid, num_frames=crops.length), damage=config.damage)
-
-    return trainee.encoded([pool(height) for height in data.heights], data.source, folder / "latents", report)
 
 
 def _add_parts(trainee: Trainee, config: AnchoredConfig, width: int, device: torch.device) -> dict[str, tuple[dict, torch.nn.Module]]:
@@ -83,36 +74,6 @@ def _add_parts(trainee: Trainee, config: AnchoredConfig, width: int, device: tor
         trainee.transformer.injector = AnchorInjector(config.injector).to(device)
         added[INJECTOR] = (asdict(config.injector), trainee.transformer.injector)
     return added
-
-
-@dataclass(frozen=True, slots=True)
-class Crops:
-    """Batches of crops with the anchors cut to them."""
-
-    pools: tuple[LatentPool, ...]
-    batch: int = 12
-
-    def __call__(self, rng: np.random.Generator, progress: float) -> Batch:
-        pool = self.pools[rng.integers(len(self.pools))]
-        index = rng.integers(len(pool.captions), size=self.batch)
-        z, captions, near_object = pool.take(index)
-        chosen = torch.from_numpy(index)
-        return Batch(z, captions, near_object, proxy=cut_to(pool.proxy[chosen].float(), pool.places[chosen], z.shape[2:]))
-
-
-def cut_to(whole: torch.Tensor, places: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
-    """Latents of whole videos [B, C, F', h', w'] -> those of crops, [B, C, F, h, w], the first F frames.
-
-    `places` [B, 4]: top, left, height and width of each crop as shares of the frame. Samples stand at the middles of the crop's latents.
-    """
-    frames, rows, columns = shape
-    y, x = ((torch.arange(n) + 0.5) / n for n in (rows, columns))
-    top, left, height, width = (v[:, None] for v in places.unbind(1))
-    grid_y, grid_x = (2 * (start + side * axis) - 1 for start, side, axis in ((top, height, y), (left, width, x)))
-    grid = torch.stack(torch.broadcast_tensors(grid_x[:, None, :], grid_y[:, :, None]), dim=-1)  # [B, rows, columns, 2]
-    images = whole[:, :, :frames].transpose(1, 2).flatten(0, 1)
-    cut = F.grid_sample(images, grid.repeat_interleave(frames, dim=0), mode="bilinear", padding_mode="border", align_corners=False)
-    return cut.unflatten(0, (-1, frames)).transpose(1, 2)
 
 
 class Anchored(ShortcutMatching):

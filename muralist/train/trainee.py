@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig
 from torch import nn
 
 from muralist.base import Base, select_adapter, several_adapters
 from muralist.base_info import BaseInfo, inspect_base
 from muralist.data import latents
+from muralist.data.degrade import AnchorDamage
 from muralist.data.latents import LatentPool, PoolConfig
 from muralist.data.sharpen import Unsharp
 from muralist.data.sources import Source, World
@@ -110,17 +114,43 @@ class Trainee(nn.Module):
             seed=height,
         )
 
+    def guided_pool(self, name: str, height: int, data: VideoData, clips: int, damage: AnchorDamage) -> PoolConfig:
+        """The same crops, each with its whole video at the base's own size, damaged so that it can stand for what the base generates."""
+        crops = self.crop_pool(height, data, clips)
+        return replace(crops, name=f"{name}-{height}", proxy=replace(self.own_grid, num_frames=crops.length), damage=damage)
+
 
 @dataclass(frozen=True, slots=True)
 class Crops:
-    """Batches from pools of several sizes, one size a batch."""
+    """Batches from pools of several sizes, one size a batch. Where a pool has proxies of the whole videos, they are cut where the crops lie (`cut_to`)."""
 
     pools: tuple[LatentPool, ...]
     batch: int = 16
+    mode: Literal["bilinear", "bicubic"] = "bilinear"
 
-    def __call__(self, rng, progress: float) -> Batch:
+    def __call__(self, rng: np.random.Generator, progress: float) -> Batch:
         pool = self.pools[rng.integers(len(self.pools))]
-        return Batch(*pool.take(rng.integers(len(pool.captions), size=self.batch)))
+        index = rng.integers(len(pool.captions), size=self.batch)
+        z, captions, near_object = pool.take(index)
+        if pool.proxy is None:
+            return Batch(z, captions, near_object)
+        chosen = torch.from_numpy(index)
+        return Batch(z, captions, near_object, proxy=cut_to(pool.proxy[chosen].float(), pool.places[chosen], z.shape[2:], self.mode))
+
+
+def cut_to(whole: torch.Tensor, places: torch.Tensor, shape: tuple[int, int, int], mode: Literal["bilinear", "bicubic"] = "bilinear") -> torch.Tensor:
+    """Latents of whole videos [B, C, F', h', w'] -> those of crops, [B, C, F, h, w], the first F frames.
+
+    `places` [B, 4]: top, left, height and width of each crop as shares of the frame. Samples stand at the middles of the crop's latents.
+    """
+    frames, rows, columns = shape
+    y, x = ((torch.arange(n) + 0.5) / n for n in (rows, columns))
+    top, left, height, width = (v[:, None] for v in places.unbind(1))
+    grid_y, grid_x = (2 * (start + side * axis) - 1 for start, side, axis in ((top, height, y), (left, width, x)))
+    grid = torch.stack(torch.broadcast_tensors(grid_x[:, None, :], grid_y[:, :, None]), dim=-1)  # [B, rows, columns, 2]
+    images = whole[:, :, :frames].transpose(1, 2).flatten(0, 1)
+    cut = F.grid_sample(images, grid.repeat_interleave(frames, dim=0), mode=mode, padding_mode="border", align_corners=False)
+    return cut.unflatten(0, (-1, frames)).transpose(1, 2)
 
 
 def give_adapter(trainee: Trainee, name: str) -> None:

@@ -1,21 +1,39 @@
-"""`uhr`: the adapter that lets a base work far above its own size, trained on crops of large videos.
+"""`uhr`: the adapter that lets a base work far above its own size, trained on crops of large videos on the path that refinement takes.
 
 A crop of a 4K render has the token grid of a whole frame at the base's size and shows what a token means there: bare ground, a stretch of
-edge. Only noise levels at which refinement works are trained.
+edge. Its guide is what refinement is given: the whole video at the base's own size, a little damaged, its latent enlarged where the crop lies.
+The path starts in half of the batches where the base's own recipe has it, else earlier, down to the earliest start of any recipe.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from muralist.data.degrade import AnchorDamage
 from muralist.train.loop import Report, begin
-from muralist.train.objectives.flow import FlowConfig, FlowMatching
+from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
 from muralist.train.trainee import CLIPS, Crops, Trainee, VideoData, fit_adapter, give_adapter
 
 ADAPTER = "uhr"
-MAX_SIGMA = 0.9
+EARLIEST = 0.1  # share of the steps that a guide replaces: LUVE's
+DAMAGE = AnchorDamage(factor=(1.0, 8.0), blur=(0.0, 2.0))  # milder than an anchor's: a guide is drawn over, an anchor is looked at
+
+
+@dataclass(frozen=True, slots=True)
+class Guided:
+    """Batches of crops with their guides; `skip_share`: the largest, and half of all."""
+
+    crops: Crops
+    skip_share: float
+
+    def __call__(self, rng: np.random.Generator, progress: float) -> Batch:
+        batch = self.crops(rng, progress)
+        share = self.skip_share if rng.random() < 0.5 else rng.uniform(min(EARLIEST, self.skip_share), self.skip_share)
+        return replace(batch, skip_share=share)
 
 
 def train_uhr(
@@ -27,9 +45,10 @@ def train_uhr(
     """
     begin(folder, resume=resume)
     trainee = Trainee(model, device)
-    data = data or VideoData()
-    pools = trainee.pools(data, clips, folder / "latents", report)
+    data, defaults = data or VideoData(), trainee.info.defaults
+    pools = trainee.encoded([trainee.guided_pool("guided", height, data, clips, DAMAGE) for height in data.heights], data.source, folder / "latents", report)
     give_adapter(trainee, ADAPTER)
-    config = FlowConfig(prediction=trainee.info.prediction, shift=trainee.info.defaults.flow_shift, max_sigma=MAX_SIGMA)
-    objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Crops(pools), config, device)
+    config = FlowConfig(prediction=trainee.info.prediction, shift=defaults.flow_shift)
+    source = Guided(Crops(pools, mode="bicubic"), defaults.skip_share)
+    objective = FlowMatching(trainee, trainee.transformer, trainee.embed, source, config, device)
     return fit_adapter(trainee, ADAPTER, objective, folder, minutes, resume, trainee.origin(data, clips), report)

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -21,16 +22,18 @@ from muralist.data.sharpen import Unsharp
 from muralist.data.sources import Footage, World, read_footage
 from muralist.errors import UserError
 from muralist.nn.kinds import hierarchical
+from muralist.sampling import flow
 from muralist.stages import prompt
 from muralist.stages.encode import encode
 from muralist.stages.prompt import encode_prompt
 from muralist.store import prompt_cache, weights
 from muralist.store.video_write import EncodeOptions
-from muralist.train.anchored import cut_to, train_anchored
+from muralist.train.anchored import train_anchored
 from muralist.train.branched import BranchedConfig, train_branched
 from muralist.train.experts import LESSONS, train_experts
 from muralist.train.long import train_detail, train_proxy
-from muralist.train.trainee import Trainee, VideoData
+from muralist.train.objectives.flow import Batch, from_guide
+from muralist.train.trainee import Trainee, VideoData, cut_to
 from muralist.train.uhr import train_uhr
 from muralist.types import FrameChunk, Grid
 from tests.shell import muralist
@@ -244,6 +247,25 @@ def test_an_anchor_is_cut_where_its_crop_lies():
     assert cut.shape == (1, 2, 2, 4, 10) and cut[0, 0, 0, 0].tolist() == pytest.approx([5.0 + i for i in range(10)], abs=1e-4)
     halves = cut_to(whole, torch.tensor([[0.0, 0.0, 1.0, 1.0]]), (1, 10, 40))
     assert halves[0, 0, 0, 0, 1:-1].tolist() == pytest.approx([-0.25 + 0.5 * i for i in range(1, 39)], abs=1e-4)
+
+
+def test_a_guide_is_cut_as_refinement_enlarges_it():
+    whole = torch.randn(1, 3, 2, 8, 14)
+    enlarged = F.interpolate(whole[0].transpose(0, 1), size=(68, 120), mode="bicubic", align_corners=False)  # as stages/upsample.py does
+    place = torch.tensor([[20 / 68, 30 / 120, 8 / 68, 14 / 120]])
+    cut = cut_to(whole, place, (2, 8, 14), mode="bicubic")
+    assert (cut[0].transpose(0, 1) - enlarged[:, :, 20:28, 30:44]).abs().max() < 1e-5
+
+
+def test_training_from_a_guide_follows_refinement():
+    x, noise, guide = torch.randn(3, 2, 4, 3, 5, 5).unbind()
+    start = flow.shifted(0.4, 3.0)
+    far = from_guide(x, noise, Batch(x, ["", ""], proxy=guide, skip_share=0.6), start)
+    assert torch.allclose(flow.renoise(x, far, start), flow.renoise(guide, noise, start), atol=1e-6), "the path does not begin in the re-noised guide"
+    z, level = flow.renoise(guide, noise, start), 0.3
+    moved = flow.euler_step(z, flow.velocity_of_sample(z, x, start), start, level)
+    assert torch.allclose(moved, flow.renoise(x, far, level), atol=1e-5), "a step that predicts well leaves the path"
+    assert from_guide(x, noise, Batch(x, ["", ""]), 1.0) is noise
 
 
 def test_the_damage_of_an_anchor_takes_detail_and_keeps_the_rest():

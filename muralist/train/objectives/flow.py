@@ -17,6 +17,7 @@ from torch import nn
 
 from muralist.nn.rope import RopeScale
 from muralist.nn.transformer import Graft
+from muralist.sampling import flow
 
 SIGMA_FLOOR = 0.3  # below it the weight of the clean sample's error, 1 / sigma^2, is held
 FOCUS = 5.0  # the weight of the errors around the object: a tenth of the picture, and what the caption is about
@@ -29,7 +30,7 @@ class Batch:
 
     `first` and `stride` are the latent frames' places in the full clip, `spacing` the distance of neighbouring tokens in a frame, in tokens of the
     base's own size; `shift` multiplies that of the noise levels. `proxy` [B, C, F', h', w'], for objectives that use it, is the same clip on a
-    coarse grid.
+    coarse grid. `skip_share`: of a schedule's steps, those that the proxy, on the grid of `x`, replaces as a guide (`from_guide`).
     """
 
     x: torch.Tensor
@@ -40,6 +41,7 @@ class Batch:
     spacing: float = 1.0
     shift: float = 1.0
     proxy: torch.Tensor | None = None
+    skip_share: float = 0.0
 
 
 class Source(Protocol):
@@ -84,9 +86,10 @@ class FlowMatching:
         batch = self.source(rng, progress)
         x = batch.x.to(self.device, torch.float32)
         captions = ["" if drop else text for text, drop in zip(batch.captions, rng.random(len(x)) < c.drop)]
-        sigma = self._sigmas(rng, len(x), c.shift * batch.shift).to(self.device)
+        shift, share = c.shift * batch.shift, 1 - batch.skip_share
+        sigma = self._sigmas(rng, len(x), shift, share).to(self.device)
         level = sigma.view(-1, 1, 1, 1, 1)
-        noise = batch_noise(x.shape, c.seed, step).to(self.device)
+        noise = from_guide(x, batch_noise(x.shape, c.seed, step).to(self.device), batch, flow.shifted(share, shift))
         output = self._at(batch, (1 - level) * x + level * noise, sigma, self.embed(captions))
         each = self._errors(batch, output, x if c.prediction == "sample" else noise - x, level)
         return each.mean(), {f"{name}": each.detach()[mask].mean().item() for name, mask in _thirds(sigma) if mask.any()}
@@ -111,11 +114,21 @@ class FlowMatching:
             error = error * (1 + (FOCUS - 1) * (batch.focus.to(self.device) & (level[:, 0] < FOCUS_BELOW)))
         return error.mean(dim=(1, 2, 3))
 
-    def _sigmas(self, rng: np.random.Generator, count: int, shift: float) -> torch.Tensor:
+    def _sigmas(self, rng: np.random.Generator, count: int, shift: float, share: float) -> torch.Tensor:
+        """Of the last `share` of a schedule."""
         # one draw in each of `count` equal parts: the same distribution with less variance from batch to batch
-        u = torch.from_numpy((rng.permutation(count) + rng.random(count)) / count).float()
-        sigma = shift * u / (1 + (shift - 1) * u)
+        u = torch.from_numpy((rng.permutation(count) + rng.random(count)) / count).float() * share
+        sigma = flow.shifted(u, shift)
         return self.config.min_sigma + (self.config.max_sigma - self.config.min_sigma) * sigma.clamp(1e-3, 1)
+
+
+def from_guide(x: torch.Tensor, noise: torch.Tensor, batch: Batch, start: float) -> torch.Tensor:
+    """What stands for noise on the path that refinement takes, which begins at sigma `start` = S in a re-noised guide g, (1 - S) g + S eps.
+
+    The straight path from there to the video x is x_sigma = (1 - sigma) x + sigma (eps + (1 - S) / S (g - x)): the noise also carries what is wrong
+    with the guide. Training on plain noise never meets a guide's errors. (Ours.)
+    """
+    return noise if batch.skip_share == 0 else noise + (1 - start) / start * (batch.proxy.to(noise.device) - x)
 
 
 def batch_noise(shape: tuple[int, ...], seed: int, step: int) -> torch.Tensor:
