@@ -64,8 +64,11 @@ def work(asked: Request, info, folder: Path) -> None:
         generate(asked, base, run, folder / "out.mp4", Log(folder / "log"))
 
 
-def attempt(asked: Request, info, folder: Path, seconds: float | None) -> int:
-    """Fork, let the child work, kill it after `seconds` (None: let it finish). Returns its exit status, -9 when killed."""
+def attempt(asked: Request, info, folder: Path, seconds: float | None, encoding: bool = False) -> int:
+    """Fork, let the child work, kill it after `seconds` (None: let it finish), with `encoding` counted from when the file is being written.
+
+    Returns its exit status, -9 when killed.
+    """
     child = os.fork()
     if child == 0:
         try:
@@ -75,6 +78,9 @@ def attempt(asked: Request, info, folder: Path, seconds: float | None) -> int:
             os._exit(1)
         os._exit(0)
     if seconds is not None:
+        live = muralist.stages.encode.live_path(folder / "out.mp4")
+        while encoding and not live.exists() and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            time.sleep(0.002)
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -122,8 +128,9 @@ def main() -> None:
     assert attempt(asked, info, folder / "whole", None) == 0, (folder / "whole" / "error").read_text()
     length, draw, done, seen = time.monotonic() - started, random.Random(seed), 0, []
     while done < kills:
-        # kills come at all ages of an attempt; one that finished is started anew in a fresh folder
-        status = attempt(asked, info, folder / "killed", draw.uniform(0, 0.6 * length))
+        # kills come at all ages of an attempt, each third one while the file is written; one that finished is started anew in a fresh folder
+        encoding = done % 3 == 2
+        status = attempt(asked, info, folder / "killed", draw.uniform(0, (0.1 if encoding else 0.6) * length), encoding)
         if status == 1:
             raise RuntimeError((folder / "killed" / "error").read_text())
         if status == -9:
