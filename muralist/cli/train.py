@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib
 import itertools
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from muralist.cli._options import Debug, Device
 from muralist.errors import UserError
+
+if TYPE_CHECKING:
+    from muralist.train.trainee import VideoData
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,7 @@ def command(
     keep_freed_blocks()  # by the command, whose process it is
     training = TRAININGS[name]
     target, folder = pick_device(device), _folder(output or f"runs/{name}")
-    earlier = _earlier(training, start) | _initial(training, init) | _footage(training, data, height, min_score) | _clips(training, clips)
+    earlier = _earlier(training, start) | _initial(training, init) | _videos(training, data, height, min_score, clips)
     begin(folder, resume=resume)
     try:
         result = getattr(importlib.import_module(training.module), training.function)(folder, minutes=minutes, device=target, resume=resume, **earlier)
@@ -157,15 +160,26 @@ def _initial(training: Training, init: str | None) -> dict[str, Path]:
     return {"init": inspect_base(init).folder}
 
 
-def _footage(training: Training, data: str | None, height: int | None, min_score: float | None) -> dict[str, Any]:
-    """The videos to train on as an argument; none for the training's own."""
-    if data is None:
-        for name, value in (("min_score", min_score), ("height", height)):
-            if value is not None:
-                raise UserError("it is about footage", where=name, fix="leave it out, or give --data")
-        return {}
+def _videos(training: Training, data: str | None, height: int | None, min_score: float | None, clips: int | None) -> dict[str, Any]:
+    """What to train on as an argument; none for a training that makes its own videos."""
+    for name, value in (("data", data), ("clips", clips)):
+        if value is not None and not training.data:
+            raise UserError("this training makes its own videos", where=name, fix="leave it out")
+    for name, value in (("min_score", min_score), ("height", height)):
+        if value is not None and data is None:
+            raise UserError("it is about footage", where=name, fix="leave it out, or give --data")
+    if clips is not None and not 1 <= clips <= MAX_CLIPS:
+        raise UserError(f"{clips} clips", where="clips", fix=f"use 1 to {MAX_CLIPS:,}")
     if not training.data:
-        raise UserError("this training makes its own videos", where="data", fix="leave it out")
+        return {}
+    from muralist.train.trainee import VideoData
+
+    wanted = VideoData(clips=clips)
+    return {"data": wanted if data is None else _footage(training, wanted, data, height, min_score)}
+
+
+def _footage(training: Training, wanted: VideoData, data: str, height: int | None, min_score: float | None) -> VideoData:
+    """The same from a folder of videos."""
     if training.whole and height is not None:
         raise UserError("this training takes whole clips at the base's own size", where="height", fix="leave it out")
     height = 2160 if height is None else height
@@ -173,20 +187,8 @@ def _footage(training: Training, data: str | None, height: int | None, min_score
         raise UserError(f"{height} pixels", where="height", fix="use 64 to 8640")
     from muralist.data.sources import read_footage
     from muralist.store.paths import typed_path
-    from muralist.train.trainee import VideoData
 
-    return {"data": VideoData(source=read_footage(typed_path(data, "data"), min_score=min_score), heights=(height,))}
-
-
-def _clips(training: Training, clips: int | None) -> dict[str, int]:
-    """How many clips to encode as an argument; none for the training's own number."""
-    if clips is None:
-        return {}
-    if not training.data:
-        raise UserError("this training makes its own videos", where="clips", fix="leave it out")
-    if not 1 <= clips <= MAX_CLIPS:
-        raise UserError(f"{clips} clips", where="clips", fix=f"use 1 to {MAX_CLIPS:,}")
-    return {"clips": clips}
+    return replace(wanted, source=read_footage(typed_path(data, "data"), min_score=min_score), heights=(height,))
 
 
 def _folder(text: str) -> Path:

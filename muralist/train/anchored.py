@@ -20,7 +20,7 @@ from muralist.store.parts import save_part
 from muralist.train.loop import Report, begin
 from muralist.train.objectives.flow import Batch, FlowConfig
 from muralist.train.objectives.shortcut import ShortcutConfig, ShortcutMatching
-from muralist.train.trainee import CLIPS, Crops, Trainee, VideoData, fit_adapter, give_adapter
+from muralist.train.trainee import Crops, Trainee, VideoData, fit_adapter, give_adapter
 
 ANCHORED = "anchored"  # the adapter
 BATCH = 12
@@ -43,7 +43,6 @@ def train_anchored(
     resume: bool,
     model: Path,
     data: VideoData | None = None,
-    clips: int = CLIPS,
     config: AnchoredConfig | None = None,
     report: Report = print,
 ) -> Path:
@@ -52,14 +51,14 @@ def train_anchored(
     trainee = Trainee(model, device)
     width = trainee.info.width
     config = config or AnchoredConfig(injector=InjectorConfig(channels=trainee.info.geometry.channels, dim=width))
-    data = data or VideoData()
-    wanted = [trainee.guided_pool(ANCHORED, height, data, clips, config.damage) for height in data.heights]
+    data = (data or VideoData()).settled()
+    wanted = [trainee.guided_pool(ANCHORED, height, data, config.damage) for height in data.heights]
     pools = trainee.encoded(wanted, data.source, folder / "latents", report)
     give_adapter(trainee, ANCHORED)
     added = _add_parts(trainee, config, width, device)
     flow = FlowConfig(prediction=trainee.info.prediction, shift=trainee.info.defaults.flow_shift)
     objective = Anchored(trainee, trainee.transformer, trainee.embed, Crops(pools, batch=BATCH), flow, device, shortcut=config.shortcut)
-    adapter = fit_adapter(trainee, ANCHORED, objective, folder, minutes, resume, trainee.origin(data, clips), report)
+    adapter = fit_adapter(trainee, ANCHORED, objective, folder, minutes, resume, trainee.origin(data), report)
     for kind, (record, network) in added.items():
         save_part(folder / "parts" / kind, kind, record, {name: p.detach().half().cpu() for name, p in network.named_parameters()})
     return adapter

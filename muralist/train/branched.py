@@ -56,20 +56,19 @@ def train_branched(
     resume: bool,
     model: Path,
     data: VideoData | None = None,
-    clips: int = CLIPS,
     config: BranchedConfig | None = None,
     report: Report = print,
 ) -> Path:
     """Writes `folder/adapters/branched` and `folder/parts/branches`; copies in the model's folder put them to use."""
     begin(folder, resume=resume)
-    trainee, data = Trainee(model, device), data or VideoData(heights=HEIGHTS)
+    trainee, data = Trainee(model, device), (data or VideoData()).settled(HEIGHTS, CLIPS)
     branches, attention = (config or BranchedConfig()).of(trainee)
-    pools = trainee.encoded([_pool(trainee, height, clips, attention) for height in data.heights], data.source, folder / "latents", report)
+    pools = trainee.encoded([_pool(trainee, height, data.clips, attention) for height in data.heights], data.source, folder / "latents", report)
     give_adapter(trainee, BRANCHED)
     attached = _attached(trainee, branches).to(device).requires_grad_(True)
     flow = FlowConfig(prediction=trainee.info.prediction, shift=SHIFT, graft=Graft(attention=attention))
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Crops(pools, batch=BATCH), flow, device)
-    adapter = fit_adapter(trainee, BRANCHED, objective, folder, minutes, resume, trainee.origin(data, clips), report)
+    adapter = fit_adapter(trainee, BRANCHED, objective, folder, minutes, resume, trainee.origin(data), report)
     save_part(folder / "parts" / BRANCHES, BRANCHES, asdict(branches), {name: p.detach().half().cpu() for name, p in attached.named_parameters()})
     return adapter
 

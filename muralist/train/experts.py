@@ -20,7 +20,7 @@ from muralist.store.parts import save_part
 from muralist.store.weights import fingerprint
 from muralist.train.loop import Report, Schedule, begin, draw_curve, fit
 from muralist.train.objectives.flow import FlowConfig, FlowMatching
-from muralist.train.trainee import CLIPS, Crops, Trainee, VideoData
+from muralist.train.trainee import Crops, Trainee, VideoData
 from muralist.train.uhr import ADAPTER
 
 
@@ -46,7 +46,6 @@ def train_experts(
     resume: bool,
     model: Path,
     data: VideoData | None = None,
-    clips: int = CLIPS,
     lessons: dict[str, Lesson] | None = None,
     report: Report = print,
 ) -> Path:
@@ -54,7 +53,7 @@ def train_experts(
 
     `lessons`: other experts than the two of the paper, for ablations.
     """
-    lessons, data = lessons or LESSONS, data or VideoData()
+    lessons, data = lessons or LESSONS, (data or VideoData()).settled()
     begin(folder, resume=resume)
     for name in lessons:
         begin(folder / name, resume=resume)
@@ -66,7 +65,7 @@ def train_experts(
     torch.manual_seed(0)
     attached = attach(trainee.transformer.blocks, width, experts.experts).to(device)
     for name, lesson in lessons.items():
-        _teach(name, lesson, trainee, attached, replace(data, sharpen=lesson.sharpen), clips, folder, minutes / len(lessons), resume, report)
+        _teach(name, lesson, trainee, attached, replace(data, sharpen=lesson.sharpen), folder, minutes / len(lessons), resume, report)
     tensors = {f"blocks.{name}": parameter.detach().half() for name, parameter in attached.named_parameters()}
     return save_part(folder / "parts" / EXPERTS, EXPERTS, experts.record(), tensors)
 
@@ -77,14 +76,13 @@ def _teach(
     trainee: Trainee,
     attached: torch.nn.ModuleList,
     data: VideoData,
-    clips: int,
     folder: Path,
     minutes: float,
     resume: bool,
     report: Report,
 ) -> None:
     """Train one expert alone, in `folder/name`, where its checkpoints and its curve are."""
-    pools = trainee.pools(data, clips, folder / "latents", report)
+    pools = trainee.pools(data, folder / "latents", report)
     attached.requires_grad_(False)
     for experts in attached:
         experts[name].requires_grad_(True)
@@ -94,6 +92,6 @@ def _teach(
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Crops(pools), config, trainee.base.device)
     report(f"expert {name}: noise levels {low:g} to {high:g}")
     schedule, adapter = Schedule(minutes=minutes, learning_rate=1e-3, weight_decay=0.0), trainee.info.folder / "adapters" / ADAPTER
-    origin = trainee.origin(data, clips) | {"adapter": fingerprint(adapter) if adapter.is_dir() else "none"}
+    origin = trainee.origin(data) | {"adapter": fingerprint(adapter) if adapter.is_dir() else "none"}
     fit(objective, schedule, folder / name, resume=resume, origin=origin, report=report)
     draw_curve(folder / name)

@@ -32,7 +32,6 @@ def train_latent_upsampler(
     resume: bool,
     model: Path,
     data: VideoData | None = None,
-    clips: int = CLIPS,
     network: LatentUpsamplerConfig | None = None,
     objective: LatentUpsampleConfig | None = None,
     report: Report = print,
@@ -45,8 +44,8 @@ def train_latent_upsampler(
     begin(folder, resume=resume)
     vae = load_vae(model / "vae").to(device).eval()
     info = inspect_base(str(model))
-    data, own = data or VideoData(), info.defaults.grid
-    configs = [PairConfig(name=f"pairs-{scale:g}", count=clips, low=own, scale=scale, seed=round(10 * scale)) for scale in _scales(own.height, data)]
+    data, own = (data or VideoData()).settled(clips=CLIPS), info.defaults.grid
+    configs = [PairConfig(name=f"pairs-{scale:g}", count=data.clips, low=own, scale=scale, seed=round(10 * scale)) for scale in _scales(own.height, data)]
     pools = [build_pairs(vae, config, folder / "latents", device, report, data.source) for config in configs]
     torch.manual_seed(0)
     upsampler = LatentUpsampler(network or _usual(info)).to(device)

@@ -19,7 +19,7 @@ from muralist.stages.proxy import LowFrameRateProxy
 from muralist.stages.refine import ProxyWindows, Refine
 from muralist.train.loop import Report, begin
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
-from muralist.train.trainee import CLIPS, Trainee, VideoData, fit_adapter, give_adapter
+from muralist.train.trainee import Trainee, VideoData, fit_adapter, give_adapter
 from muralist.types import Grid
 
 PROXY, DETAIL = "proxy", "detail"  # adapters
@@ -42,32 +42,32 @@ class Clips:
 
 
 def train_proxy(
-    folder: Path, *, minutes: float, device: torch.device, resume: bool, model: Path, data: VideoData | None = None, clips: int = CLIPS, report: Report = print
+    folder: Path, *, minutes: float, device: torch.device, resume: bool, model: Path, data: VideoData | None = None, report: Report = print
 ) -> Path:
     """LoRA on clips of a quarter of the base's rate; writes `folder/adapters/proxy`."""
     begin(folder, resume=resume)
-    trainee, data = Trainee(model, device), data or VideoData()
+    trainee, data = Trainee(model, device), (data or VideoData()).settled()
     own = trainee.own_grid
     slow = replace(own, fps=own.fps / EVERY)
-    (pool,) = trainee.encoded([PoolConfig(name="slow", count=clips, grid=slow, seed=11)], data.source, folder / "latents", report)
+    (pool,) = trainee.encoded([PoolConfig(name="slow", count=data.clips, grid=slow, seed=11)], data.source, folder / "latents", report)
     give_adapter(trainee, PROXY)
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Clips(pool, stride=EVERY), _config(trainee), device)
-    return fit_adapter(trainee, PROXY, objective, folder, minutes, resume, trainee.origin(data, clips), report)
+    return fit_adapter(trainee, PROXY, objective, folder, minutes, resume, trainee.origin(data), report)
 
 
 def train_detail(
-    folder: Path, *, minutes: float, device: torch.device, resume: bool, model: Path, data: VideoData | None = None, clips: int = CLIPS, report: Report = print
+    folder: Path, *, minutes: float, device: torch.device, resume: bool, model: Path, data: VideoData | None = None, report: Report = print
 ) -> Path:
     """LoRA on clips in small windows that see a proxy, which is looked at with the adapter `proxy` if there is one; writes `folder/adapters/detail`."""
     begin(folder, resume=resume)
-    trainee, data = Trainee(model, device), data or VideoData()
+    trainee, data = Trainee(model, device), (data or VideoData()).settled()
     own = trainee.own_grid
     coarse = _small_proxy(own).grid(own, trainee.info.geometry)
-    (pool,) = trainee.encoded([PoolConfig(name="paired", count=clips, grid=own, proxy=coarse, seed=12)], data.source, folder / "latents", report)
+    (pool,) = trainee.encoded([PoolConfig(name="paired", count=data.clips, grid=own, proxy=coarse, seed=12)], data.source, folder / "latents", report)
     give_adapter(trainee, DETAIL)
     graft = training_windows(trainee).graft(trainee.info.geometry.token_shape(own))
     objective = InSightOfProxy(trainee, trainee.transformer, trainee.embed, Clips(pool), replace(_config(trainee), graft=graft), device)
-    return fit_adapter(trainee, DETAIL, objective, folder, minutes, resume, trainee.origin(data, clips), report)
+    return fit_adapter(trainee, DETAIL, objective, folder, minutes, resume, trainee.origin(data), report)
 
 
 class InSightOfProxy(FlowMatching):

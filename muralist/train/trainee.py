@@ -38,11 +38,19 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoData:
-    """Crops of the base's own size from larger videos. `heights`: of the world's renders, or of the one size that footage is shrunk to."""
+    """Which videos, and how many clips of each size. `heights`: of the world's renders, or of the one size that footage is shrunk to.
+
+    None: the training's own number, once it is `settled`.
+    """
 
     source: Source = field(default_factory=World)
-    heights: tuple[int, ...] = WORLD_HEIGHTS
+    heights: tuple[int, ...] | None = None
+    clips: int | None = None
     sharpen: Unsharp | None = None
+
+    def settled(self, heights: tuple[int, ...] = WORLD_HEIGHTS, clips: int = CLIPS) -> VideoData:
+        """The same with a training's own numbers where none are given."""
+        return replace(self, heights=self.heights or heights, clips=self.clips or clips)
 
 
 class Trainee(nn.Module):
@@ -63,11 +71,11 @@ class Trainee(nn.Module):
             self.transformer.enable_gradient_checkpointing()
         self._known: dict[str, torch.Tensor] = {}
 
-    def origin(self, data: VideoData, clips: int) -> dict[str, str]:
+    def origin(self, data: VideoData) -> dict[str, str]:
         """What a training of this base on these videos stands on: another one is not gone on with."""
         return {
             "base": weights.fingerprint(self.info.folder / "transformer"),
-            "data": json.dumps([data.source.identity, data.heights, clips], sort_keys=True),
+            "data": json.dumps([data.source.identity, data.heights, data.clips], sort_keys=True),
         }
 
     @property
@@ -88,9 +96,9 @@ class Trainee(nn.Module):
             self._known[text] = embedded[: int(embedded.any(dim=-1).sum())].half().cpu()
         self.base.release("text_encoder", "tokenizer")
 
-    def pools(self, data: VideoData, clips: int, folder: Path, report: Report) -> tuple[LatentPool, ...]:
+    def pools(self, data: VideoData, folder: Path, report: Report) -> tuple[LatentPool, ...]:
         """The data's latents, encoded where they are missing, and their captions learned."""
-        return self.encoded([self.crop_pool(height, data, clips) for height in data.heights], data.source, folder, report)
+        return self.encoded([self.crop_pool(height, data) for height in data.heights], data.source, folder, report)
 
     def encoded(self, configs: Sequence[PoolConfig], source: Source, folder: Path, report: Report) -> tuple[LatentPool, ...]:
         """These pools, encoded where they are missing, and their captions learned."""
@@ -99,14 +107,14 @@ class Trainee(nn.Module):
         self.learn_captions([text for pool in pools for text in pool.captions])
         return pools
 
-    def crop_pool(self, height: int, data: VideoData, clips: int) -> PoolConfig:
+    def crop_pool(self, height: int, data: VideoData) -> PoolConfig:
         """Crops of the base's own size from videos of one height."""
         own = self.own_grid
         large = self.info.geometry.legal(Grid(num_frames=own.num_frames, height=height, width=round(height * own.width / own.height), fps=own.fps))
         kind = "sharp" if data.sharpen else "crops"
         return PoolConfig(
             name=f"{kind}-{height}",
-            count=clips,
+            count=data.clips,
             grid=large,
             frames=min(FRAMES, own.num_frames),
             crop=(own.height, own.width),
@@ -114,9 +122,9 @@ class Trainee(nn.Module):
             seed=height,
         )
 
-    def guided_pool(self, name: str, height: int, data: VideoData, clips: int, damage: AnchorDamage) -> PoolConfig:
+    def guided_pool(self, name: str, height: int, data: VideoData, damage: AnchorDamage) -> PoolConfig:
         """The same crops, each with its whole video at the base's own size, damaged so that it can stand for what the base generates."""
-        crops = self.crop_pool(height, data, clips)
+        crops = self.crop_pool(height, data)
         return replace(crops, name=f"{name}-{height}", proxy=replace(self.own_grid, num_frames=crops.length), damage=damage)
 
 

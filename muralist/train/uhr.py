@@ -16,7 +16,7 @@ import torch
 from muralist.data.degrade import AnchorDamage
 from muralist.train.loop import Report, begin
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
-from muralist.train.trainee import CLIPS, Crops, Trainee, VideoData, fit_adapter, give_adapter
+from muralist.train.trainee import Crops, Trainee, VideoData, fit_adapter, give_adapter
 
 ADAPTER = "uhr"
 EARLIEST = 0.1  # share of the steps that a guide replaces: LUVE's
@@ -36,19 +36,17 @@ class Guided:
         return replace(batch, skip_share=share)
 
 
-def train_uhr(
-    folder: Path, *, minutes: float, device: torch.device, resume: bool, model: Path, data: VideoData | None = None, clips: int = CLIPS, report: Report = print
-) -> Path:
+def train_uhr(folder: Path, *, minutes: float, device: torch.device, resume: bool, model: Path, data: VideoData | None = None, report: Report = print) -> Path:
     """LoRA on every projection of the base in `model`; writes `folder/adapters/uhr`. A copy of it in `model/adapters` puts it to use.
 
     A base that has the adapter already goes on from it.
     """
     begin(folder, resume=resume)
     trainee = Trainee(model, device)
-    data, defaults = data or VideoData(), trainee.info.defaults
-    pools = trainee.encoded([trainee.guided_pool("guided", height, data, clips, DAMAGE) for height in data.heights], data.source, folder / "latents", report)
+    data, defaults = (data or VideoData()).settled(), trainee.info.defaults
+    pools = trainee.encoded([trainee.guided_pool("guided", height, data, DAMAGE) for height in data.heights], data.source, folder / "latents", report)
     give_adapter(trainee, ADAPTER)
     config = FlowConfig(prediction=trainee.info.prediction, shift=defaults.flow_shift)
     source = Guided(Crops(pools, mode="bicubic"), defaults.skip_share)
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, source, config, device)
-    return fit_adapter(trainee, ADAPTER, objective, folder, minutes, resume, trainee.origin(data, clips), report)
+    return fit_adapter(trainee, ADAPTER, objective, folder, minutes, resume, trainee.origin(data), report)

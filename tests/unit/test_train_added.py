@@ -73,21 +73,21 @@ def small_shards(monkeypatch):
 def test_an_adapter_is_trained_and_serves(data, tiny_base, videos, tmp_path, small_shards):
     source = World() if data == "world" else read_footage(videos)
     model = shutil.copytree(tiny_base, tmp_path / "model")
-    made = train_uhr(tmp_path / "run", minutes=0.03, device=CPU, resume=False, model=model, data=VideoData(source=source, heights=(96,)), clips=2, report=quiet)
+    made = train_uhr(tmp_path / "run", minutes=0.03, device=CPU, resume=False, model=model, data=VideoData(source=source, heights=(96,), clips=2), report=quiet)
     shutil.copytree(made, model / "adapters" / "uhr")
     assert "uhr" in inspect_base(str(model)).adapters
     answer = muralist("generate", "a red ball", "--model", model, "-o", tmp_path / "a.mp4", "--size", "160x96", "--num-frames", 5, "--seed", 1)
     assert answer.code == 0, answer.err
     found = load_file(made / "pytorch_lora_weights.safetensors")
     assert any(tensor.abs().max() > 0 for name, tensor in found.items() if "lora_B" in name)
-    again = train_uhr(tmp_path / "more", minutes=0.01, device=CPU, resume=False, model=model, data=VideoData(heights=(96,)), clips=2, report=quiet)
+    again = train_uhr(tmp_path / "more", minutes=0.01, device=CPU, resume=False, model=model, data=VideoData(heights=(96,), clips=2), report=quiet)
     assert load_file(again / "pytorch_lora_weights.safetensors").keys() == found.keys()
 
 
 def test_experts_are_trained_one_after_the_other_and_serve(tiny22, tmp_path, small_shards):
     model = shutil.copytree(tiny22, tmp_path / "model")
-    data = VideoData(heights=(96,))
-    made = train_experts(tmp_path / "run", minutes=0.06, device=CPU, resume=False, model=model, data=data, clips=2, report=quiet)
+    data = VideoData(heights=(96,), clips=2)
+    made = train_experts(tmp_path / "run", minutes=0.06, device=CPU, resume=False, model=model, data=data, report=quiet)
     found = load_file(made / "model.safetensors")
     assert all(tensor.abs().max() > 0 for name, tensor in found.items() if ".up." in name), "an expert has learned nothing"
     assert (tmp_path / "run" / "latents" / "sharp-96-0000.safetensors").is_file() and (tmp_path / "run" / "latents" / "crops-96-0000.safetensors").is_file()
@@ -97,8 +97,8 @@ def test_experts_are_trained_one_after_the_other_and_serve(tiny22, tmp_path, sma
     assert experts == {name: lesson.expert for name, lesson in LESSONS.items()}
     assert muralist("generate", "a red ball", "--recipe", "luve", "--model", model, "-o", tmp_path / "a.mp4", "--size", "160x96", "--num-frames", 5).code == 0
     with pytest.raises(UserError, match="--resume, or name another"):
-        train_experts(tmp_path / "run", minutes=1, device=CPU, resume=False, model=model, data=data, clips=2, report=quiet)
-    resumed = train_experts(tmp_path / "run", minutes=0.06, device=CPU, resume=True, model=model, data=data, clips=2, report=quiet)
+        train_experts(tmp_path / "run", minutes=1, device=CPU, resume=False, model=model, data=data, report=quiet)
+    resumed = train_experts(tmp_path / "run", minutes=0.06, device=CPU, resume=True, model=model, data=data, report=quiet)
     assert all(torch.equal(tensor, found[name]) for name, tensor in load_file(resumed / "model.safetensors").items())
 
 
@@ -108,9 +108,9 @@ def test_branches_are_trained_with_an_adapter_and_serve(source, tiny22, videos, 
     for place in ("adapters/branched", "parts/branches"):
         shutil.rmtree(model / place)
     assert "train it (muralist train branched)" in muralist("plan", "--recipe", "ultragen", "--model", model).err
-    data = VideoData(source=World() if source == "world" else read_footage(videos), heights=(96,))
+    data = VideoData(source=World() if source == "world" else read_footage(videos), heights=(96,), clips=2)
     config = BranchedConfig(branches=hierarchical(24, 2, windows=2, rank=2))
-    made = train_branched(tmp_path / "run", minutes=0.05, device=CPU, resume=False, model=model, data=data, clips=2, config=config, report=quiet)
+    made = train_branched(tmp_path / "run", minutes=0.05, device=CPU, resume=False, model=model, data=data, config=config, report=quiet)
     assert any(tensor.abs().max() > 0 for key, tensor in load_file(made / "pytorch_lora_weights.safetensors").items() if "lora_B" in key)
     found = load_file(tmp_path / "run" / "parts" / "branches" / "model.safetensors")
     assert all(tensor.abs().max() > 0 for name, tensor in found.items() if "lora_B" in name), "a branch has learned nothing"
@@ -123,17 +123,17 @@ def test_branches_are_trained_with_an_adapter_and_serve(source, tiny22, videos, 
 @pytest.mark.parametrize("height, said", [(64, "videos 64 pixels high: 5 windows along 2"), (4096, "only single frames fit")])
 def test_heights_that_branches_cannot_be_trained_at_are_refused_before_anything_is_encoded(height, said, tiny22, tmp_path):
     with pytest.raises(UserError, match=said):
-        train_branched(tmp_path / "run", minutes=1, device=CPU, resume=False, model=tiny22, data=VideoData(heights=(height,)), clips=2, report=quiet)
+        train_branched(tmp_path / "run", minutes=1, device=CPU, resume=False, model=tiny22, data=VideoData(heights=(height,), clips=2), report=quiet)
     assert not (tmp_path / "run" / "latents").exists()
 
 
 def test_a_base_with_branches_goes_on_from_them(tiny22, tmp_path, small_shards, monkeypatch):
     own = inspect_base(str(tiny22)).branches
-    data = VideoData(heights=(96,))
+    data = VideoData(heights=(96,), clips=2)
     found = []
     for number, branches in enumerate((own, replace(own, rank=3))):
         config, folder = BranchedConfig(branches=branches), tmp_path / str(number)
-        ((objective, _, names),) = spied(monkeypatch, "trainee", train_branched, folder, model=tiny22, data=data, clips=2, config=config)
+        ((objective, _, names),) = spied(monkeypatch, "trainee", train_branched, folder, model=tiny22, data=data, config=config)
         assert any(".branches." in name for name in names)
         found.append(objective.transformer.blocks[0].branches["coarse"].q.lora_B.weight.any().item())
     assert found == [True, False]
@@ -143,9 +143,9 @@ def test_a_base_with_branches_goes_on_from_them(tiny22, tmp_path, small_shards, 
 def test_proxy_and_detail_are_trained_at_the_bases_own_size_and_serve(source, tiny22, videos, tmp_path, small_shards):
     model = shutil.copytree(tiny22, tmp_path / "model")
     shutil.rmtree(model / "adapters")
-    data = VideoData(source=World() if source == "world" else read_footage(videos))
+    data = VideoData(source=World() if source == "world" else read_footage(videos), clips=2)
     for train, name in ((train_proxy, "proxy"), (train_detail, "detail")):
-        made = train(tmp_path / name, minutes=0.03, device=CPU, resume=False, model=model, data=data, clips=2, report=quiet)
+        made = train(tmp_path / name, minutes=0.03, device=CPU, resume=False, model=model, data=data, report=quiet)
         assert any(tensor.abs().max() > 0 for key, tensor in load_file(made / "pytorch_lora_weights.safetensors").items() if "lora_B" in key)
         shutil.copytree(made, model / "adapters" / name)
     assert load_file(tmp_path / "detail" / "latents" / "paired-0000.safetensors")["proxy"].shape == (2, 48, 2, 2, 4)
@@ -174,7 +174,7 @@ def spied(monkeypatch, module, train, *arguments, **options):
 def test_an_expert_trains_itself_alone_on_its_own_noise(tiny22, tmp_path, small_shards, monkeypatch):
     model = shutil.copytree(tiny22, tmp_path / "model")
     shutil.copytree(model / "adapters" / "detail", model / "adapters" / "uhr")
-    low, high = spied(monkeypatch, "experts", train_experts, tmp_path / "run", model=model, data=VideoData(heights=(96,)), clips=2)
+    low, high = spied(monkeypatch, "experts", train_experts, tmp_path / "run", model=model, data=VideoData(heights=(96,), clips=2))
     for (objective, origin, names), name, sigmas in ((low, "low", (0.875, 1.0)), (high, "high", (0.0, 0.875))):
         assert names and all(f".experts.{name}." in n or f"experts.{name}." in n for n in names), names
         assert (objective.config.min_sigma, objective.config.max_sigma) == sigmas and objective.config.graft.experts == (name,)
@@ -182,7 +182,7 @@ def test_an_expert_trains_itself_alone_on_its_own_noise(tiny22, tmp_path, small_
 
 
 def test_proxy_training_sees_a_quarter_of_the_rate_at_its_true_places(tiny22, tmp_path, small_shards, monkeypatch):
-    ((objective, _, names),) = spied(monkeypatch, "trainee", train_proxy, tmp_path / "run", model=tiny22, clips=2)
+    ((objective, _, names),) = spied(monkeypatch, "trainee", train_proxy, tmp_path / "run", model=tiny22, data=VideoData(clips=2))
     batch = objective.source(np.random.default_rng(0), 0.0)
     scales = []
     configure = objective.transformer.configure
@@ -195,7 +195,7 @@ def test_proxy_training_sees_a_quarter_of_the_rate_at_its_true_places(tiny22, tm
 
 
 def test_detail_training_looks_at_a_clean_proxy_as_the_proxy_was_painted(tiny22, tmp_path, small_shards, monkeypatch):
-    ((objective, _, names),) = spied(monkeypatch, "trainee", train_detail, tmp_path / "run", model=tiny22, clips=2)
+    ((objective, _, names),) = spied(monkeypatch, "trainee", train_detail, tmp_path / "run", model=tiny22, data=VideoData(clips=2))
     seen = []
     remember = objective.transformer.remember
 
@@ -213,14 +213,14 @@ def test_detail_training_looks_at_a_clean_proxy_as_the_proxy_was_painted(tiny22,
 
 def test_a_training_does_not_go_on_on_another_base_or_other_videos(tiny22, tmp_path, small_shards):
     model = shutil.copytree(tiny22, tmp_path / "model")
-    data = VideoData(heights=(96,))
-    train_uhr(tmp_path / "run", minutes=0.01, device=CPU, resume=False, model=model, data=data, clips=2, report=quiet)
+    data = VideoData(heights=(96,), clips=2)
+    train_uhr(tmp_path / "run", minutes=0.01, device=CPU, resume=False, model=model, data=data, report=quiet)
     with pytest.raises(UserError, match="stand on another data"):
-        train_uhr(tmp_path / "run", minutes=0.02, device=CPU, resume=True, model=model, data=VideoData(heights=(128,)), clips=2, report=quiet)
+        train_uhr(tmp_path / "run", minutes=0.02, device=CPU, resume=True, model=model, data=VideoData(heights=(128,), clips=2), report=quiet)
     file = next((model / "transformer").glob("*.safetensors"))
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     with pytest.raises(UserError, match="stand on another base"):
-        train_uhr(tmp_path / "run", minutes=0.02, device=CPU, resume=True, model=model, data=data, clips=2, report=quiet)
+        train_uhr(tmp_path / "run", minutes=0.02, device=CPU, resume=True, model=model, data=data, report=quiet)
 
 
 @pytest.mark.parametrize("source", ["world", "footage"])
@@ -228,8 +228,8 @@ def test_anchored_synthesis_is_trained_and_serves(source, tiny22, videos, tmp_pa
     model = shutil.copytree(tiny22, tmp_path / "model")
     for folder in ("adapters/anchored", "parts/injector", "parts/step_size"):
         shutil.rmtree(model / folder)
-    data = VideoData(source=World() if source == "world" else read_footage(videos), heights=(96,))
-    made = train_anchored(tmp_path / "run", minutes=0.08, device=CPU, resume=False, model=model, data=data, clips=2, report=quiet)
+    data = VideoData(source=World() if source == "world" else read_footage(videos), heights=(96,), clips=2)
+    made = train_anchored(tmp_path / "run", minutes=0.08, device=CPU, resume=False, model=model, data=data, report=quiet)
     shutil.copytree(made, model / "adapters" / "anchored")
     for kind, learned in (("injector", "out.1.weight"), ("step_size", "linear_2.weight")):
         tensors = load_file(tmp_path / "run" / "parts" / kind / "model.safetensors")
