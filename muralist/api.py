@@ -76,7 +76,7 @@ class Pipeline:
         from muralist.cost.budget import Budget
         from muralist.pipeline import denoise, prepare_memory
         from muralist.plan import Machine
-        from muralist.request import plan_run, stored_seed
+        from muralist.request import plan_run, run_record, stored_seed
         from muralist.store.run import RunDirectory
 
         budget = Budget(memory, vram_limit)
@@ -87,7 +87,7 @@ class Pipeline:
         plan.check()
         prepare_memory(self.base, plan)
         request = plan.request
-        run = RunDirectory.create(folder, {"request": request.record(), "weights": self.base.info.fingerprint})
+        run = RunDirectory.create(folder, run_record(asked, request) | {"weights": self.base.info.fingerprint})
         try:
             latent = denoise(request, self.base, run, observer or Silent())
         except BaseException:

@@ -5,6 +5,7 @@ Each stage's result stands in the run directory before the next one starts; what
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +16,9 @@ import torch
 from muralist.base import Base
 from muralist.base_info import UPSAMPLER
 from muralist.config import Request
-from muralist.nn.heap import return_large_blocks
+from muralist.cost.levels import in_small_chunks
+from muralist.errors import Note
+from muralist.nn import heap
 from muralist.nn.kernels import Kernels
 from muralist.plan import Plan
 from muralist.progress import Observer, measured
@@ -31,6 +34,8 @@ from muralist.store.run import RunDirectory
 from muralist.types import FrameChunk, LatentVideo, TextCond
 
 AHEAD = {"cpu": 0, "cuda": 8}  # frames that are decoded while others are compressed; on a CPU both want the same cores
+DENOISED = ("proxy", "refine")  # stages
+KERNELS = "kernels"  # that a stage was computed with, in what is stored of it
 SAVE_EVERY = 1  # denoising steps between two snapshots
 
 
@@ -42,8 +47,10 @@ def generate(request: Request, base: Base, run: RunDirectory, output: Path, obse
 def prepare_memory(base: Base, plan: Plan) -> None:
     """What a plan decided beyond its request, done before anything is loaded."""
     base.stream(plan.streamed)
-    if plan.memory != "high" and base.device.type == "cpu":
-        return_large_blocks()
+    if base.device.type == "cpu" and in_small_chunks(plan.request.config):  # of the request: a run that has begun keeps its chunks at any level
+        heap.return_large_blocks()
+    else:
+        heap.keep_large_blocks()
 
 
 def denoise(request: Request, base: Base, run: RunDirectory, observer: Observer) -> LatentVideo:
@@ -71,11 +78,10 @@ def _proxy(text: TextCond, request: Request, base: Base, run: RunDirectory, obse
     grid = config.grid(request.grid, base.info.geometry)
     if not run.has("proxy"):
         with measured(observer, "proxy", config.num_inference_steps):
-            saved, after_step = _steps(run, "proxy", observer)
-            latent = make_proxy(
-                base, text, config, request.grid, seed=request.seed, saved=saved, after_step=after_step, kernels=_kernels(request, base)
-            )  # fmt: skip
-            _finish(run, "proxy", latent)
+            kernels = _kernels(request, base)
+            saved, after_step, computed = _steps(run, "proxy", observer, kernels)
+            latent = make_proxy(base, text, config, request.grid, seed=request.seed, saved=saved, after_step=after_step, kernels=kernels)
+            _finish(run, "proxy", latent, computed)
     return LatentVideo(run.load("proxy")[0]["latent"].to(base.device), grid)
 
 
@@ -97,12 +103,11 @@ def _refine(
     config, grid = request.config.refine, base.info.geometry.legal(request.grid)
     if not run.has("refine"):
         with measured(observer, "refine", config.num_inference_steps):
-            saved, after_step = _steps(run, "refine", observer)
+            kernels = _kernels(request, base)
+            saved, after_step, computed = _steps(run, "refine", observer, kernels)
             seen = sight(config, request.config.proxy, proxy, seed=request.seed)
-            latent = refine(
-                base, text, guide, grid, config, sight=seen, seed=request.seed, saved=saved, after_step=after_step, kernels=_kernels(request, base)
-            )  # fmt: skip
-            _finish(run, "refine", latent)
+            latent = refine(base, text, guide, grid, config, sight=seen, seed=request.seed, saved=saved, after_step=after_step, kernels=kernels)
+            _finish(run, "refine", latent, computed)
     base.release("transformer", "transformer_2")
     return LatentVideo(run.load("refine")[0]["latent"].to(base.device), grid)
 
@@ -116,16 +121,21 @@ def paint(latent: LatentVideo, request: Request, base: Base, run: RunDirectory, 
     """Decode and encode in one stream: frames go into the file as they come."""
     ahead = Ahead(AHEAD[base.device.type])
 
+    announced = -1
+
     def on_tile(done: int, total: int) -> None:
+        nonlocal announced
         ahead.check()
-        observer.advance("decode", done * latent.grid.num_frames // total)
+        if done != announced:  # else it is called in the midst of a tile
+            observer.advance("decode", done * latent.grid.num_frames // total)
+        announced = done
 
     with measured(observer, "decode", latent.grid.num_frames):
         chunks = frames(
             latent, request, base, first_frame=next_frame(run), scratch=run.scratch("decode"), group=request.config.encode.gop, on_tile=on_tile,
             lag=ahead.lag, where=base.device,
         )  # fmt: skip
-        path = encode(chunks, request.grid, output, request.config.encode, run, metadata(request, base), ahead)
+        path = encode(chunks, request.grid, output, request.config.encode, run, metadata(request, base, run), ahead)
     run.drop_scratch("decode")
     return path
 
@@ -136,27 +146,32 @@ def frames(latent: LatentVideo, request: Request, base: Base, **options: Any) ->
     return decode_in_less(latent, base.vae(), plan, crop=request.grid, **options)
 
 
-def metadata(request: Request, base: Base) -> dict[str, Any]:
-    """What the file says of itself: enough to paint it again."""
+def metadata(request: Request, base: Base, run: RunDirectory) -> dict[str, Any]:
+    """What the file says of itself: enough to paint it again. `kernels`: all that computed it, several if it was gone on with elsewhere."""
     from muralist.store.atomic import versions
 
-    computed = {"dtype": str(base.dtype).removeprefix("torch."), "kernels": asdict(_kernels(request, base))}
+    used = [kernels for stage in DENOISED if run.has(stage) for kernels in run.info(stage)[KERNELS]]
+    computed = {"dtype": str(base.dtype).removeprefix("torch."), KERNELS: [k for n, k in enumerate(used) if k not in used[:n]]}
     return {"generator": "muralist", "versions": versions(), **computed, "request": request.record()}
 
 
-def _steps(run: RunDirectory, stage: str, observer: Observer):
-    """Where to go on, and what to do after each step: save the latent, tell the observer."""
+def _steps(run: RunDirectory, stage: str, observer: Observer, kernels: Kernels):
+    """Where to go on, what to do after each step (save the latent, tell the observer), and what the result says of its computing."""
     newest = run.latest_step(stage)
     saved = newest and (newest[0], newest[1]["latent"])
+    earlier, now = newest[2][KERNELS] if newest else [], asdict(kernels)
+    if earlier and now not in earlier:
+        warnings.warn(f"{stage}: its first {newest[0]} steps were computed with {earlier[-1]}, the others are with {now}", Note, stacklevel=2)
+    computed = {KERNELS: earlier if now in earlier else [*earlier, now]}
 
     def after_step(step: int, z: torch.Tensor) -> None:
         if step % SAVE_EVERY == 0:
-            run.save_step(stage, step, {"latent": z.cpu()})
+            run.save_step(stage, step, {"latent": z.cpu()}, computed)
         observer.advance(stage, step)
 
-    return saved, after_step
+    return saved, after_step, computed
 
 
-def _finish(run: RunDirectory, stage: str, latent: LatentVideo) -> None:
-    run.save(stage, {"latent": latent.z.cpu()})
+def _finish(run: RunDirectory, stage: str, latent: LatentVideo, computed: dict[str, Any] | None = None) -> None:
+    run.save(stage, {"latent": latent.z.cpu()}, computed)
     run.drop_steps(stage)

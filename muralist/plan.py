@@ -108,20 +108,20 @@ def plan(request: Request, info: BaseInfo, machine: Machine, *, budget: Budget =
     level, setting = choose(asked, budget.mode, begun=begun)
     stages = tuple(estimates(setting))
     notes = (*_notes(setting), *_memory_notes(level, asked, setting, begun))
-    refusals = tuple(_refusals(setting, stages, level, begun))
+    refusals = tuple(_refusals(setting, stages, level, budget, begun))
     return Plan(request=setting.request, stages=stages, machine=setting.machine, memory=level, streamed=setting.streamed, notes=notes, refusals=refusals)
 
 
 # -- What cannot fit --
 
 
-def _refusals(setting: Setting, stages: tuple[StagePlan, ...], level: str, begun: bool) -> Iterator[Refusal]:
+def _refusals(setting: Setting, stages: tuple[StagePlan, ...], level: str, budget: Budget, begun: bool) -> Iterator[Refusal]:
     machine = setting.machine
     if error := decode_need(setting).error:
-        fix = _elsewhere(setting, level) if begun else _slower(setting, level) or _smaller(setting, level)
+        fix = _elsewhere(setting, level, budget) if begun else _slower(setting, level) or _smaller(setting, level)
         yield Refusal(error.what, "memory, decode", fix)
     elif too_large := next((stage for stage in stages if not stage_fits(stage, machine)), None):
-        fix = _elsewhere(setting, level) if begun else _slower(setting, level) or _shorter(setting) or _smaller(setting, level)
+        fix = _elsewhere(setting, level, budget) if begun else _slower(setting, level) or _shorter(setting) or _smaller(setting, level)
         yield Refusal(_lacks(too_large, machine), f"memory, {too_large.stage}", fix)
     disk = sum(stage.disk_bytes for stage in stages)
     if disk > machine.disk_free:
@@ -142,9 +142,10 @@ def _slower(setting: Setting, level: str, decide: Callable[[Setting, Level], Set
     return found and f"use --memory {found}"
 
 
-def _elsewhere(setting: Setting, level: str) -> str:
+def _elsewhere(setting: Setting, level: str, budget: Budget) -> str:
     """For a run that has begun, of which only the place of the weights can change."""
-    return _slower(setting, level, with_weights) or "free memory, go on on a larger machine, or start a new run"
+    room = "free memory" if budget.gigabytes is None else "raise --vram-limit"
+    return _slower(setting, level, with_weights) or f"{room}, go on on a larger machine, or start a new run"
 
 
 def _shorter(setting: Setting) -> str | None:

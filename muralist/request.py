@@ -255,38 +255,24 @@ def plan_run(request: Request, info: BaseInfo, machine: Machine, run_dir: Path, 
     from muralist.plan import plan
 
     check_structure(info)
-    request, begun, held = _continued(request, run_dir)
-    return plan(request, info, replace(machine, disk_free=machine.disk_free + held), budget=budget, begun=begun)
+    begun, held = _begun(request, run_dir)
+    return plan(begun or request, info, replace(machine, disk_free=machine.disk_free + held), budget=budget, begun=begun is not None)
 
 
-def _continued(request: Request, run_dir: Path) -> tuple[Request, bool, int]:
-    """(the request, whether a run at `run_dir` has begun it, bytes that the run holds). What a plan decides in it is then as in the run."""
+def run_record(asked: Request, settled: Request) -> dict[str, Any]:
+    """What a run directory remembers of its request: as it was asked, and with what a plan has settled in it (chunks, tiles)."""
+    return {"typed": asked.record(), "request": settled.record()}
+
+
+def _begun(asked: Request, run_dir: Path) -> tuple[Request | None, int]:
+    """(the request as a run at `run_dir` that was asked for the same has settled it, if there is one; bytes that the run there holds)"""
     stored = RunDirectory.stored(run_dir)
     if stored is None:
-        return request, False, 0
+        return None, 0
     held = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file())
-    try:
-        config = restore(stored.get("request")).config
-    except UserError:  # said when the run is opened
-        return request, False, held
-    return replace(request, config=_decided(request.config, config)), True, held
-
-
-def _decided(config: Config, begun: Config) -> Config:
-    """The configuration with what a plan decides (`cost/levels.py`) as in a run that has begun; what nobody but a user can have changed stays."""
-    from muralist.stages.decode_options import DecodeOptions
-
-    proxy = config.proxy and begun.proxy and replace(config.proxy, token_chunk=_decided_chunk(config.proxy.token_chunk, begun.proxy.token_chunk))
-    refine = replace(config.refine, token_chunk=_decided_chunk(config.refine.token_chunk, begun.refine.token_chunk))
-    return replace(config, proxy=proxy or config.proxy, refine=refine, decode=begun.decode if config.decode == DecodeOptions() else config.decode)
-
-
-def _decided_chunk(asked: int | None, begun: int | None) -> int | None:
-    """The begun one if some level of memory makes it of what is asked for, else what is asked for."""
-    from muralist.cost.levels import LEVELS
-
-    most = [level.token_chunk for level in LEVELS.values() if level.token_chunk]
-    return begun if begun in {min(asked or tokens, tokens) for tokens in most} else asked
+    if stored.get("typed") != asked.record():  # said when the run is opened, with the first difference
+        return None, held
+    return restore(stored.get("request")), held
 
 
 def _foreign(why: str) -> UserError:

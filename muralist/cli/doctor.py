@@ -77,8 +77,8 @@ def _attention(device: Any) -> str:
     wrong = {name: backends.why_not(name, device, pick_dtype(device), 128) for name in backends.NAMES if name != "auto"}
     here, auto = [name for name, reason in wrong.items() if reason is None], backends.settle("auto", device, pick_dtype(device), 128)[0]
     absent = [name for name, reason in wrong.items() if reason == backends.ABSENT]
-    refused = [name for name, reason in wrong.items() if reason not in (None, backends.ABSENT)]
-    lists = (("", here), ("not installed: ", absent), ("not on this device: ", refused))
+    refused = [f"{name} ({reason})" for name, reason in wrong.items() if reason not in (None, backends.ABSENT)]
+    lists = (("", here), ("not installed: ", absent), ("not here: ", refused))
     return f"auto is {auto}; there: " + "; ".join(prefix + ", ".join(names) for prefix, names in lists if names)
 
 

@@ -50,7 +50,7 @@ def command(
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A checked request, the base it runs on and where it computes."""
+    """A checked request as it was asked, the base it runs on and where it computes."""
 
     request: Request
     info: BaseInfo
@@ -64,12 +64,14 @@ class Job:
 
         return plan_run(self.request, self.info, Machine.measure(self.device, run_dir), run_dir, self.budget)
 
-    def record(self, output: Path, run_dir: Path) -> dict[str, Any]:
-        """What the run directory remembers. The output is relative to it, so that both can be moved together."""
+    def record(self, output: Path, run_dir: Path, settled: Request) -> dict[str, Any]:
+        """What the run directory remembers; `settled`: the request as planned. The output is relative to it, so that both can be moved together."""
+        from muralist.request import run_record
+
         folder = Path(self.request.model).expanduser()
         relative = os.path.relpath(output.absolute(), run_dir.absolute())
         where = str(folder.absolute()) if folder.is_dir() else None
-        return {"request": self.request.record(), "output": relative, "folder": where, "weights": self.info.fingerprint}
+        return run_record(self.request, settled) | {"output": relative, "folder": where, "weights": self.info.fingerprint}
 
 
 def prepare(prompt: str, video: VideoOptions, run_dir: Path | None) -> Job:
@@ -126,9 +128,8 @@ def execute(job: Job, output: Path, run_dir: Path, *, keep_run: bool, json: bool
     check_output(output, plan.output_bytes)
     for text in plan.notes:
         note(text)
-    job = replace(job, request=plan.request)  # what the plan has settled, such as the decoder's memory, is part of the run
-    with RunDirectory.create(run_dir, job.record(output, run_dir)) as run:
-        _paint(job, output, run, plan, json=json)
+    with RunDirectory.create(run_dir, job.record(output, run_dir, plan.request)) as run:
+        _paint(replace(job, request=plan.request), output, run, plan, json=json)
         if not keep_run:
             run.remove()
     return 0

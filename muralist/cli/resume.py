@@ -37,7 +37,7 @@ def command(
 
 
 def read(folder: Path):
-    """(request, output path, model) of a run directory; UserError if it is none or damaged."""
+    """(request as it was asked, output path, model) of a run directory; UserError if it is none or damaged."""
     from muralist.request import restore
     from muralist.store.run import RunDirectory
 
@@ -46,5 +46,5 @@ def read(folder: Path):
     output, model = options.get("output"), options.get("folder")
     if not isinstance(output, str) or not isinstance(model, str | None):
         raise UserError("its request.json lacks the output or the model", where=str(folder), fix="start a new run")
-    request = restore(options.get("request"))
+    request = restore(options.get("typed"))
     return request, Path(os.path.normpath(folder / output)), model or request.model

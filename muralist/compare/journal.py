@@ -65,16 +65,16 @@ class Journal:
 def read_costs(path: Path) -> Costs:
     """The costs of all attempts together; none where there is no journal."""
     stages: dict[str, StageCost] = {}
-    attempts, begun, kept, done = 0, {}, {}, {}  # of this attempt: when each stage began, its seconds up to the last finished unit, how many those are
+    attempts, begun, kept = 0, {}, {}  # of this attempt: when each stage began, its seconds up to the last finished unit
     for event in _events(path):
         kind, stage = event["event"], event.get("stage")
         if kind == "attempt":
             _add(stages, kept)
             attempts, begun, kept = attempts + 1, {}, {}
         elif kind == "begin":
-            begun[stage], kept[stage], done[stage] = event["t"], 0.0, 0
-        elif kind == "advance" and stage in begun and event.get("done") != done[stage]:  # the same number again: in the midst of a unit
-            kept[stage], done[stage] = event["t"] - begun[stage], event.get("done")
+            begun[stage], kept[stage] = event["t"], 0.0
+        elif kind == "advance" and stage in begun:
+            kept[stage] = event["t"] - begun[stage]
         elif kind == "end":
             kept.pop(stage, None)
             _add(stages, {stage: event["seconds"]}, event)

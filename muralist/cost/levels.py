@@ -69,6 +69,11 @@ def _in_chunks(config: Config, most: int | None) -> Config:
     return replace(config, proxy=proxy, refine=replace(config.refine, token_chunk=min(config.refine.token_chunk or most, most)))
 
 
+def in_small_chunks(config: Config) -> bool:
+    """Whether tokens are computed in chunks as small as those of a level below the highest."""
+    return config.refine.token_chunk is not None and config.refine.token_chunk <= LEVELS["balanced"].token_chunk
+
+
 def fits(setting: Setting) -> bool:
     """Whether every stage has the memory it needs."""
     return decode_need(setting).error is None and all(stage_fits(stage, setting.machine) for stage in estimates(setting))

@@ -17,12 +17,25 @@ LARGEST = 32 << 20  # the most that glibc takes for a threshold
 PAD = 256 << 20
 
 
+_returning = False
+
+
 def return_large_blocks() -> None:
     """Have blocks of a megabyte and more go back to the system when they are freed, for runs that are short of memory.
 
-    It costs time: a third to a half more where layers are as narrow as 512 (one thread).
+    It holds for the whole process, until `keep_large_blocks`, and costs time: a third to a half more where layers are as narrow as 512 (one thread).
     """
+    global _returning
     _set({M_MMAP_THRESHOLD: SMALL})
+    _returning = True
+
+
+def keep_large_blocks() -> None:
+    """Take `return_large_blocks` back, if it was called: freed blocks of up to 32 MB stay, as the C library comes to do by itself."""
+    global _returning
+    if _returning:
+        _set({M_MMAP_THRESHOLD: LARGEST})
+    _returning = False
 
 
 def keep_freed_blocks() -> None:

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -60,11 +61,13 @@ def find(folder: Path | None, key: str) -> torch.Tensor | None:
             return None
         manifest = atomic.read_manifest(folder / key)
         tensor = load_tensors(folder / key / _FILE, manifest["files"][_FILE]["sha256"])[_TENSOR]
-        os.utime(folder / key)  # the oldest go first, and this one was just of use
+        with suppress(OSError):  # another user's entry serves too
+            os.utime(folder / key)  # the oldest go first, and this one was just of use
         return tensor
     except (UserError, OSError, KeyError) as error:
         warnings.warn(f"prompt cache: {folder / key} cannot be used and is computed again ({error})", Note, stacklevel=2)
-        shutil.rmtree(folder / key, ignore_errors=True)
+        if not isinstance(error, OSError):  # one that cannot be read may be whole
+            shutil.rmtree(folder / key, ignore_errors=True)
         return None
 
 

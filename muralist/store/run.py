@@ -132,6 +132,10 @@ class RunDirectory:
         """(tensors by name, info) of a stage, sha256 verified; UserError if missing or damaged."""
         return _load(self.root / _checked(stage))
 
+    def info(self, stage: str) -> dict[str, Any]:
+        """What was saved with a stage's result beside its tensors, which are not read."""
+        return atomic.read_manifest(self.root / _checked(stage))["info"]
+
     # --- numbered steps inside a stage --------------------------------------------------------------------------------------------
 
     def save_step(self, stage: str, step: int, tensors: Mapping[str, torch.Tensor], info: Mapping[str, Any] | None = None, *, keep: int = 2) -> None:

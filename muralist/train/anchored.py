@@ -53,7 +53,7 @@ def train_anchored(
     config = config or AnchoredConfig(injector=InjectorConfig(channels=trainee.info.geometry.channels, dim=width))
     data = (data or VideoData()).settled()
     wanted = [trainee.guided_pool(ANCHORED, height, data, config.damage) for height in data.heights]
-    pools = trainee.encoded(wanted, data.source, folder / "latents", report)
+    pools = trainee.encoded(wanted, data, folder, report)
     give_adapter(trainee, ANCHORED)
     added = _add_parts(trainee, config, width, device)
     flow = FlowConfig(prediction=trainee.info.prediction, shift=trainee.info.defaults.flow_shift)

@@ -63,7 +63,7 @@ def train_branched(
     begin(folder, resume=resume)
     trainee, data = Trainee(model, device), (data or VideoData()).settled(HEIGHTS, CLIPS)
     branches, attention = (config or BranchedConfig()).of(trainee)
-    pools = trainee.encoded([_pool(trainee, height, data.clips, attention) for height in data.heights], data.source, folder / "latents", report)
+    pools = trainee.encoded([_pool(trainee, height, data.clips, attention) for height in data.heights], data, folder, report)
     give_adapter(trainee, BRANCHED)
     attached = _attached(trainee, branches).to(device).requires_grad_(True)
     flow = FlowConfig(prediction=trainee.info.prediction, shift=SHIFT, graft=Graft(attention=attention))

@@ -18,7 +18,8 @@ from muralist.nn.filters import RadialFilter
 from muralist.nn.transformer import Graft
 from muralist.store.parts import save_part
 from muralist.store.weights import fingerprint
-from muralist.train.loop import Report, Schedule, begin, draw_curve, fit
+from muralist.train import state
+from muralist.train.loop import CHECKPOINTS, Report, Schedule, begin, draw_curve, fit
 from muralist.train.objectives.flow import FlowConfig, FlowMatching
 from muralist.train.trainee import Crops, Trainee, VideoData
 from muralist.train.uhr import ADAPTER
@@ -82,7 +83,8 @@ def _teach(
     report: Report,
 ) -> None:
     """Train one expert alone, in `folder/name`, where its checkpoints and its curve are."""
-    pools = trainee.pools(data, folder / "latents", report)
+    state.require_origin(folder / name / CHECKPOINTS, trainee.origin(data))
+    pools = trainee.encoded([trainee.crop_pool(height, data) for height in data.heights], data, folder, report)
     attached.requires_grad_(False)
     for experts in attached:
         experts[name].requires_grad_(True)

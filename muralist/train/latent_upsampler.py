@@ -13,7 +13,8 @@ from muralist.data.sources import Footage
 from muralist.errors import UserError
 from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, miniature, paper
 from muralist.store.parts import save_part
-from muralist.train.loop import Report, Schedule, begin, draw_curve, fit
+from muralist.train import state
+from muralist.train.loop import CHECKPOINTS, Report, Schedule, begin, draw_curve, fit
 from muralist.train.miniature import load_vae
 from muralist.train.objectives.latent_upsample import LatentUpsample, LatentUpsampleConfig
 from muralist.train.trainee import VideoData
@@ -45,13 +46,15 @@ def train_latent_upsampler(
     vae = load_vae(model / "vae").to(device).eval()
     info = inspect_base(str(model))
     data, own = (data or VideoData()).settled(clips=CLIPS), info.defaults.grid
+    origin = {"base": info.fingerprint, **data.origin}
+    state.require_origin(folder / CHECKPOINTS, origin)
     configs = [PairConfig(name=f"pairs-{scale:g}", count=data.clips, low=own, scale=scale, seed=round(10 * scale)) for scale in _scales(own.height, data)]
     pools = [build_pairs(vae, config, folder / "latents", device, report, data.source) for config in configs]
     torch.manual_seed(0)
     upsampler = LatentUpsampler(network or _usual(info)).to(device)
     goal = LatentUpsample(upsampler, vae, pools, objective or LatentUpsampleConfig(), device)
     schedule = Schedule(minutes=minutes, learning_rate=2e-4, decay=1.0, weight_decay=0.0, betas=(0.9, 0.999))
-    upsampler = fit(goal, schedule, folder, resume=resume, origin={"base": info.fingerprint}, report=report)
+    upsampler = fit(goal, schedule, folder, resume=resume, origin=origin, report=report)
     weights = {name: parameter.detach().half() for name, parameter in upsampler.named_parameters()}
     made = save_part(folder / "parts" / UPSAMPLER, UPSAMPLER, asdict(upsampler.config), weights)
     draw_curve(folder)

@@ -49,7 +49,7 @@ def train_proxy(
     trainee, data = Trainee(model, device), (data or VideoData()).settled()
     own = trainee.own_grid
     slow = replace(own, fps=own.fps / EVERY)
-    (pool,) = trainee.encoded([PoolConfig(name="slow", count=data.clips, grid=slow, seed=11)], data.source, folder / "latents", report)
+    (pool,) = trainee.encoded([PoolConfig(name="slow", count=data.clips, grid=slow, seed=11)], data, folder, report)
     give_adapter(trainee, PROXY)
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Clips(pool, stride=EVERY), _config(trainee), device)
     return fit_adapter(trainee, PROXY, objective, folder, minutes, resume, trainee.origin(data), report)
@@ -63,7 +63,7 @@ def train_detail(
     trainee, data = Trainee(model, device), (data or VideoData()).settled()
     own = trainee.own_grid
     coarse = _small_proxy(own).grid(own, trainee.info.geometry)
-    (pool,) = trainee.encoded([PoolConfig(name="paired", count=data.clips, grid=own, proxy=coarse, seed=12)], data.source, folder / "latents", report)
+    (pool,) = trainee.encoded([PoolConfig(name="paired", count=data.clips, grid=own, proxy=coarse, seed=12)], data, folder, report)
     give_adapter(trainee, DETAIL)
     graft = training_windows(trainee).graft(trainee.info.geometry.token_shape(own))
     objective = InSightOfProxy(trainee, trainee.transformer, trainee.embed, Clips(pool), replace(_config(trainee), graft=graft), device)

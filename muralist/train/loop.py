@@ -173,9 +173,7 @@ def _restore(folder, parameters, average, optimizers, origin: Mapping[str, str])
     tensors, numbers = newest
     if {name: p.shape for name, p in parameters.items()} != {n.removeprefix("weights."): t.shape for n, t in tensors.items() if n.startswith("weights.")}:
         raise UserError("these checkpoints are of another training", where=str(folder / CHECKPOINTS), fix="name the --output of this one")
-    if other := [name for name, value in numbers.get("origin", {}).items() if origin.get(name, value) != value]:
-        where, fix = str(folder / CHECKPOINTS), "resume with the same one, or name another --output"
-        raise UserError(f"these checkpoints stand on another {other[0]}", where=where, fix=fix)
+    state.require_origin(folder / CHECKPOINTS, origin)
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(tensors[f"weights.{name}"])

@@ -7,7 +7,7 @@ keyed by the step number, hence a checkpoint needs no generator state.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -45,6 +45,14 @@ def load_newest(folder: Path) -> tuple[dict[str, torch.Tensor], dict] | None:
     newest = folder / f"step-{steps[-1]}"
     manifest = atomic.read_manifest(newest)
     return load_tensors(newest / TENSORS, manifest["files"][TENSORS]["sha256"]), manifest["info"]
+
+
+def require_origin(folder: Path, origin: Mapping[str, str]) -> None:
+    """Raise UserError if the newest checkpoint in `folder` stands on something else, by the name of the first that differs. Tensors are not read."""
+    steps = _complete(folder)
+    stored = atomic.read_manifest(folder / f"step-{steps[-1]}")["info"].get("origin", {}) if steps else {}
+    if other := [name for name, value in stored.items() if origin.get(name, value) != value]:
+        raise UserError(f"these checkpoints stand on another {other[0]}", where=str(folder), fix="resume with the same one, or name another --output")
 
 
 def _complete(folder: Path) -> list[int]:

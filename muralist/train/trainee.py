@@ -24,7 +24,8 @@ from muralist.data.sources import Source, World
 from muralist.errors import UserError
 from muralist.stages.prompt import embed
 from muralist.store import weights
-from muralist.train.loop import Report, Schedule, draw_curve, fit
+from muralist.train import state
+from muralist.train.loop import CHECKPOINTS, Report, Schedule, draw_curve, fit
 from muralist.train.miniature import load_vae
 from muralist.train.objectives.flow import Batch, FlowMatching
 from muralist.types import Grid
@@ -47,6 +48,11 @@ class VideoData:
     heights: tuple[int, ...] | None = None
     clips: int | None = None
     sharpen: Unsharp | None = None
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """What a training on these videos stands on."""
+        return {"data": json.dumps([self.source.identity, self.heights], sort_keys=True), "--clips": str(self.clips)}
 
     def settled(self, heights: tuple[int, ...] = WORLD_HEIGHTS, clips: int = CLIPS) -> VideoData:
         """The same with a training's own numbers where none are given."""
@@ -73,10 +79,7 @@ class Trainee(nn.Module):
 
     def origin(self, data: VideoData) -> dict[str, str]:
         """What a training of this base on these videos stands on: another one is not gone on with."""
-        return {
-            "base": weights.fingerprint(self.info.folder / "transformer"),
-            "data": json.dumps([data.source.identity, data.heights, data.clips], sort_keys=True),
-        }
+        return {"base": weights.fingerprint(self.info.folder / "transformer"), **data.origin}
 
     @property
     def own_grid(self) -> Grid:
@@ -96,14 +99,14 @@ class Trainee(nn.Module):
             self._known[text] = embedded[: int(embedded.any(dim=-1).sum())].half().cpu()
         self.base.release("text_encoder", "tokenizer")
 
-    def pools(self, data: VideoData, folder: Path, report: Report) -> tuple[LatentPool, ...]:
-        """The data's latents, encoded where they are missing, and their captions learned."""
-        return self.encoded([self.crop_pool(height, data) for height in data.heights], data.source, folder, report)
+    def encoded(self, configs: Sequence[PoolConfig], data: VideoData, folder: Path, report: Report) -> tuple[LatentPool, ...]:
+        """These pools, encoded into `folder/latents` where they are missing, and their captions learned.
 
-    def encoded(self, configs: Sequence[PoolConfig], source: Source, folder: Path, report: Report) -> tuple[LatentPool, ...]:
-        """These pools, encoded where they are missing, and their captions learned."""
+        Raises UserError before that if checkpoints in `folder` stand on another base or other videos.
+        """
+        state.require_origin(folder / CHECKPOINTS, self.origin(data))
         vae = load_vae(self.info.folder / "vae").to(self.base.device).eval()
-        pools = tuple(latents.build_pool(vae, config, folder, self.base.device, report, source) for config in configs)
+        pools = tuple(latents.build_pool(vae, config, folder / "latents", self.base.device, report, data.source) for config in configs)
         self.learn_captions([text for pool in pools for text in pool.captions])
         return pools
 

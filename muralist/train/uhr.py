@@ -44,7 +44,7 @@ def train_uhr(folder: Path, *, minutes: float, device: torch.device, resume: boo
     begin(folder, resume=resume)
     trainee = Trainee(model, device)
     data, defaults = (data or VideoData()).settled(), trainee.info.defaults
-    pools = trainee.encoded([trainee.guided_pool("guided", height, data, DAMAGE) for height in data.heights], data.source, folder / "latents", report)
+    pools = trainee.encoded([trainee.guided_pool("guided", height, data, DAMAGE) for height in data.heights], data, folder, report)
     give_adapter(trainee, ADAPTER)
     config = FlowConfig(prediction=trainee.info.prediction, shift=defaults.flow_shift)
     source = Guided(Crops(pools, mode="bicubic"), defaults.skip_share)

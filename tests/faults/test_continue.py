@@ -20,7 +20,7 @@ def run(tiny22, tmp_path):
     """A run directory as `generate` leaves it when it is stopped at once."""
     job = prepare("a ball", VideoOptions(model=str(tiny22), size="64x64", seed=1, num_frames=1), None)
     folder = tmp_path / "a.mp4.run"
-    RunDirectory.create(folder, job.record(tmp_path / "a.mp4", folder)).close()
+    RunDirectory.create(folder, job.record(tmp_path / "a.mp4", folder, job.plan(folder).request)).close()
     return folder
 
 

@@ -178,7 +178,7 @@ def test_costs_add_up_over_attempts(tmp_path, monkeypatch):
     at(103, first, event="end", stage="prompt", seconds=2.0, peak_rss=500, peak_device=0)
     at(103, first, event="begin", stage="refine", total=4)
     at(107, first, event="advance", stage="refine", done=1)
-    at(109, first, event="advance", stage="refine", done=1)  # killed after this, in the midst of the second unit
+    at(107.5, first, event="advance", stage="refine", done=1)  # tiles: the same number of whole frames, and killed after this, in the midst of the next
     with open(path, "a") as handle:
         handle.write('{"event": "adva')  # in the middle of a line
     now[0] = 200.0
@@ -186,7 +186,7 @@ def test_costs_add_up_over_attempts(tmp_path, monkeypatch):
     at(201, second, event="begin", stage="refine", total=4)
     at(210, second, event="end", stage="refine", seconds=9.0, peak_rss=700, peak_device=9)
     costs = read_costs(path)
-    assert costs.attempts == 2 and (costs.seconds, costs.peak_rss, costs.peak_device) == (2 + 4 + 9, 700, 9)
+    assert costs.attempts == 2 and (costs.seconds, costs.peak_rss, costs.peak_device) == (2 + 4.5 + 9, 700, 9)
     assert [stage.stage for stage in costs.stages] == ["prompt", "refine"]
     assert read_costs(tmp_path / "none").stages == ()
 

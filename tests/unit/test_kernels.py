@@ -8,6 +8,7 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from muralist.nn.attention.reference import reference_attention
 from muralist.nn.kernels import PLAIN, Kernels
 from muralist.nn.transformer import Graft
 from muralist.stages.refine import Refine, Windows, refine
+from muralist.store.run import RunDirectory
 from muralist.types import Grid, TextCond
 from tests.shell import muralist
 
@@ -153,7 +155,8 @@ def test_a_kernel_that_disagrees_is_not_used():
         (RuntimeError("\n \n"), "it does not take float32 heads of 64 on cpu (RuntimeError)"),
         (ImportError("libfa3.so: undefined symbol: _ZN3c105\nmore"), "it cannot be loaded (libfa3.so: undefined symbol: _ZN3c105)"),
         (ImportError(), "it cannot be loaded (ImportError)"),
-        (ModuleNotFoundError("No module named 'fa3'"), backends.ABSENT),
+        (ModuleNotFoundError("No module named 'flash_attn'", name="flash_attn"), backends.ABSENT),
+        (ModuleNotFoundError("No module named 'cutlass'", name="cutlass"), "it cannot be loaded (No module named 'cutlass')"),
     ],
 )
 def test_a_kernel_that_fails_is_named_by_how_it_fails(failure, told):
@@ -187,11 +190,12 @@ def test_the_command_line_says_it_once_and_records_what_computes(tiny22, tmp_pat
 
 
 def computed(video: Path) -> str:
-    return json.loads(video.with_name(video.name + ".json").read_text())["metadata"]["kernels"]["attention"]
+    kernels = json.loads(video.with_name(video.name + ".json").read_text())["metadata"]["kernels"]
+    return ", ".join(one["attention"] for one in kernels)
 
 
 def test_a_run_goes_on_where_its_kernel_is_gone(tiny22, tmp_path, monkeypatch):
-    """The request keeps what was asked for; what computes is decided where it goes on."""
+    """The request keeps what was asked for; what computes is decided where it goes on, and the file says what did."""
     fake(monkeypatch, "sageattention", "sageattn", lambda q, k, v, **layout: reference_attention(q, k, v))
     typed = ("generate", "a red ball", "--model", tiny22, "--size", "128x66", "--num-frames", 5, "--seed", 1, "--attention", "sage", "--keep-run")
     assert muralist(*typed, "-o", tmp_path / "a.mp4").code == 0 and computed(tmp_path / "a.mp4") == "sage"
@@ -199,7 +203,22 @@ def test_a_run_goes_on_where_its_kernel_is_gone(tiny22, tmp_path, monkeypatch):
     forget()
     (tmp_path / "a.mp4").unlink()
     answer = muralist(*typed, "-o", tmp_path / "a.mp4")
-    assert answer.code == 0 and "attention sage: it is not installed; sdpa computes it" in answer.err and computed(tmp_path / "a.mp4") == "sdpa"
+    assert answer.code == 0 and "attention sage: it is not installed; sdpa computes it" in answer.err
+    assert computed(tmp_path / "a.mp4") == "sage", "nothing was computed again"
+
+
+def test_a_run_that_went_on_with_another_kernel_says_both(tiny22, tmp_path, monkeypatch):
+    fake(monkeypatch, "sageattention", "sageattn", lambda q, k, v, **layout: reference_attention(q, k, v))
+    typed = ("generate", "a red ball", "--model", tiny22, "--size", "128x66", "--num-frames", 5, "--seed", 1, "--attention", "sage")
+    stop = Mock(side_effect=[None, None, KeyboardInterrupt])  # after the third save of a step
+    with monkeypatch.context() as patch:
+        save_step = RunDirectory.save_step
+        patch.setattr(RunDirectory, "save_step", lambda *a, **k: (save_step(*a, **k), stop())[0])
+        assert muralist(*typed, "-o", tmp_path / "a.mp4").code == 130
+    monkeypatch.delitem(sys.modules, "sageattention")
+    forget()
+    answer = muralist(*typed, "-o", tmp_path / "a.mp4")
+    assert answer.code == 0 and "steps were computed with" in answer.err and computed(tmp_path / "a.mp4") == "sage, sdpa"
 
 
 def test_doctor_lists_the_kernels():

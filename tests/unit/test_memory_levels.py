@@ -11,6 +11,7 @@ from muralist.cost import stages
 from muralist.cost.budget import Budget
 from muralist.cost.levels import LEVELS
 from muralist.errors import UserError
+from muralist.nn import heap
 from muralist.plan import Machine, Plan, plan
 from muralist.recipes import find
 from muralist.store.run import RunDirectory
@@ -103,7 +104,14 @@ def test_what_cannot_change_in_a_begun_run_is_not_promised():
 def test_other_chunks_than_those_of_a_begun_run_are_refused(tiny22, tmp_path):
     arguments = ("generate", "a ball", "--model", tiny22, *SMALL, "-o", tmp_path / "a.mp4", "--keep-run")
     assert muralist(*arguments).code == 0
-    for setting in ("refine.token_chunk=7", "proxy.token_chunk=5", "decode.tile=64"):
+    for setting in (
+        "refine.token_chunk=7",
+        "proxy.token_chunk=5",
+        "decode.tile=64",
+        "refine.token_chunk=2048",
+        "refine.token_chunk=1024",
+        "refine.token_chunk=null",
+    ):
         answer = muralist(*arguments, "--set", setting)
         assert answer.code == 2 and setting.split("=")[0].split(".")[-1] in answer.error, answer.err
 
@@ -117,6 +125,40 @@ def test_a_level_is_part_of_the_run(memory, tiny22, tmp_path):
     again = muralist(*arguments[:-3], "--keep-run", "--json")  # another level does not start another run: what it decided is there
     assert again.code == 0 and again.events[-1]["request"]["config"] == config
     assert muralist("resume", tmp_path / "a.mp4.run", "--keep-run").code == 0
+
+
+@pytest.mark.parametrize(("memory", "begun", "returns"), [("high", None, False), ("low", None, True), ("auto", "low", True), ("low", "high", False)])
+def test_what_is_freed_goes_back_where_chunks_are_small(memory, begun, returns, tiny22, tmp_path, monkeypatch):
+    """It follows from the chunks, which a begun run keeps at any level."""
+    told = []
+    monkeypatch.setattr(heap, "_set", told.append)
+    monkeypatch.setattr(heap, "_returning", False)
+    arguments = ("generate", "a ball", "--model", tiny22, *SMALL, "-o", tmp_path / "a.mp4", "--keep-run")
+    if begun:
+        assert muralist(*arguments, "--memory", begun).code == 0
+        monkeypatch.setattr(heap, "_returning", False)
+        told.clear()
+    assert muralist(*arguments, "--memory", memory).code == 0
+    assert told == ([{heap.M_MMAP_THRESHOLD: heap.SMALL}] if returns else [])
+
+
+def test_a_process_with_room_again_takes_it_back(monkeypatch):
+    told = []
+    monkeypatch.setattr(heap, "_set", told.append)
+    monkeypatch.setattr(heap, "_returning", False)
+    heap.keep_large_blocks()
+    assert not told
+    heap.return_large_blocks()
+    heap.keep_large_blocks()
+    heap.keep_large_blocks()
+    assert told == [{heap.M_MMAP_THRESHOLD: heap.SMALL}, {heap.M_MMAP_THRESHOLD: heap.LARGEST}]
+
+
+def test_a_limit_that_was_set_is_named_as_what_can_be_raised():
+    begun = request(Grid(num_frames=9, height=320, width=480), cascade=True)
+    for budget, fix in ((Budget("auto", 0.01), "raise --vram-limit"), (Budget("auto"), "free memory")):
+        made = plan(begun, base(), replace(ROOMY, device_bytes=None, memory_bytes=10**7), budget=budget, begun=True)
+        assert made.refusals and made.refusals[0].fix.startswith(fix)
 
 
 def test_the_other_spelling_of_the_limit_is_told(tiny22, tmp_path):

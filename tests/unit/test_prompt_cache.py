@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -128,6 +129,12 @@ def test_a_user_without_a_home_has_no_cache(monkeypatch):
 def test_an_entry_that_cannot_be_looked_at_is_not_found(tmp_path):
     with pytest.warns(Note, match="computed again"):
         assert prompt_cache.find(tmp_path, "a" * 300) is None
+
+
+def test_an_entry_whose_time_cannot_be_set_serves(tmp_path, monkeypatch):
+    prompt_cache.keep(tmp_path, "a" * 64, torch.ones(2))
+    monkeypatch.setattr("os.utime", Mock(side_effect=PermissionError))
+    assert torch.equal(prompt_cache.find(tmp_path, "a" * 64), torch.ones(2))
 
 
 def test_where_the_cache_lies(monkeypatch, tmp_path):

@@ -211,12 +211,14 @@ def test_detail_training_looks_at_a_clean_proxy_as_the_proxy_was_painted(tiny22,
     assert windows.size[0] <= 1 and np.prod(windows.size) <= 8
 
 
-def test_a_training_does_not_go_on_on_another_base_or_other_videos(tiny22, tmp_path, small_shards):
+def test_a_training_does_not_go_on_on_another_base_or_other_videos(tiny22, tmp_path, small_shards, monkeypatch):
     model = shutil.copytree(tiny22, tmp_path / "model")
     data = VideoData(heights=(96,), clips=2)
     train_uhr(tmp_path / "run", minutes=0.01, device=CPU, resume=False, model=model, data=data, report=quiet)
-    with pytest.raises(UserError, match="stand on another data"):
-        train_uhr(tmp_path / "run", minutes=0.02, device=CPU, resume=True, model=model, data=VideoData(heights=(128,), clips=2), report=quiet)
+    monkeypatch.setattr("muralist.data.latents.build_pool", lambda *a: pytest.fail("encoded before it was refused"))
+    for other, named in ((VideoData(heights=(128,), clips=2), "data"), (VideoData(heights=(96,), clips=3), "--clips")):
+        with pytest.raises(UserError, match=f"stand on another {named}"):
+            train_uhr(tmp_path / "run", minutes=0.02, device=CPU, resume=True, model=model, data=other, report=quiet)
     file = next((model / "transformer").glob("*.safetensors"))
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     with pytest.raises(UserError, match="stand on another base"):

@@ -18,6 +18,7 @@ from muralist.train.latent_upsampler import train_latent_upsampler
 from muralist.train.loop import Schedule, fit
 from muralist.train.miniature import GRID, new_vae
 from muralist.train.objectives.latent_upsample import LatentUpsample, LatentUpsampleConfig
+from muralist.train.trainee import VideoData
 
 CPU = torch.device("cpu")
 SMALL = VrtConfig(in_channels=48, dim=12, depth=1, refine_dim=12, refine_depth=1, groups=1, heads=3, window=(2, 4, 4), still_groups=0)
@@ -55,6 +56,8 @@ def test_the_trained_part_lies_in_the_output_and_the_model_stays_as_it_is(tiny22
     made = train_latent_upsampler(tmp_path / "run", minutes=1e-6, device=CPU, resume=False, model=tiny22, report=lambda line: None)
     assert made == tmp_path / "run" / "parts" / "latent_upsampler" and load_part(made, "latent_upsampler")
     assert {path: path.read_bytes() for path in tiny22.rglob("*") if path.is_file()} == before
+    with pytest.raises(UserError, match="stand on another --clips"):
+        train_latent_upsampler(tmp_path / "run", minutes=1, device=CPU, resume=True, model=tiny22, data=VideoData(clips=2), report=lambda line: None)
 
 
 class Still:

@@ -27,6 +27,7 @@ Name = Literal["auto", "sdpa", "flash", "cudnn", "efficient", "varlen", "fa3", "
 NAMES: tuple[str, ...] = typing.get_args(Name)
 FASTEST = {"cuda": ("fa4", "fa3", "sdpa")}  # what `auto` tries; never `sage`, which computes in 8 bits
 ABSENT = "it is not installed"
+PACKAGES = ("flash_attn_interface", "flash_attn", "flash_attn.cute", "sageattention")  # that kernels come from
 AGREES = 0.03  # of outputs of about 0.1 to 0.3: bfloat16 rounds by 0.001, 8-bit kernels by 0.01, a wrong layout is off by 0.5
 
 
@@ -148,10 +149,10 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
             error = (compute(q, k, v).float() - reference_attention(q, k, v).float()).abs().max().item()
     except UserError:
         raise
-    except ModuleNotFoundError:
-        return ABSENT
-    except ImportError as failure:  # it is there, and made for another PyTorch or another CUDA
-        return f"it cannot be loaded ({_first_line(failure)})"
+    except ImportError as failure:
+        if failure.name in PACKAGES and isinstance(failure, ModuleNotFoundError):
+            return ABSENT
+        return f"it cannot be loaded ({_first_line(failure)})"  # made for another PyTorch or another CUDA, or something that it needs is missing
     except Exception as failure:  # whatever a package makes of a type, a device or a width that it does not take
         return f"it does not take {str(dtype).removeprefix('torch.')} heads of {head_dim} on {device.type} ({_first_line(failure)})"
     return None if error <= AGREES else f"it is {error:.2g} off the reference"
