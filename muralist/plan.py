@@ -22,6 +22,7 @@ from muralist.cost.setting import Setting, StagePlan
 from muralist.cost.stages import FILES, decode_need, estimates
 from muralist.errors import UserError
 from muralist.nn.attention import FullAttention
+from muralist.sampling import flow
 from muralist.types import Grid
 
 __all__ = ["Machine", "Plan", "Refusal", "StagePlan", "plan"]
@@ -187,6 +188,7 @@ def _notes(setting: Setting) -> Iterator[str]:
     if (asked.height, asked.width) != (grid.height, grid.width):
         yield f"computed at {grid.width}x{grid.height} and cropped to {asked.width}x{asked.height}"
     yield from _beyond_training(setting)
+    yield from _idle_experts(setting)
     yield from _decode_notes(setting, decode_need(setting))
     if setting.machine.assumed:
         yield f"{setting.machine.name}: its rates are assumed, not measured"
@@ -206,6 +208,16 @@ def _beyond_training(setting: Setting) -> Iterator[str]:
         yield f"{size}: without a proxy, expect repeated objects and loose layout; a recipe with a proxy fixes the layout"
     elif isinstance(config.refine.attention, FullAttention) and config.refine.adapter is None:
         yield f"{size}: full attention without an adapter for that size may blur"
+
+
+def _idle_experts(setting: Setting) -> Iterator[str]:
+    """Experts that are asked for and work at no noise level of refinement."""
+    refine, known = setting.request.config.refine, setting.info.experts
+    levels = flow.sigmas(refine.num_inference_steps, refine.flow_shift)[refine.skip_steps : -1]
+    for name in refine.experts if known else ():
+        low, high = known.experts[name].sigmas
+        if not any(known.experts[name].works_at(level) for level in levels):
+            yield f"the expert {name} works at noise levels from {low:g} to {high:g}, refinement from {levels[-1]:.3g} to {levels[0]:.3g}: it has nothing to do"
 
 
 def _memory_notes(level: str, asked: Setting, setting: Setting, begun: bool) -> Iterator[str]:

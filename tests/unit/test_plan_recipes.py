@@ -74,3 +74,12 @@ def test_a_clean_proxy_is_looked_at_once_and_a_noisy_one_at_every_step(tiny22, m
         looked.clear()
     z, level = view.at(0.3)
     assert level == 0.3 and torch.equal(z, view.at(0.3)[0]) and not torch.equal(z, view.z)
+
+
+@pytest.mark.parametrize(("skip", "idle"), [(1, 0), (6, 1)])
+def test_an_expert_that_meets_no_step_is_told(skip, idle):
+    info = inspect_base("miniature")
+    typed = Asked(prompt="a ball", recipe="luve", width=896, height=512, num_frames=5, num_inference_steps=10, flow_shift=3.0, skip_steps=skip, seed=0)
+    notes = plan(make_request(typed, info, note=lambda text: None), info, Machine.of("80GB")).notes
+    told = [note for note in notes if "it has nothing to do" in note]
+    assert len(told) == idle and all(note.startswith("the expert low works at noise levels from 0.875 to 1, refinement from 0.25 to 0.667") for note in told)
