@@ -68,7 +68,7 @@ class Pipeline:
             observer: told of the progress (`muralist.progress.Observer`).
             memory, vram_limit: a level (`high`, `balanced`, `low`, `auto`: the first that fits) and gigabytes, as on the command line.
             options: `negative_prompt, width, height, num_frames, duration, fps, seed, num_inference_steps, guidance_scale, flow_shift,
-                skip_steps, attention, settings` (a sequence of `NAME=VALUE`), as in diffusers and on the command line; the recipe's or the base's own
+                skip_steps, attention, linears, settings` (a sequence of `NAME=VALUE`), as in diffusers and on the command line; the recipe's or the base's own
                 values where left out.
         Raises:
             UserError: options that cannot be, a video that does not fit this machine, or a run directory made with other options.

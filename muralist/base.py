@@ -20,6 +20,7 @@ import torch
 from muralist.base_info import UPSAMPLER, BaseInfo
 from muralist.errors import UserError
 from muralist.nn.experts import EXPERTS, ExpertsConfig, attach
+from muralist.nn.fp8 import quantise
 from muralist.nn.kinds import BRANCHES, INJECTOR, STEP_SIZE, BranchesConfig, InjectorConfig
 from muralist.nn.out_of_memory import Chunks
 from muralist.nn.streaming import rest_to, streamed_by_hooks
@@ -100,12 +101,19 @@ class Base:
         self.info, self.device, self.dtype = info, device, dtype or pick_dtype(device)
         self._loaded: dict[str, Any] = dict(components or {})
         self._streamed = False
+        self._linears = "plain"
 
     def stream(self, streamed: bool) -> None:
         """Whether the weights of transformer and text encoder wait in main memory and visit the device (`nn/streaming.py`), from now on."""
         if streamed != self._streamed:
             self.release("transformer", "transformer_2", "text_encoder")
         self._streamed = streamed
+
+    def multiply_in(self, linears: Literal["plain", "fp8"]) -> None:
+        """How linear layers in the transformer's blocks multiply (`nn/fp8.py`), from now on. What 8 bits have lost is not found again without loading anew."""
+        if linears != self._linears:
+            self.release("transformer", "transformer_2")
+        self._linears = linears
 
     def tokenizer(self):
         return self._component("tokenizer", lambda: _auto_tokenizer(self.info.folder / "tokenizer"))
@@ -155,6 +163,7 @@ class Base:
 
         @torch.inference_mode()
         def velocity(z: torch.Tensor, sigma: float) -> torch.Tensor:
+            self.multiply_in(graft.kernels.linears)
             transformer, at_work = self.transformer(sigma), tuple(name for name in graft.experts if self.info.experts.experts[name].works_at(sigma))
 
             def forward(token_chunk: int | None) -> torch.Tensor:
@@ -251,6 +260,8 @@ class Base:
             transformer.injector = _injector(self.info.injector, self.info.folder / "parts" / INJECTOR).to(self.dtype)
         if self.info.branches is not None:
             _attach_branches(transformer, self.info.branches, self.info.folder / "parts" / BRANCHES, self.dtype)
+        if self._linears == "fp8":  # after all that is added to their weights, before they are moved
+            quantise(transformer.blocks, self.device)
         return transformer.eval().stream_blocks(self.device) if self._streamed else transformer.to(self.device).eval()
 
 

@@ -95,6 +95,11 @@ class BaseInfo:
         return _width(self.transformer_config)
 
     @property
+    def sides(self) -> tuple[int, int]:
+        """Of the matrices in the transformer's blocks: the width, and that of the FFN, 13824 where the configuration is silent, as in diffusers."""
+        return self.width, self.transformer_config.get("ffn_dim", 13824)
+
+    @property
     def head_dim(self) -> int:
         """Channels of one attention head; 128 is what diffusers builds where the configuration is silent."""
         return self.transformer_config.get("attention_head_dim", 128)

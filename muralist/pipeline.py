@@ -114,7 +114,7 @@ def _refine(
 
 def _kernels(request: Request, base: Base) -> Kernels:
     """What the transformers are computed with on this machine; who typed the request has been told of what is not there (`tell_of_kernels`)."""
-    return request.config.kernels.settled(base.device, base.dtype, base.info.head_dim)[0]
+    return request.config.kernels.settled(base.device, base.dtype, base.info.head_dim, base.info.sides)[0]
 
 
 def paint(latent: LatentVideo, request: Request, base: Base, run: RunDirectory, output: Path, observer: Observer) -> Path:

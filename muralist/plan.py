@@ -190,6 +190,8 @@ def _notes(setting: Setting) -> Iterator[str]:
     yield from _beyond_training(setting)
     yield from _idle_experts(setting)
     yield from _decode_notes(setting, decode_need(setting))
+    if setting.linears == "fp8":
+        yield "linear layers in 8 bits: their time is counted as that of plain ones; what they gain on a machine says `muralist bench gpu --only H7`"
     if setting.machine.assumed:
         yield f"{setting.machine.name}: its rates are assumed, not measured"
 

@@ -57,6 +57,7 @@ class Asked:
     flow_shift: float | None = None
     skip_steps: int | None = None
     attention: str | None = None
+    linears: str | None = None
     settings: tuple[str, ...] = ()
 
 
@@ -165,13 +166,13 @@ def override(config: Config, asked: Asked) -> Config:
     values = {name: getattr(asked, name) for name in ("num_inference_steps", "guidance_scale", "flow_shift", "skip_steps")}
     values = {name: value for name, value in values.items() if value is not None}
     proxy = config.proxy and _replaced(config.proxy, values)
-    kernels = config.kernels if asked.attention is None else replace(config.kernels, attention=asked.attention)
-    return replace(config, proxy=proxy, refine=_replaced(config.refine, _with_skip(config.refine, values)), kernels=kernels)
+    computing = {name: value for name in ("attention", "linears") if (value := getattr(asked, name)) is not None}
+    return replace(config, proxy=proxy, refine=_replaced(config.refine, _with_skip(config.refine, values)), kernels=replace(config.kernels, **computing))
 
 
 def tell_of_kernels(request: Request, info: BaseInfo, device: torch.device, note: Callable[[str], None]) -> None:
     """Tell `note` what was asked to compute with and is not on this machine. The request stays as it was asked: another machine may go on with it."""
-    for text in request.config.kernels.settled(device, pick_dtype(device), info.head_dim)[1]:
+    for text in request.config.kernels.settled(device, pick_dtype(device), info.head_dim, info.sides)[1]:
         note(text)
 
 

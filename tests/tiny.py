@@ -11,15 +11,15 @@ import torch
 WORDS = ("a", "red", "ball", "moves", "right", "over", "grass", "blue", "star", "falls", "sand")
 
 
-def save_pipeline(folder: Path, flavour: str) -> Path:
-    """Write a random pipeline of flavour '2.1' (8x8x4, 16 channels) or '2.2' (16x16x4, 48 channels) and return its folder."""
+def save_pipeline(folder: Path, flavour: str, head_dim: int = 12) -> Path:
+    """Write a random pipeline of flavour '2.1' (8x8x4, 16 channels) or '2.2' (16x16x4, 48 channels), two heads wide, and return its folder."""
     from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(0)
     channels = 16 if flavour == "2.1" else 48
     transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=channels, out_channels=channels, text_dim=32, freq_dim=16,
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=head_dim, in_channels=channels, out_channels=channels, text_dim=32, freq_dim=16,
         ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=64,
     )  # fmt: skip
     pipeline = WanPipeline(
@@ -48,19 +48,20 @@ def add_parts(folder: Path) -> Path:
     from muralist.store.parts import save_part
 
     torch.manual_seed(0)
-    channels = inspect_base(str(folder)).geometry.channels
+    info = inspect_base(str(folder))
+    channels, width = info.geometry.channels, info.width
     network = VrtConfig(in_channels=channels, dim=12, depth=1, refine_dim=12, refine_depth=1, groups=1, heads=3, window=(2, 4, 4), still_groups=0)
     shape = LatentUpsamplerConfig(encoder=network, hidden=(16,), decoder=network)
     save_part(folder / "parts" / UPSAMPLER, UPSAMPLER, asdict(shape), dict(LatentUpsampler(shape).named_parameters()))
     low = ExpertConfig(place="attention", band=RadialFilter(band="low"), sigmas=(0.875, 1.0), rank=2, alpha=2.0)
     high = ExpertConfig(place="ffn", band=RadialFilter(band="high"), sigmas=(0.0, 0.875), rank=3, alpha=3.0)
-    experts = ExpertsConfig(dim=24, layers=2, experts={"low": low, "high": high})
+    experts = ExpertsConfig(dim=width, layers=2, experts={"low": low, "high": high})
     tensors = {name: torch.randn(shape) / 3 for name, shape in experts.tensors().items()}
     save_part(folder / "parts" / EXPERTS, EXPERTS, experts.record(), tensors)
-    injector = InjectorConfig(channels=channels, dim=24)
+    injector = InjectorConfig(channels=channels, dim=width)
     _save_random(folder, INJECTOR, asdict(injector), AnchorInjector(injector))
-    _save_random(folder, STEP_SIZE, {"dim": 24}, StepSizeEmbedding(24))
-    branches = hierarchical(24, 2, windows=2, rank=2)
+    _save_random(folder, STEP_SIZE, {"dim": width}, StepSizeEmbedding(width))
+    branches = hierarchical(width, 2, windows=2, rank=2)
     _save_random(folder, BRANCHES, asdict(branches), attach_branches([torch.nn.Module(), torch.nn.Module()], branches))
     _add_adapters(folder, "proxy", "detail", "anchored", "branched")
     return folder

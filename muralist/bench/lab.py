@@ -10,8 +10,9 @@ import gc
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,8 +27,11 @@ from muralist.bench.clock import Cost, cost, once
 from muralist.config import Config, Request
 from muralist.cost import transformer as costs
 from muralist.cost.machine import Machine
+from muralist.errors import UserError
+from muralist.nn import fp8
 from muralist.nn.attention import BranchedWindows, FullAttention, GuidedWindows, Near, attend_full, attend_windows
 from muralist.nn.branches import attach_branches
+from muralist.nn.kernels import Kernels
 from muralist.nn.kinds import hierarchical
 from muralist.nn.transformer import Graft, MuralTransformer
 from muralist.nn.windows import Run, WindowAttention
@@ -46,6 +50,7 @@ NEAR = Near()  # 64 tokens of the proxy
 WINDOW_TOKENS = {"real": 1024, "small": 32}
 CHUNK = {"cuda": 65536, "cpu": 8192}
 TEXT = 512
+COMPILED = {"cuda": ("off", "blocks"), "cpu": ("off",)}  # unfused, rounding to 8 bits reads and writes tokens several times; a CPU compiles for half a minute
 DECODE_BYTES = {"cuda": 12 << 30, "cpu": 4 << 30}
 
 
@@ -113,15 +118,45 @@ class Lab:
         return Cost(layers * full.seconds - (layers - 1) * outside, full.peak_bytes)
 
     def _blocks(self, name: str, grid: str, kind: Kind, layers: int) -> Cost:
-        model, shape, config = self._transformer(name, dense=kind == "branched dense"), self.tokens(name, grid), self.size(name).transformer
-        patch = config["patch_size"]
-        z = torch.randn(1, config["in_channels"], *(n * side for n, side in zip(shape, patch)), device=self.device, dtype=self.dtype)
-        text = torch.randn(1, TEXT, config["text_dim"], device=self.device, dtype=self.dtype)
-        level = torch.tensor([500.0], device=self.device)
+        model, shape = self._transformer(name, dense=kind == "branched dense"), self.tokens(name, grid)
+        z, level, text = self._inputs(name, shape)
         with torch.inference_mode(), _first_blocks(model, layers):
             seen = {"proxy": self._remembered(model, name, text, level)} if kind == "guided" else {}
             model.configure(Graft(attention=self._attention_of(kind, shape), token_chunk=CHUNK[self.device.type]))
             return cost(lambda: model(z, level, text, return_dict=False, attention_kwargs=seen), self.device, repeats=1 if kind == "full" else 3)
+
+    def _inputs(self, name: str, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(latent of a token grid, its timestep, text)"""
+        config = self.size(name).transformer
+        sides = (count * side for count, side in zip(shape, config["patch_size"]))
+        z = torch.randn(1, config["in_channels"], *sides, device=self.device, dtype=self.dtype)
+        text = torch.randn(1, TEXT, config["text_dim"], device=self.device, dtype=self.dtype)
+        return z, torch.tensor([500.0], device=self.device), text
+
+    def linears(self, name: str, grid: str) -> dict[str, Linears]:
+        """A forward in windows with plain linear layers and with the same in 8 bits, by how blocks are compiled; UserError where 8 bits do not run."""
+        if reason := fp8.why_not(self.device, self.dtype):
+            raise UserError(f"8-bit linear layers: {reason}", where="H7", fix="measure them on another device")
+        return self._once(f"linears {name} {grid}", lambda: self._linears(name, grid))
+
+    def _linears(self, name: str, grid: str) -> dict[str, Linears]:
+        model, inputs = self._transformer(name), self._inputs(name, self.tokens(name, grid))
+        ways = COMPILED[self.device.type]
+        plain = [self._with_weights(model, grid, name, way, inputs) for way in ways]
+        try:
+            fp8.quantise(model.blocks)
+            coarse = [self._with_weights(model, grid, name, way, inputs) for way in ways]
+        finally:
+            self._clear()  # whoever asks for this model next wants plain weights
+        return {way: Linears(p, c, _apart(exact, rounded)) for way, (p, exact), (c, rounded) in zip(ways, plain, coarse)}
+
+    def _with_weights(self, model: MuralTransformer, grid: str, name: str, way: str, inputs: tuple[torch.Tensor, ...]) -> tuple[Cost, torch.Tensor]:
+        """(what a forward takes, the weights' bytes with its peak; its output)"""
+        graft = Graft(attention=self._windows(self.tokens(name, grid)), token_chunk=CHUNK[self.device.type], kernels=Kernels(attention="sdpa", compile=way))
+        with torch.inference_mode():
+            model.configure(graft)
+            taken = cost(lambda: model(*inputs, return_dict=False), self.device)
+            return replace(taken, peak_bytes=taken.peak_bytes + _weight_bytes(model)), model(*inputs, return_dict=False)[0]
 
     def _remembered(self, model: MuralTransformer, name: str, text: torch.Tensor, level: torch.Tensor) -> Any:
         geometry = self.info(name).geometry
@@ -244,6 +279,24 @@ class Pipeline:
     transformer: float
     decode: float
     peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Linears:
+    """A forward with plain linear layers and with 8-bit ones, peaks with weights, and the root mean square between their outputs over that of the first."""
+
+    plain: Cost
+    fp8: Cost
+    error: float
+
+
+def _apart(exact: torch.Tensor, rounded: torch.Tensor) -> float:
+    return ((rounded.float() - exact.float()).norm() / exact.float().norm()).item()
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    """Without the branches, which are there for other rows."""
+    return sum(tensor.nbytes for name, tensor in chain(model.named_parameters(), model.named_buffers()) if ".branches." not in name)
 
 
 def random(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> Any:

@@ -81,10 +81,22 @@ def h6(lab: Lab) -> Iterator[Figure]:
 
 
 def h7(lab: Lab) -> Iterator[Figure]:
-    """The rate of a forward in windows as a share of a large matrix product's"""
+    """The rate of a forward in windows as a share of a large matrix product's; the same forward with linear layers in 8 bits"""
     forward = _forward(lab, "1.3B", "4K x81", "windows")
     yield Figure(what="1.3B 4K x81", value=lab.flops("1.3B", "4K x81") / forward / lab.ceilings().matmul_flops, unit="of matmul", goal=0.7, seconds=forward)
     yield Figure(what="1.3B 4K x81, one forward", value=forward, unit="s", goal=3.4, less=True)
+    yield from _in_8_bits(lab, "1.3B", "4K x81")
+
+
+def _in_8_bits(lab: Lab, name: str, grid: str) -> Iterator[Figure]:
+    """A forward against the same with plain linear layers, as PyTorch runs both and, on a GPU, with compiled blocks."""
+    for way, found in lab.linears(name, grid).items():
+        what = f"{name} {grid}, linear layers in 8 bits" + (", compiled" if way == "blocks" else "")
+        yield ratio(what, found.fp8.seconds, found.plain.seconds)
+        yield Figure(what=f"{what}, one forward", value=found.fp8.seconds, unit="s", goal=2.3, less=True)
+        for kind, cost in (("8 bits", found.fp8), ("plain", found.plain)):
+            yield Figure(what=f"{what}, weights and peak, {kind}", value=cost.peak_bytes / 1e9, unit="GB")
+        yield Figure(what=f"{what}, error of the output", value=found.error, unit="of its root mean square")
 
 
 def h8(lab: Lab) -> Iterator[Figure]:

@@ -40,12 +40,17 @@ def run(lab: Lab, names: Sequence[str], folder: Path, *, minutes: float, tell: C
 
 
 def _row(name: str, lab: Lab) -> Row:
+    """What came before a figure that cannot be had stays."""
+    figures: list[Figure] = []
+    reason = ""
     try:
-        return Row(name, _title(name), tuple(ROWS[name](lab)))
+        for figure in ROWS[name](lab):
+            figures.append(figure)
     except torch.OutOfMemoryError as error:
-        return Row(name, _title(name), reason=f"does not fit: {str(error).splitlines()[0]:.160}")
+        reason = f"does not fit: {str(error).splitlines()[0]:.160}"
     except UserError as error:
-        return Row(name, _title(name), reason=str(error))
+        reason = str(error)
+    return Row(name, _title(name), tuple(figures), reason)
 
 
 def _title(name: str) -> str:
@@ -63,7 +68,7 @@ def _record(row: Row) -> dict[str, Any]:
 
 
 def _plain(known: dict[str, Any]) -> dict[str, Any]:
-    return {name: value if isinstance(value, float) else asdict(value) for name, value in known.items()}
+    return {name: _plain(value) if isinstance(value, dict) else value if isinstance(value, float) else asdict(value) for name, value in known.items()}
 
 
 def about(lab: Lab) -> dict[str, Any]:

@@ -76,6 +76,7 @@ class VideoOptions:
         typer.Option("--set", metavar="NAME=VALUE", help="Any value of the recipe's configuration, such as 'refine.experts=[\"low\"]'; often."),
     ] = None
     attention: Annotated[str | None, typer.Option(help="Kernel of attention: auto, sdpa, flash, cudnn, efficient, varlen, fa3, fa4, sage, reference.")] = None
+    linears: Annotated[str | None, typer.Option(help="Linear layers of the transformer: plain, or fp8: half their memory, coarser; not every GPU can.")] = None
     device: Device = "auto"
     memory: Memory = "auto"
     vram_limit: VramLimit = None

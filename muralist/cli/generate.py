@@ -101,7 +101,7 @@ def ask(prompt: str, video: VideoOptions, run_dir: Path | None):
         raise UserError("width and height go together, without size", where="size", fix="use --size 3840x2160, or --width 3840 --height 2160")
     width, height = (video.width, video.height) if video.width is not None else parse_size(video.size) if video.size is not None else SIZES["4k"]
     seed = stored_seed(run_dir) if video.seed == -1 and run_dir is not None else video.seed
-    same = {name: getattr(video, name) for name in ("num_frames", "fps", "recipe", "revision", "negative_prompt", "attention")}
+    same = {name: getattr(video, name) for name in ("num_frames", "fps", "recipe", "revision", "negative_prompt", "attention", "linears")}
     numbers = {name: getattr(video, name) for name in ("num_inference_steps", "guidance_scale", "flow_shift", "skip_steps")}
     duration = None if video.duration is None else parse_duration(video.duration)
     settings = tuple(video.settings or ())

@@ -24,7 +24,6 @@ from muralist.stages.proxy import LowResolutionProxy
 from muralist.stages.refine import ProxyWindows, Refine
 from muralist.types import Grid
 
-REFERENCE = Kernels(attention="reference")
 SNAPSHOTS = 3  # two kept, one being published
 HOST_BYTES_PER_S = 20e9  # page-locked main memory to the device: PCIe 4.0 x16 carries 25e9 at best
 LATENTS = 4  # float32 latents alive in a guided step: the sample, both velocities, the next sample
@@ -68,9 +67,10 @@ def held_bytes(setting: Setting) -> tuple[int, int]:
     in_blocks = size.layers * transformer.block_parameters(size) + sum(count for name, count in added.items() if name not in apart) // 2
     beside = transformer.parameters(size) - size.layers * transformer.block_parameters(size) + sum(added.get(name, 0) for name in apart) // 2
     itemsize = setting.machine.itemsize
+    saved = size.layers * transformer.fp8_saving(size, itemsize) if setting.linears == "fp8" else 0
     if not setting.streamed:
-        return (in_blocks + beside) * itemsize, 0
-    block = in_blocks * itemsize // size.layers
+        return (in_blocks + beside) * itemsize - saved, 0
+    block = (in_blocks * itemsize - saved) // size.layers
     return beside * itemsize + SLOTS * block, size.layers * pinned(block)
 
 
@@ -99,7 +99,9 @@ def refine(part: Refine, setting: Setting) -> StagePlan:
 def _chunks(graft: Graft, grid: Grid, setting: Setting) -> str:
     """What is done to keep memory low, in words."""
     some = graft.token_chunk and graft.token_chunk < math.prod(setting.info.geometry.token_shape(grid))
-    return (f", {graft.token_chunk} tokens at a time" if some else "") + (", blocks streamed from main memory" if setting.streamed else "")
+    done = [f", {graft.token_chunk} tokens at a time"] if some else []
+    done += [", linear layers in 8 bits"] if setting.linears == "fp8" else []
+    return "".join(done) + (", blocks streamed from main memory" if setting.streamed else "")
 
 
 def _with_injector(plan: StagePlan, steps: Steps, setting: Setting) -> StagePlan:
@@ -168,7 +170,7 @@ def _denoising(setting: Setting, stage: str, part: LowResolutionProxy | Refine, 
     # A low-rank layer multiplies each of its weights once for every token; adapters are stored in 16 bits.
     linear = one.linear + 2 * one.tokens * info.component_bytes.get(f"adapter {part.adapter}", 0) // 2
     forwards, latent, (held, host) = steps.forwards, setting.latent_bytes(grid), held_bytes(setting)
-    live = _live_bytes(graft, grid, setting)
+    working = held + _live_bytes(graft, grid, setting) + LATENTS * latent
     return StagePlan(
         stage=stage,
         work=steps.work,
@@ -177,7 +179,7 @@ def _denoising(setting: Setting, stage: str, part: LowResolutionProxy | Refine, 
         flops=forwards * (linear + one.attention),
         attention_flops=forwards * one.attention,
         attention_saving=one.attention_saving,
-        memory_bytes=PROCESS_BYTES + held + live + LATENTS * latent,
+        memory_bytes=PROCESS_BYTES + max(working, _loading_bytes(setting)),
         host_bytes=host,
         disk_bytes=(SNAPSHOTS + 1) * latent,
         seconds=_seconds(setting, one, forwards, linear),
@@ -185,21 +187,35 @@ def _denoising(setting: Setting, stage: str, part: LowResolutionProxy | Refine, 
     )
 
 
+def _loading_bytes(setting: Setting) -> int:
+    """Of weights as they are stored, before those of linear layers become 8 bits, which is in main memory."""
+    return held_bytes(_plain(setting))[0] if setting.machine.on_cpu else 0
+
+
+def _plain(setting: Setting) -> Setting:
+    """The same without linear layers in 8 bits."""
+    return replace(setting, machine=replace(setting.machine, fp8=False))
+
+
 def _live_bytes(graft: Graft, grid: Grid, setting: Setting) -> int:
-    """Of one forward with the kernels of the request. Only the reference holds more than the others; what `auto` will be is not known here."""
+    """Of one forward with the kernels of the request. Of attention's only the reference holds more; what `auto` will be is not known here."""
     info = setting.info
-    graft = replace(graft, kernels=REFERENCE) if setting.request.config.kernels.attention == "reference" else graft
+    attention = "reference" if setting.request.config.kernels.attention == "reference" else "sdpa"
+    graft = replace(graft, kernels=Kernels(attention=attention, linears=setting.linears))
     shape, text = info.geometry.token_shape(grid), info.defaults.max_sequence_length
     return transformer.live_bytes(setting.dimensions, graft, shape, setting.machine.itemsize, info.branches, text_tokens=text)
 
 
 def _seconds(setting: Setting, one: transformer.Forward, forwards: int, linear: float) -> float:
-    """Of so many forwards and of reading the weights; streamed blocks arrive while others compute, and the slower of the two counts."""
+    """Of so many forwards and of reading the weights; streamed blocks arrive while others compute, and the slower of the two counts.
+
+    Neither computing nor arriving is taken to be faster in 8 bits: that was not measured.
+    """
     machine, files = setting.machine, setting.info.component_bytes
     traffic = transformer.elementwise_bytes(setting.dimensions, one.tokens, machine.itemsize)
     read = sum(count for name, count in files.items() if name.startswith(("transformer", "adapter ", "part ")) and name != f"part {UPSAMPLER}")
     computing = machine.seconds(linear=linear, attention=one.attention, traffic=traffic)
-    arriving = held_bytes(replace(setting, streamed=False))[0] / HOST_BYTES_PER_S if setting.streamed else 0.0
+    arriving = held_bytes(replace(_plain(setting), streamed=False))[0] / HOST_BYTES_PER_S if setting.streamed else 0.0
     return forwards * max(computing, arriving) + machine.seconds(read=read)
 
 

@@ -19,6 +19,7 @@ import torch
 
 from muralist.base import pick_dtype
 from muralist.errors import UserError
+from muralist.nn import fp8
 
 MATMUL_SIDE = {"cpu": 768, "cuda": 8192}
 COPY_BYTES = {"cpu": 1 << 25, "cuda": 1 << 30}
@@ -66,6 +67,7 @@ class Machine:
         disk_free: free bytes where the run directory will be.
         dtype: working type of the models, such as 'bfloat16'.
         cores: CPU cores, for the video encoder.
+        fp8: it multiplies 8-bit floats (`nn/fp8.py`).
         assumed: the numbers are a preset, not measured here.
     """
 
@@ -77,6 +79,7 @@ class Machine:
     disk_free: int
     dtype: str
     cores: int
+    fp8: bool = False
     assumed: bool = False
 
     @classmethod
@@ -93,6 +96,7 @@ class Machine:
             disk_free=shutil.disk_usage(_existing(Path(where))).free,
             dtype=str(dtype).removeprefix("torch."),
             cores=_cores(),
+            fp8=fp8.why_not(device, dtype) is None,
         )
 
     @classmethod
@@ -141,7 +145,7 @@ def _preset(name: str, gigabytes: int, matmul_flops: float, copy_bytes_per_s: fl
     """Decimal gigabytes, a few percent below what the driver reports: the rest is CUDA's own. Host: 64 GB, 16 cores, 1 TB disk."""
     return Machine(
         name=name, memory_bytes=64 * 10**9, device_bytes=gigabytes * 10**9, matmul_flops=matmul_flops, copy_bytes_per_s=copy_bytes_per_s,
-        disk_free=10**12, dtype="bfloat16", cores=16, assumed=True,
+        disk_free=10**12, dtype="bfloat16", cores=16, fp8=True, assumed=True,
     )  # fmt: skip
 
 

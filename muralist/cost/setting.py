@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from muralist.base_info import BaseInfo
 from muralist.config import Request
 from muralist.cost import transformer
 from muralist.cost.machine import Machine
+from muralist.nn import fp8
 from muralist.types import Grid
 
 FLOAT = 4  # bytes of a stored latent's number
@@ -60,6 +61,12 @@ class Setting:
     @property
     def grid(self) -> Grid:
         return self.info.geometry.legal(self.request.grid)
+
+    @property
+    def linears(self) -> Literal["plain", "fp8"]:
+        """How linear layers in the transformer's blocks will multiply: as asked, where the machine and the base's width allow it."""
+        asked = self.request.config.kernels.linears
+        return asked if self.machine.fp8 and fp8.fits(self.dimensions.width) else "plain"
 
     @property
     def dimensions(self) -> transformer.Dimensions:

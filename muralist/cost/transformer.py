@@ -18,6 +18,7 @@ from typing import Any
 from diffusers import WanTransformer3DModel
 
 from muralist.cost import branches as branching
+from muralist.nn import fp8
 from muralist.nn.attention import BranchedWindows, CloseRemote, FullAttention, GuidedWindows, WindowAttention
 from muralist.nn.attention.guided import pooled_shape
 from muralist.nn.kinds import BranchesConfig
@@ -169,6 +170,13 @@ def block_parameters(size: Dimensions) -> int:
     return 2 * attention + 2 * d * size.cross_norm + 2 * d * size.ffn + d + size.ffn + 6 * d
 
 
+def fp8_saving(size: Dimensions, itemsize: int) -> int:
+    """Bytes that a block's weights lose where its linear layers hold them in 8 bits, with a scale in float32 for every output channel."""
+    d, f = size.width, size.ffn
+    weights, rows = (8 * d * d + 2 * d * f, 9 * d + f) if fp8.fits(d, f) else (8 * d * d, 8 * d) if fp8.fits(d) else (0, 0)
+    return weights * (itemsize - 1) - rows * FP32
+
+
 def elementwise_bytes(size: Dimensions, tokens: int, itemsize: int) -> int:
     """Memory traffic of one forward outside matrix products, unfused as PyTorch runs it; `itemsize` in bytes of the working type."""
     return ELEMENTWISE_BYTES * tokens * size.width * size.layers * max(itemsize, 2) // 2
@@ -211,7 +219,7 @@ def _neighbours(attention: GuidedWindows) -> int:
 def _working_bytes(size: Dimensions, graft: Graft, token_shape: Shape, itemsize: int, branches: BranchesConfig | None) -> int:
     """Of the residual stream and of the chunk at work."""
     tokens = math.prod(token_shape)
-    stream, each = tokens * size.width * itemsize, _bytes_per_token(size, itemsize)
+    stream, each = tokens * size.width * itemsize, _bytes_per_token(size, itemsize, in_fp8=graft.kernels.linears == "fp8" and fp8.fits(size.width, size.ffn))
     if graft.keeps_stock_blocks:
         return tokens * each
     chunk = each * min(max(graft.token_chunk or tokens, _largest_window(graft.attention, token_shape)), tokens)
@@ -241,9 +249,13 @@ def _largest_window(attention: Any, token_shape: Shape) -> int:
     return max(tokens for _, tokens in windows_of(token_shape, windows.size)) if isinstance(windows, WindowAttention) else 1
 
 
-def _bytes_per_token(size: Dimensions, itemsize: int) -> int:
-    """Temporaries of a token that is being computed: the larger of attention's and the FFN's, both with the residual they add to."""
-    ffn = 2 * size.ffn * itemsize + 4 * size.width * itemsize
+def _bytes_per_token(size: Dimensions, itemsize: int, *, in_fp8: bool) -> int:
+    """Temporaries of a token that is being computed: the larger of attention's and the FFN's, both with the residual they add to.
+
+    `in_fp8`: what enters the FFN's second layer is divided by its scale in float32, then rounded.
+    """
+    second = itemsize + FP32 + 1 if in_fp8 else 0
+    ffn = size.ffn * max(2 * itemsize, second) + 4 * size.width * itemsize
     return max(_attention_bytes(size, itemsize), ffn)
 
 

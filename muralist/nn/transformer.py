@@ -57,7 +57,7 @@ class Graft:
     """What differs from the stock model. The default: nothing.
 
     `token_chunk`: tokens computed at a time where tokens are independent (>= 1); None: all at once. `experts`: names of those at work.
-    `kernels`: how attention is computed, and whether blocks are compiled.
+    `kernels`: how attention is computed, and whether blocks are compiled (8-bit `linears` are a matter of loading, `Base`).
     """
 
     attention: FullAttention | WindowAttention | GuidedWindows | BranchedWindows | CloseRemote = field(default_factory=FullAttention)

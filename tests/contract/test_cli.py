@@ -21,7 +21,7 @@ from tests.shell import muralist
 
 VIDEO = (
     "--size --width --height --num-frames --duration --fps --seed --model --revision --recipe --negative-prompt --num-inference-steps --guidance-scale "
-    "--flow-shift --skip-steps --set --attention --device --memory --vram-limit"
+    "--flow-shift --skip-steps --set --attention --linears --device --memory --vram-limit"
 )
 COMMON = VIDEO.replace("--seed ", "").replace("--recipe ", "")
 OPTIONS = {

@@ -66,6 +66,7 @@ OPTIONS = [
     ("--device", "tpu"), ("--device", ""), ("--device", "cpu:9:9"), ("--device", "cuda:99"), ("--device", "cuda:x"),
     ("--model", ""), ("--model", "nowhere"), ("--model", "/dev/null"), ("--model", "../.."), ("--model", "org/name"), ("--model", "x" * 5000),
     *(("--memory", word) for word in ("", "all", "LOW", "12GB", "x" * 1000)),
+    *(("--linears", word) for word in ("", "int4", "FP8", "x" * 1000)),
     *(("--set", f"{stage}.guidance_interval={value}") for stage in ("proxy", "refine") for value in INTERVALS),
     *(("--set", f"{stage}.token_chunk={value}") for stage in ("proxy", "refine") for value in (0, -1, 1.5, "many", "[]")),
     ("--no-such-option", "1"), ("--sise", "4k"), ("--output",), ("-z", "1"),

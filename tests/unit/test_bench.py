@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from muralist.bench import rows, table, wan
 from muralist.bench.clock import Cost
-from muralist.bench.lab import Lab, Pipeline, random
+from muralist.bench.lab import Lab, Linears, Pipeline, random
 from muralist.bench.rows import ROWS, Figure, ratio
 from muralist.cost import transformer
+from muralist.cost.machine import Machine
+from muralist.nn import fp8
 from muralist.nn.transformer import MuralTransformer
 from tests.shell import muralist
 
@@ -29,6 +32,12 @@ class Told(Lab):
     def decode(self, name, grid, how):
         return Cost({"ours": 20.0, "diffusers": 80.0}[how], 8 * 10**9)
 
+    def linears(self, name, grid):
+        return {"off": Linears(Cost(3.0, 4 * 10**9), Cost(4.0, 2 * 10**9), 0.05), "blocks": Linears(Cost(3.0, 4 * 10**9), Cost(1.5, 2 * 10**9), 0.05)}
+
+    def ceilings(self):
+        return replace(Machine.of("140GB"), matmul_flops=1e15)
+
     def pipeline(self, name, grid):
         return Pipeline(30.0, 8.0, 20.0, 12 * 10**9)
 
@@ -43,6 +52,7 @@ def test_rows_are_the_formulas_that_they_name():
     assert values("H4") == pytest.approx([10, 4, 10, 4])
     assert values("H5") == pytest.approx([25, 1250, 25, 1250])
     assert values("H6") == pytest.approx([100 * 100 / (2 * (50 * 8 + 45 * 2))])
+    assert values("H7")[1:] == pytest.approx([2, 0.75, 4, 2, 4, 0.05, 2, 1.5, 2, 4, 0.05])
     assert values("H8")[:3] == pytest.approx([4, 20, 8])
     assert values("H10") == pytest.approx([30 / 28, 30 / 28])
     assert values("H9") == pytest.approx([12, 12]) and values("H11") == pytest.approx([30, 30])
@@ -95,6 +105,24 @@ def test_rows_are_kept_one_by_one_and_a_row_that_does_not_fit_says_so(tmp_path, 
     assert found["rows"][0]["figures"][0]["met"] is True and "Tried to allocate 99 GiB." in found["rows"][1]["reason"]
     text = (tmp_path / "bench.md").read_text()
     assert "at most 13: met" in text and "More." not in text
+
+
+def test_a_device_that_does_not_multiply_8_bits_keeps_the_rest_of_its_row(tmp_path, monkeypatch):
+    class Old(Told):
+        linears = Lab.linears
+
+    monkeypatch.setattr(fp8, "why_not", lambda device, dtype: "they need compute capability 8.9, this GPU has 8.6")
+    (made,) = table.run(Old(CPU, torch.float32, "real"), ["H7"], tmp_path, minutes=1, tell=lambda row: None)
+    assert [figure.unit for figure in made.figures] == ["of matmul", "s"] and "8-bit linear layers: they need compute capability 8.9" in made.reason
+
+
+def test_linear_layers_are_measured_on_one_model_whose_weights_come_back():
+    lab = Lab(CPU, torch.float32, "small")
+    found = lab.linears("1.3B", "480p x81")["off"]
+    assert 0 < found.error < 0.1 and min(found.plain.seconds, found.fp8.seconds) > 0
+    assert lab.linears("1.3B", "480p x81")["off"] is found
+    assert not any(isinstance(module, fp8.Fp8Linear) for module in lab._transformer("1.3B").modules())
+    assert json.loads(json.dumps(table._plain(lab.known)))["linears 1.3B 480p x81"]["off"]["error"] == found.error
 
 
 def test_no_row_is_begun_when_time_is_spent(tmp_path):

@@ -173,7 +173,7 @@ def test_a_kernel_that_fails_is_named_by_how_it_fails(failure, told):
 def test_what_is_missing_is_named_and_replaced():
     assert backends.settle("auto", CPU, torch.float32, 64) == ("sdpa", None)
     assert backends.settle("fa3", CPU, torch.bfloat16, 64) == ("sdpa", "attention fa3: it is not installed; sdpa computes it")
-    settled, notes = Kernels(attention="cudnn", compile="blocks").settled(CPU, torch.float32, 64)
+    settled, notes = Kernels(attention="cudnn", compile="blocks").settled(CPU, torch.float32, 64, (64, 128))
     assert settled == Kernels(attention="sdpa", compile="blocks") and len(notes) == 1 and "cudnn: it does not take float32" in notes[0]
     with pytest.raises(UserError, match="use one of auto, sdpa"):
         Kernels(attention="fa5")

@@ -152,12 +152,12 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
     except ImportError as failure:
         if failure.name in PACKAGES and isinstance(failure, ModuleNotFoundError):
             return ABSENT
-        return f"it cannot be loaded ({_first_line(failure)})"  # made for another PyTorch or another CUDA, or something that it needs is missing
+        return f"it cannot be loaded ({first_line(failure)})"  # made for another PyTorch or another CUDA, or something that it needs is missing
     except Exception as failure:  # whatever a package makes of a type, a device or a width that it does not take
-        return f"it does not take {str(dtype).removeprefix('torch.')} heads of {head_dim} on {device.type} ({_first_line(failure)})"
+        return f"it does not take {str(dtype).removeprefix('torch.')} heads of {head_dim} on {device.type} ({first_line(failure)})"
     return None if error <= AGREES else f"it is {error:.2g} off the reference"
 
 
-def _first_line(failure: Exception) -> str:
+def first_line(failure: Exception) -> str:
     """What an exception says, shortened; the name of its type if it says nothing."""
     return (str(failure).strip().splitlines() or [type(failure).__name__])[0][:60]

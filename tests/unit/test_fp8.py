@@ -1,0 +1,441 @@
+"""Linear layers in 8 bits: close to the plain ones and equal to what their codes and scales say; adapters stay exact; runs, plans and streaming know them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+import muralist as library
+from muralist.base import Base, Sight
+from muralist.base_info import inspect_base
+from muralist.bench.wan import SIZES
+from muralist.cost import transformer as costs
+from muralist.cost.budget import Budget
+from muralist.cost.denoising import held_bytes
+from muralist.cost.setting import Setting
+from muralist.errors import UserError
+from muralist.nn import compiled, fp8, streaming
+from muralist.nn.attention import BranchedWindows, FullAttention, GuidedWindows, WindowAttention
+from muralist.nn.fp8 import Fp8Linear, quantise, scaled
+from muralist.nn.kernels import Kernels
+from muralist.nn.transformer import Graft, MuralTransformer
+from muralist.plan import Machine, plan
+from muralist.request import Asked, changed, make_request, restore
+from muralist.store import atomic
+from muralist.types import TextCond
+from tests import tiny
+from tests.shell import muralist
+from tests.unit.test_plan import TINY, Alive, request, stage
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+FP8 = Kernels(attention="sdpa", linears="fp8")
+TEXT = TextCond(torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(1)), torch.zeros(1, 4, 32))
+LATENT = torch.randn(1, 48, 2, 8, 8, generator=torch.Generator().manual_seed(2))
+SMALL = ("--size", "160x96", "--num-frames", 5, "--seed", 5, "--json")
+
+
+@pytest.fixture(scope="module")
+def wide21(tmp_path_factory):
+    """As tiny21, with sides that are multiples of 16."""
+    return tiny.add_parts(tiny.save_pipeline(tmp_path_factory.mktemp("base") / "wide21", "2.1", head_dim=16))
+
+
+@pytest.fixture(scope="module")
+def wide22(tmp_path_factory):
+    return tiny.add_parts(tiny.save_pipeline(tmp_path_factory.mktemp("base") / "wide22", "2.2", head_dim=16))
+
+
+@pytest.fixture(autouse=True)
+def forget_what_runs():
+    yield
+    fp8.why_not.cache_clear()
+
+
+def layer(dtype: torch.dtype, inside: int = 256, out: int = 192, *, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(inside, out, bias=bias).to(dtype).requires_grad_(False)
+
+
+def weight_bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def tokens(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+def apart(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Root mean square of the difference over that of what is exact."""
+    return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+# --- the layer --------------------------------------------------------------------------------------------------------------------
+
+
+@TYPES
+@pytest.mark.parametrize("width", [64, 1024])
+def test_a_layer_is_as_coarse_as_three_bits_of_mantissa(dtype, width):
+    plain = layer(dtype, inside=width, bias=False)
+    x = tokens(dtype, 2, 150, width)
+    y = Fp8Linear(plain)(x)
+    assert y.shape == (2, 150, 192) and y.dtype == dtype
+    assert 0.03 <= apart(y, plain.double()(x.double())) <= 0.045
+
+
+@TYPES
+def test_a_layer_is_what_its_codes_and_scales_say(dtype):
+    """Both dequantised by hand, in float64."""
+    plain, x = layer(dtype), tokens(dtype, 100, 256)
+    made = Fp8Linear(plain.to(dtype))
+    scale = x.float().abs().amax(1, keepdim=True) / 448
+    rounded = (x.float() / scale).to(torch.float8_e4m3fn).double() * scale.double()
+    weight = made.weight.double() * made.scales.double().T
+    expected = rounded @ weight.T + made.bias.double()
+    tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-6
+    assert ((made(x).double() - expected).abs() <= tolerance * expected.abs().clamp(min=1)).all()
+    assert ((weight - plain.weight.double()).abs() <= plain.weight.double().abs() / 16 + made.scales.double().T * 2**-10).all(), "half a step of a code"
+
+
+@TYPES
+def test_a_large_token_or_channel_spoils_no_other(dtype):
+    plain, x = layer(dtype, bias=False), tokens(dtype, 60, 256)
+    usual = Fp8Linear(plain)(x)
+    x[7] *= 1e4
+    plain.weight[5] *= 1e4
+    y = Fp8Linear(plain)(x)
+    rest, others = torch.arange(60) != 7, torch.arange(192) != 5
+    assert torch.equal(y[rest][:, others], usual[rest][:, others])
+    exact = x.double() @ plain.weight.double().T
+    assert apart(y[7], exact[7]) < 0.06 and apart(y[:, 5], exact[:, 5]) < 0.06
+
+
+@TYPES
+def test_zeros_and_the_smallest_numbers_are_numbers(dtype):
+    plain, x = layer(dtype), tokens(dtype, 6, 256)
+    x[0], x[1], plain.weight[3] = 0, 1e-39, 0
+    y = Fp8Linear(plain)(x)
+    assert y.isfinite().all()
+    assert torch.equal(y[0], plain.bias) and torch.equal(y[:, 3], plain.bias[3].expand(6))
+    assert Fp8Linear(plain)(x[:0]).shape == (0, 192)
+
+
+@TYPES
+def test_the_largest_number_of_a_row_is_the_largest_code(dtype):
+    """A quotient a rounding above 448 is not out of range, which would be no number."""
+    x = (tokens(torch.float32, 20_000, 16) * torch.logspace(-30, 30, 20_000)[:, None]).to(dtype)
+    codes, scales = scaled(x)
+    assert (codes.float().abs().amax(1) == 448).all() and scales.dtype == torch.float32
+    assert (codes.float() * scales - x.float()).abs().max() <= x.float().abs().max() / 16
+
+
+def test_tokens_may_stand_in_any_layout():
+    made, x = Fp8Linear(layer(torch.float32)), tokens(torch.float32, 256, 3, 40)
+    assert torch.equal(made(x.movedim(0, 2)), made(x.movedim(0, 2).contiguous())) and made(x[:, 0, 0][None]).shape == (1, 192)
+
+
+# --- in a transformer -------------------------------------------------------------------------------------------------------------
+
+
+def base_of(folder, *, streamed: bool = False, dtype: torch.dtype = torch.float32) -> Base:
+    base = Base(inspect_base(str(folder)), CPU, dtype)
+    base.stream(streamed)
+    return base
+
+
+def test_only_attention_and_ffn_are_multiplied_in_8_bits(wide22):
+    base = base_of(wide22)
+    base.multiply_in("fp8")
+    model = base.transformer()
+    found = {name for name, module in model.named_modules() if isinstance(module, Fp8Linear)}
+    wrapped = {f"attn{n}.{x}.base_layer" for n in (1, 2) for x in ("to_q", "to_v")}  # the adapters' layers
+    plain = {f"attn{n}.{x}" for n in (1, 2) for x in ("to_k", "to_out.0")} | {"ffn.net.0.proj", "ffn.net.2"}
+    assert found == {f"blocks.{block}.{name}" for block in (0, 1) for name in wrapped | plain}
+    others = {p.dtype for p in model.parameters()}
+    assert others == {torch.float32}, "adapters, experts, branches and norms as they were"
+    with_fp8 = sum(b.nbytes for name, b in model.named_buffers() if b.dtype == torch.float8_e4m3fn)
+    assert with_fp8 == 2 * (8 * 32 * 32 + 2 * 32 * 32)
+
+
+def test_sides_that_tensor_cores_do_not_take_stay_and_are_counted():
+    model = MuralTransformer(**TINY | {"ffn_dim": 40})
+    assert quantise(model.blocks) == (3 * 8, 3 * 2)
+    assert type(model.blocks[0].ffn.net[2]) is nn.Linear and type(model.blocks[0].attn2.to_out[0]) is Fp8Linear
+
+
+def test_the_bytes_of_bfloat16_weights_halve_as_the_plan_says():
+    config = TINY | dict(num_attention_heads=8, ffn_dim=512, attention_head_dim=32)
+    model, size = MuralTransformer(**config).to(torch.bfloat16), costs.Dimensions.of(config)
+    before = weight_bytes(model.blocks)
+    quantise(model.blocks)
+    after = weight_bytes(model.blocks)
+    assert 0.5 < after / before < 0.52
+    assert before - after == size.layers * costs.fp8_saving(size, 2)
+    assert costs.fp8_saving(replace(size, width=24), 2) == 0 < costs.fp8_saving(replace(size, ffn=24), 2) < costs.fp8_saving(size, 2)
+
+
+def test_an_adapter_stays_exact_and_acts():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn1, self.attn2, self.ffn = nn.ModuleDict({"to_q": layer(torch.float32)}), nn.Module(), nn.Module()
+
+    net, x = Net(), tokens(torch.float32, 9, 256)
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=8, target_modules=["to_q"], init_lora_weights=False), net)
+    wrapped = net.attn1["to_q"]
+    alone = wrapped.lora_B["default"](wrapped.lora_A["default"](x)) * 2
+    assert quantise([net]) == (1, 0) and isinstance(wrapped.base_layer, Fp8Linear)
+    assert torch.allclose(wrapped(x), wrapped.base_layer(x) + alone, atol=1e-6) and alone.std() > 0.1
+    wrapped.enable_adapters(False)
+    assert torch.equal(wrapped(x), wrapped.base_layer(x))
+
+
+def fields(base: Base, adapter: str | None, graft: Graft, **given):
+    return base.velocity(TEXT, guidance_scale=2.0, graft=graft, adapter=adapter, **given)
+
+
+GRAFTS = {
+    "whole": Graft(),
+    "chunks and experts": Graft(attention=FullAttention(), token_chunk=10, experts=("low", "high")),
+    "windows": Graft(attention=WindowAttention((2, 2, 2)), token_chunk=16),
+    "branches": Graft(attention=BranchedWindows(2, branches=("coarse", "whole")), token_chunk=16),
+}
+
+
+@pytest.mark.parametrize("graft", GRAFTS.values(), ids=GRAFTS)
+@pytest.mark.parametrize("adapter", [None, "detail"])
+def test_a_velocity_is_near_the_plain_one_and_adapters_act(wide22, graft, adapter):
+    base = base_of(wide22)
+    exact = fields(base, adapter, graft)(LATENT, 0.9)
+    coarse = fields(base, adapter, replace(graft, kernels=FP8))(LATENT, 0.9)
+    again = fields(base, adapter, graft)(LATENT, 0.9)
+    assert 0.001 < apart(coarse, exact) < 0.1
+    assert torch.equal(again, exact), "what asks for plain layers gets them back"
+    if adapter is not None:
+        plain = fields(base, None, replace(graft, kernels=FP8))(LATENT, 0.9)
+        assert not torch.allclose(coarse, plain, atol=1e-3)
+
+
+def test_chunks_do_not_change_what_a_token_is_rounded_to(wide22):
+    base = base_of(wide22)
+    whole, parts = (fields(base, "detail", Graft(token_chunk=chunk, kernels=FP8))(LATENT, 0.7) for chunk in (None, 5))
+    assert torch.allclose(whole, parts, atol=1e-5)
+
+
+@TYPES
+def test_streamed_blocks_bring_their_codes(wide22, dtype, monkeypatch):
+    def take_away(self, number, original=streaming.BlockStream.take_away):
+        original(self, number)
+        streaming._place(self._tensors[number], [torch.full_like(t, torch.nan) for t in self._at_home[number]])
+
+    monkeypatch.setattr(streaming.BlockStream, "take_away", take_away)
+    resident, streamed = (base_of(wide22, streamed=way, dtype=dtype) for way in (False, True))
+    graft = Graft(token_chunk=16, experts=("low", "high"), kernels=FP8)
+    for adapter, given in (("detail", {}), (None, {"sight": Sight(anchor=LATENT)})):
+        assert torch.equal(*(fields(base, adapter, graft, **given)(LATENT, 0.5) for base in (resident, streamed)))
+    plain = base_of(wide22, streamed=True, dtype=dtype).transformer().streamed
+    moved = sum(memory.numel() for memory in streamed.transformer().streamed._host)
+    assert moved < sum(memory.numel() for memory in plain._host)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_agree_with_eager_ones(wide22):
+    torch._dynamo.reset()
+    if lacking := compiled.why_not(CPU):
+        pytest.skip(lacking)
+    base = base_of(wide22)
+    graft = Graft(attention=WindowAttention((2, 2, 2)), token_chunk=16, kernels=FP8)
+    eager, fast = (fields(base, "detail", replace(graft, kernels=replace(FP8, compile=way)))(LATENT, 0.5) for way in ("off", "blocks"))
+    assert apart(fast, eager) < 0.01  # a last bit may round a token to another code
+
+
+def test_a_proxy_is_remembered_in_8_bits(wide22):
+    base = base_of(wide22)
+    base.multiply_in("fp8")
+    model = base.transformer()
+    with torch.inference_mode():
+        memory = model.remember(LATENT[:, :, :1], torch.tensor([0.0]), TEXT.positive, 4.0)
+        model.configure(Graft(attention=GuidedWindows(WindowAttention((2, 2, 2))), kernels=FP8))
+        assert model(LATENT, torch.tensor([500.0]), TEXT.positive, return_dict=False, attention_kwargs={"proxy": memory})[0].isfinite().all()
+
+
+@pytest.mark.gpu
+def test_products_in_8_bits_run_on_a_gpu_that_has_them():
+    if torch.cuda.get_device_capability() < fp8.CAPABILITY:
+        pytest.skip("too old a GPU")
+    assert fp8.why_not(CUDA, torch.bfloat16) is None
+    plain, x = layer(torch.bfloat16).cuda(), tokens(torch.bfloat16, 2, 77, 256).cuda()
+    assert 0.02 <= apart(Fp8Linear(plain)(x), plain.double()(x.double())) <= 0.045
+
+
+# --- whether it runs here ---------------------------------------------------------------------------------------------------------
+
+
+def test_it_runs_on_this_cpu_and_old_gpus_are_named(monkeypatch):
+    assert [fp8.why_not(CPU, dtype) for dtype in (torch.float32, torch.bfloat16)] == [None, None]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    told = "linears fp8: they need compute capability 8.9, this GPU has 8.6; they compute in bfloat16"
+    assert fp8.settle("fp8", CUDA, torch.bfloat16, (1536, 8960)) == ("plain", told)
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [(RuntimeError("no rows\nmore"), "they do not run in float32 on cpu (no rows)"), (NotImplementedError(), "float32 on cpu (NotImplementedError)")],
+)
+def test_what_pytorch_refuses_is_said(monkeypatch, failure, told):
+    def refuse(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    assert told in fp8.why_not(CPU, torch.float32)
+
+
+def test_a_product_that_disagrees_is_not_used(monkeypatch):
+    monkeypatch.setattr(torch, "_scaled_mm", lambda a, b, scale_a, scale_b, **_: a.float() @ b.float())
+    assert "off the reference" in fp8.why_not(CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("sides", "linears", "told"),
+    [
+        ((32, 48), "fp8", None),
+        ((24, 48), "plain", "linears fp8: the base is 24 wide, no multiple of 16; they compute in float32"),
+        ((32, 40), "fp8", "linears fp8: the FFN is 40 wide, no multiple of 16; it computes in float32"),
+    ],
+)
+def test_what_stays_plain_is_said(sides, linears, told):
+    settled, notes = Kernels(linears="fp8").settled(CPU, torch.float32, 16, sides)
+    assert (settled.linears, notes) == (linears, [] if told is None else [told])
+    assert Kernels().settled(CPU, torch.float32, 16, sides)[1] == []
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------------------
+
+
+def paint(base, output, *more):
+    return muralist("generate", "a red ball", "--model", base, "-o", output, "--linears", "fp8", *SMALL, *more)
+
+
+def written(video) -> dict:
+    return json.loads(video.with_name(video.name + ".json").read_text())["metadata"]
+
+
+@pytest.mark.parametrize("flavour", ["wide21", "wide22"])
+def test_a_run_in_8_bits_says_so_and_resumes_bit_for_bit(flavour, request, tmp_path, monkeypatch):
+    base = request.getfixturevalue(flavour)
+    assert (answer := paint(base, tmp_path / "whole.mp4")).code == 0, answer.err
+    assert "linears" not in answer.err
+
+    def stop(path, *arguments, publish_dir=atomic.publish_dir, **options):
+        publish_dir(path, *arguments, **options)
+        if path.name.startswith("refine-step"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "publish_dir", stop)
+        assert paint(base, tmp_path / "a.mp4").code == 130
+    assert muralist("resume", tmp_path / "a.mp4.run").code == 0
+    assert (tmp_path / "whole.mp4").read_bytes() == (tmp_path / "a.mp4").read_bytes()
+    found = written(tmp_path / "a.mp4")
+    assert found["kernels"]["linears"] == "fp8" and restore(found["request"]).config.kernels.linears == "fp8"
+
+
+def test_a_base_that_cannot_says_so_once_and_computes(tiny22, tmp_path):
+    answer = paint(tiny22, tmp_path / "a.mp4")
+    assert answer.code == 0 and answer.err.count("linears fp8: the base is 24 wide, no multiple of 16; they compute in") == 1
+    found = written(tmp_path / "a.mp4")
+    assert found["kernels"]["linears"] == "plain" and found["request"]["config"]["kernels"]["linears"] == "fp8", "as asked, beside what computed"
+
+
+def test_a_run_goes_on_where_8_bits_are_gone(wide22, tmp_path, monkeypatch):
+    assert paint(wide22, tmp_path / "a.mp4", "--keep-run").code == 0
+    (tmp_path / "a.mp4").unlink()
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("gone")))
+    fp8.why_not.cache_clear()
+    answer = muralist("resume", tmp_path / "a.mp4.run")
+    assert answer.code == 0 and "linears fp8: they do not run in" in answer.err and written(tmp_path / "a.mp4")["kernels"]["linears"] == "plain"
+
+
+def test_the_interface_in_python_takes_it(wide21):
+    pipe = library.load(str(wide21), device="cpu")
+    size = {"width": 96, "height": 64, "num_frames": 5, "seed": 5}
+    latents = []
+    for linears in ("plain", "fp8", "plain"):
+        with pipe("a red ball", linears=linears, **size) as video:
+            latents.append(video.latent.z)
+    assert torch.equal(latents[0], latents[2]) and 0.001 < apart(latents[1], latents[0]) < 0.3
+
+
+@pytest.mark.parametrize("typed", [("--linears", "int4"), ("--linears", ""), ("--set", "kernels.linears=fp4"), ("--set", "kernels.linears=8")])
+def test_what_it_cannot_be_is_one_line(typed, tiny22, tmp_path):
+    answer = muralist("generate", "a red ball", "--model", tiny22, "-o", tmp_path / "a.mp4", *typed)
+    assert "fp8" in answer.error and not list(tmp_path.iterdir())
+
+
+def test_a_request_keeps_it_and_plain_is_the_default(wide22):
+    info = inspect_base(str(wide22))
+    asked = make_request(Asked(prompt="a ball", seed=1, linears="fp8"), info, note=print)
+    assert asked.config.kernels == Kernels(linears="fp8") and restore(asked.record()) == asked
+    usual = make_request(Asked(prompt="a ball", seed=1), info, note=print)
+    assert usual.config.kernels == Kernels() and changed(usual.config, ["kernels.linears=fp8"]) == asked.config
+    with pytest.raises(UserError, match="use one of plain, fp8"):
+        Kernels(linears="int8")
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------------------
+
+
+def settings(machine: Machine) -> tuple[Setting, Setting]:
+    """(plain, 8 bits) of a 5B base."""
+    info = SIZES["5B"].info("5B")
+    plain = request(info.defaults.grid)
+    asked = replace(plain, config=replace(plain.config, kernels=Kernels(linears="fp8")))
+    return tuple(Setting(request=r, info=info, machine=machine) for r in (plain, asked))
+
+
+def test_the_plan_counts_half_the_weights_and_no_gain_in_time():
+    card = Machine.of("24GB")
+    plain, asked = settings(card)
+    assert 0.5 < held_bytes(asked)[0] / held_bytes(plain)[0] < 0.52
+    (few, host), (half, half_host) = (held_bytes(replace(setting, streamed=True)) for setting in (plain, asked))
+    assert half < 0.7 * few and half_host <= host / 2
+    made, usual = plan(asked.request, asked.info, card), plan(plain.request, plain.info, card)
+    (refined, before), saved = (stage(p, "refine") for p in (made, usual)), held_bytes(plain)[0] - held_bytes(asked)[0]
+    small = replace(card, device_bytes=3 * 10**9, matmul_flops=1e18)  # blocks arrive more slowly than they compute
+    waiting = [plan(setting.request, setting.info, small, budget=Budget("low")) for setting in (plain, asked)]
+    assert waiting[0].seconds == waiting[1].seconds and waiting[1].streamed
+    assert refined.seconds == before.seconds and refined.flops == before.flops and "linear layers in 8 bits" in refined.action
+    assert 0.9 * saved < before.memory_bytes - refined.memory_bytes < saved
+    assert any("bench gpu --only H7" in note for note in made.notes) and not any("8 bits" in note for note in usual.notes)
+
+
+def test_the_plan_of_a_machine_without_it_and_of_loading_on_a_cpu_counts_whole_weights():
+    old = replace(Machine.of("24GB"), fp8=False)
+    plain, asked = settings(old)
+    assert held_bytes(asked) == held_bytes(plain) and asked.linears == "plain"
+    cpu = replace(Machine.of("24GB"), device_bytes=None)
+    plain, asked = settings(cpu)
+    found = stage(plan(asked.request, asked.info, cpu), "refine")
+    assert found.memory_bytes > held_bytes(plain)[0] > held_bytes(asked)[0]
+    assert Machine.measure("cpu").fp8
+
+
+@TYPES
+@pytest.mark.parametrize("graft", [Graft(token_chunk=256), Graft(attention=WindowAttention((5, 5, 5)), token_chunk=256)], ids=["full", "windows"])
+@pytest.mark.parametrize("ffn", [384, 1024])
+def test_live_memory_of_a_forward_in_8_bits(dtype, graft, ffn):
+    config = TINY | dict(num_attention_heads=4, attention_head_dim=64, ffn_dim=ffn, num_layers=2)
+    model = MuralTransformer(**config).to(dtype).configure(graft)
+    quantise(model.blocks)
+    z, text = torch.randn(1, 16, 5, 36, 40, dtype=dtype), torch.randn(1, 6, 32, dtype=dtype)
+    seen = Alive(model)
+    seen.weights |= {b.untyped_storage()._cdata for b in model.buffers()}
+    with torch.no_grad(), seen:
+        model(z, torch.ones(1), text)
+    said = costs.live_bytes(costs.Dimensions.of(config), replace(graft, kernels=FP8), (5, 18, 20), dtype.itemsize)
+    assert 0.9 <= said / seen.peak <= 1.2
