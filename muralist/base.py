@@ -19,6 +19,7 @@ import torch
 
 from muralist.base_info import UPSAMPLER, BaseInfo
 from muralist.errors import UserError
+from muralist.nn.block_cache import FirstBlockCache, Pass
 from muralist.nn.experts import EXPERTS, ExpertsConfig, attach
 from muralist.nn.fp8 import quantise
 from muralist.nn.kinds import BRANCHES, INJECTOR, STEP_SIZE, BranchesConfig, InjectorConfig
@@ -148,17 +149,21 @@ class Base:
         graft: Graft,
         adapter: str | None,
         sight: Sight = NOTHING,
+        cache: FirstBlockCache | None = None,
     ) -> flow.Velocity:
         """The guided velocity field under a graft, with a named adapter switched on or all of them off; runs without gradients.
 
-        Of the graft's experts those work that are there for the noise level.
+        Of the graft's experts those work that are there for the noise level. With a `cache` it depends on the steps before: for one run of them.
         """
         positive, negative = (e.to(self.device, self.dtype) for e in (text.positive, text.negative))
         chunks = Chunks()
-        conditional, unconditional = (self._field(embeds, graft, adapter, sight, chunks) for embeds in (positive, negative))
+        passes = (None, None) if cache is None else (cache.conditional, cache.unconditional)
+        conditional, unconditional = (
+            self._field(embeds, graft, adapter, sight, chunks, cached) for embeds, cached in zip((positive, negative), passes)
+        )  # fmt: skip
         return flow.guided(conditional, unconditional, guidance_scale, guidance_interval)
 
-    def _field(self, embeds: torch.Tensor, graft: Graft, adapter: str | None, sight: Sight, chunks: Chunks) -> flow.Velocity:
+    def _field(self, embeds: torch.Tensor, graft: Graft, adapter: str | None, sight: Sight, chunks: Chunks, cached: Pass | None) -> flow.Velocity:
         given = self._given(embeds, sight)
 
         @torch.inference_mode()
@@ -168,7 +173,7 @@ class Base:
 
             def forward(token_chunk: int | None) -> torch.Tensor:
                 transformer.configure(replace(graft, experts=at_work, token_chunk=token_chunk))  # its kernels and chunks are those of the proxy's pass too
-                seen = given(z, sigma)
+                seen = given(z, sigma) | {"cache": cached}
                 select_adapter(transformer, adapter)
                 return transformer(z.to(self.dtype), self._timestep(sigma), embeds, return_dict=False, attention_kwargs=seen)[0].float()
 

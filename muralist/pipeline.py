@@ -19,6 +19,7 @@ from muralist.config import Request
 from muralist.cost.levels import in_small_chunks
 from muralist.errors import Note
 from muralist.nn import heap
+from muralist.nn.block_cache import FirstBlockCache
 from muralist.nn.kernels import Kernels
 from muralist.plan import Plan
 from muralist.progress import Observer, measured
@@ -78,9 +79,8 @@ def _proxy(text: TextCond, request: Request, base: Base, run: RunDirectory, obse
     grid = config.grid(request.grid, base.info.geometry)
     if not run.has("proxy"):
         with measured(observer, "proxy", config.num_inference_steps):
-            kernels = _kernels(request, base)
-            saved, after_step, computed = _steps(run, "proxy", observer, kernels)
-            latent = make_proxy(base, text, config, request.grid, seed=request.seed, saved=saved, after_step=after_step, kernels=kernels)
+            steps, computed = _steps(request, base, run, "proxy", config.cache, observer)
+            latent = make_proxy(base, text, config, request.grid, seed=request.seed, **steps)
             _finish(run, "proxy", latent, computed)
     return LatentVideo(run.load("proxy")[0]["latent"].to(base.device), grid)
 
@@ -103,10 +103,9 @@ def _refine(
     config, grid = request.config.refine, base.info.geometry.legal(request.grid)
     if not run.has("refine"):
         with measured(observer, "refine", config.num_inference_steps):
-            kernels = _kernels(request, base)
-            saved, after_step, computed = _steps(run, "refine", observer, kernels)
+            steps, computed = _steps(request, base, run, "refine", config.cache, observer)
             seen = sight(config, request.config.proxy, proxy, seed=request.seed)
-            latent = refine(base, text, guide, grid, config, sight=seen, seed=request.seed, saved=saved, after_step=after_step, kernels=kernels)
+            latent = refine(base, text, guide, grid, config, sight=seen, seed=request.seed, **steps)
             _finish(run, "refine", latent, computed)
     base.release("transformer", "transformer_2")
     return LatentVideo(run.load("refine")[0]["latent"].to(base.device), grid)
@@ -155,21 +154,33 @@ def metadata(request: Request, base: Base, run: RunDirectory) -> dict[str, Any]:
     return {"generator": "muralist", "versions": versions(), **computed, "request": request.record()}
 
 
-def _steps(run: RunDirectory, stage: str, observer: Observer, kernels: Kernels):
-    """Where to go on, what to do after each step (save the latent, tell the observer), and what the result says of its computing."""
-    newest = run.latest_step(stage)
-    saved = newest and (newest[0], newest[1]["latent"])
-    earlier, now = newest[2][KERNELS] if newest else [], asdict(kernels)
-    if earlier and now not in earlier:
-        warnings.warn(f"{stage}: its first {newest[0]} steps were computed with {earlier[-1]}, the others are with {now}", Note, stacklevel=2)
-    computed = {KERNELS: earlier if now in earlier else [*earlier, now]}
+def _steps(request: Request, base: Base, run: RunDirectory, stage: str, threshold: float | None, observer: Observer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(how a stage's steps are taken, as options: where they go on, with what, and what is done after each; what its result says of its computing)
+
+    After a step its latent is saved. But who goes on has nothing in a first-block cache: with one, a latent is saved once the step that begins with it
+    has turned out to need none.
+    """
+    newest, kernels, cache = run.latest_step(stage), _kernels(request, base), threshold and FirstBlockCache(threshold)
+    computed = {KERNELS: _with(newest[2][KERNELS] if newest else [], asdict(kernels), stage)}
+    begun: tuple[int, torch.Tensor] | None = None  # what the next step begins with
 
     def after_step(step: int, z: torch.Tensor) -> None:
-        if step % SAVE_EVERY == 0:
-            run.save_step(stage, step, {"latent": z.cpu()}, computed)
+        nonlocal begun
+        before, begun = begun, (step, z)
+        safe = begun if cache is None else before if cache.whole else None
+        if safe is not None and safe[0] % SAVE_EVERY == 0:
+            run.save_step(stage, safe[0], {"latent": safe[1].cpu()}, computed)
         observer.advance(stage, step)
 
-    return saved, after_step, computed
+    saved = newest and (newest[0], newest[1]["latent"])
+    return {"saved": saved, "after_step": after_step, "kernels": kernels, "cache": cache}, computed
+
+
+def _with(earlier: list[dict[str, Any]], now: dict[str, Any], stage: str) -> list[dict[str, Any]]:
+    """The kernels of a stage's earlier steps and those of the steps to come, each once; a change is told."""
+    if earlier and now not in earlier:
+        warnings.warn(f"{stage}: its first steps were computed with {earlier[-1]}, the others are with {now}", Note, stacklevel=3)
+    return earlier if now in earlier else [*earlier, now]
 
 
 def _finish(run: RunDirectory, stage: str, latent: LatentVideo, computed: dict[str, Any] | None = None) -> None:

@@ -14,6 +14,7 @@ from muralist.cost import transformer
 from muralist.cost.setting import PROCESS_BYTES, Setting, StagePlan, size_text
 from muralist.nn.attention import BranchedWindows, CloseRemote, FullAttention, GuidedWindows
 from muralist.nn.attention.guided import pooled_shape
+from muralist.nn.block_cache import STRIDE
 from muralist.nn.kernels import Kernels
 from muralist.nn.kinds import INJECTOR, STEP_SIZE
 from muralist.nn.rope import RopeScale
@@ -171,7 +172,7 @@ def _denoising(setting: Setting, stage: str, part: LowResolutionProxy | Refine, 
     linear = one.linear + 2 * one.tokens * info.component_bytes.get(f"adapter {part.adapter}", 0) // 2
     forwards, latent, (held, host) = steps.forwards, setting.latent_bytes(grid), held_bytes(setting)
     working = held + _live_bytes(graft, grid, setting) + LATENTS * latent
-    return StagePlan(
+    planned = StagePlan(
         stage=stage,
         work=steps.work,
         tokens=one.tokens,
@@ -185,6 +186,14 @@ def _denoising(setting: Setting, stage: str, part: LowResolutionProxy | Refine, 
         seconds=_seconds(setting, one, forwards, linear),
         action=action,
     )
+    return planned if part.cache is None else _with_cache(planned, part.cache, steps, setting)
+
+
+def _with_cache(plan: StagePlan, threshold: float, steps: Steps, setting: Setting) -> StagePlan:
+    """The same with what a first-block cache keeps. What it saves depends on the video: work and time stay the most that they can be."""
+    one = plan.tokens * setting.dimensions.width * setting.machine.itemsize
+    kept = steps.prompts * one + 2 * one // STRIDE
+    return replace(plan, memory_bytes=plan.memory_bytes + kept, action=f"{plan.action}, first-block cache below {threshold:g}: work and time at most")
 
 
 def _loading_bytes(setting: Setting) -> int:

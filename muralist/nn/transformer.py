@@ -17,7 +17,8 @@ What a graft changes:
   keys and values of the sequence). Without gradients the residual stream is updated in place.
 
 Shapes: see `types.py`. Block-level caching hooks of diffusers (first-block cache and relatives) do not know `MuralBlock` and
-refuse it with an error: they compare a block's input with its output, and ours is updated in place.
+refuse it with an error: they compare a block's input with its output, and ours is updated in place. The first-block cache is
+there all the same, without hooks: the loop over the blocks asks `block_cache.py` after the first one.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from muralist.nn.attention import BranchedWindows, CloseRemote, FullAttention, G
 from muralist.nn.attention.close_remote import remote
 from muralist.nn.attention.guided import Pooling, neighbours, places, pooled_places
 from muralist.nn.block import SELF_ATTENTION, Layer, MuralBlock, keys_and_values, token_rows
+from muralist.nn.block_cache import Pass
 from muralist.nn.block_parts import modulated
 from muralist.nn.branches import Blocks
 from muralist.nn.chunked import join_chunks, map_chunks
@@ -141,16 +143,17 @@ class MuralTransformer(WanTransformer3DModel):
             encoder_hidden_states_image: [B, L_image, D_image] for image-conditioned bases.
             attention_kwargs: `scale` of adapters as in diffusers; `proxy`: what `remember` made of a coarse video of the same scene, for
                 `GuidedWindows`, which cannot do without; `step_size`: [B], 0 to 1000, for a transformer that was given a `StepSizeEmbedding`; `anchor`:
-                [B, N, D] in raster order, what its `AnchorInjector` made of a small video.
+                [B, N, D] in raster order, what its `AnchorInjector` made of a small video; `cache`: the `Pass` of a `FirstBlockCache`, without gradients.
 
         Returns:
             [B, C_out, F, h, w], as `.sample` or as a tuple of one.
         """
         patch, token_shape = self.config.patch_size, self.token_shape(hidden_states)
         given = attention_kwargs or {}
-        inputs = (hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, token_shape, given.get("step_size"))
-        injected = self._injected(given.get("anchor"), timestep, given.get("step_size"))
-        tokens = self._stock_blocks(*inputs, injected) if self.graft.keeps_stock_blocks else self._grafted_blocks(*inputs, injected, given.get("proxy"))
+        step_size, cached = given.get("step_size"), given.get("cache")
+        injected = self._injected(given.get("anchor"), timestep, step_size)
+        inputs = (hidden_states, timestep, encoder_hidden_states, encoder_hidden_states_image, token_shape, step_size, injected, cached)
+        tokens = self._stock_blocks(*inputs) if self.graft.keeps_stock_blocks else self._grafted_blocks(*inputs, given.get("proxy"))
         f, y, x = token_shape
         pt, py, px = patch
         output = rearrange(tokens, "b (f y x) (pt py px c) -> b c (f pt) (y py) (x px)", f=f, y=y, x=x, pt=pt, py=py, px=px)
@@ -188,6 +191,7 @@ class MuralTransformer(WanTransformer3DModel):
         token_shape: Shape,
         step_size: torch.Tensor | None,
         injected: Injected | None,
+        cached: Pass | None,
     ) -> torch.Tensor:
         """diffusers' own sequence of operations -> [B, N, C_out * patch]; only the rotary positions may differ."""
         rotary = self._rotary(latents, token_shape)
@@ -196,9 +200,16 @@ class MuralTransformer(WanTransformer3DModel):
         temb, temb6, text, image = self._conditioned(timestep.flatten(), text, image, step_size, timestep_seq_len=per_token)
         temb6 = temb6.unflatten(-1, (6, -1))  # [B, 6, D] or [B, N, 6, D]
         context = text if image is None else torch.cat([image, text], dim=1)
+        if cached is not None:
+            cached.begin(tokens, self, self.graft)
         for number, block in enumerate(self._in_turn()):
             tokens = tokens if injected is None else injected(number, tokens, None)
             tokens = self._run(block, tokens, context, temb6, rotary)
+            if number == 0 and cached is not None and cached.skips(tokens):
+                break
+        else:
+            if cached is not None:
+                cached.keep(tokens)
         # [1, 2, D] + [B, 1, D], or [1, 1, 2, D] + [B, N, 1, D]
         table = self.scale_shift_table if per_token is None else self.scale_shift_table.unsqueeze(0)
         shift, scale = (table.to(temb.device) + temb.unsqueeze(-2)).to(tokens.device).chunk(2, dim=-2)
@@ -215,6 +226,7 @@ class MuralTransformer(WanTransformer3DModel):
         token_shape: Shape,
         step_size: torch.Tensor | None = None,
         injected: Injected | None = None,
+        cached: Pass | None = None,
         proxy: ProxyMemory | None = None,
         collect: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> torch.Tensor:
@@ -229,7 +241,9 @@ class MuralTransformer(WanTransformer3DModel):
         layers = self._layers(raster, timestep, levels, proxy)
 
         tokens = self.patch_embedding(latents).flatten(2).transpose(1, 2)  # [B, N, D]
-        order = raster
+        tokens, order = reorder(tokens, raster, layers[0].partition), layers[0].partition
+        if cached is not None:
+            cached.begin(tokens, self, self.graft)
         for number, (block, layer) in enumerate(zip(self._in_turn(), layers)):
             tokens, order = reorder(tokens, order, layer.partition), layer.partition
             if injected is not None:
@@ -239,6 +253,11 @@ class MuralTransformer(WanTransformer3DModel):
             if collect is not None:
                 collect.append(keys_and_values(block, tokens, temb6))
             tokens = self._run(block, tokens.contiguous(), context, temb6, layer)
+            if number == 0 and cached is not None and cached.skips(tokens):
+                break
+        else:
+            if cached is not None:
+                cached.keep(reorder(tokens, order, layers[0].partition))
         return reorder(self._output(tokens, temb, layer), order, raster)
 
     def _injected(self, anchor: torch.Tensor | None, timestep: torch.Tensor, step_size: torch.Tensor | None) -> Injected | None:

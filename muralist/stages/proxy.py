@@ -9,6 +9,7 @@ import torch
 
 from muralist.base import Base
 from muralist.errors import UserError
+from muralist.nn.block_cache import FirstBlockCache
 from muralist.nn.kernels import PLAIN, Kernels
 from muralist.sampling import flow
 from muralist.types import Geometry, Grid, LatentVideo, TextCond
@@ -19,6 +20,7 @@ class LowResolutionProxy:
     """Pixel height and width of the proxy, how it is sampled, and the base's adapter that paints it, if one does; it has the target's frames.
 
     `guidance_interval`: noise levels (low, high) between which guidance works; `token_chunk`: tokens computed at a time, None: all.
+    `cache`: a threshold for `nn/block_cache.py`, None: every step is computed in full.
     """
 
     height: int
@@ -29,11 +31,13 @@ class LowResolutionProxy:
     adapter: str | None = None
     guidance_interval: flow.Interval = flow.WHOLE
     token_chunk: int | None = None
+    cache: float | None = None
 
     def __post_init__(self):
         flow.sigmas(self.num_inference_steps, self.flow_shift)
         check_guidance(self.guidance_scale, self.guidance_interval)
         check_chunk(self.token_chunk)
+        check_cache(self.cache)
         if not (16 <= self.height <= 16384 and 16 <= self.width <= 16384):
             raise UserError(f"{self.width}x{self.height}", where="proxy", fix="use 16 to 16384 pixels, such as 448x256")
 
@@ -90,6 +94,11 @@ def check_chunk(token_chunk: int | None) -> None:
         raise UserError(f"{token_chunk} tokens", where="token_chunk", fix="give at least 1, or null for all at once")
 
 
+def check_cache(threshold: float | None) -> None:
+    if threshold is not None and not 0 < threshold < 1:
+        raise UserError(f"a threshold of {threshold}", where="cache", fix="use a number between 0 and 1, such as 0.1, or null for no cache")
+
+
 def make_proxy(
     base: Base,
     text: TextCond,
@@ -100,6 +109,7 @@ def make_proxy(
     saved: tuple[int, torch.Tensor] | None,
     after_step: Callable[[int, torch.Tensor], None],
     kernels: Kernels = PLAIN,
+    cache: FirstBlockCache | None = None,
 ) -> LatentVideo:
     """Denoise pure noise [1, C, F, h, w] on the proxy's grid; `saved` is (steps done, latent) of an interrupted run."""
     from muralist.nn.rope import RopeScale
@@ -110,6 +120,6 @@ def make_proxy(
     start, z = saved or (0, flow.keyed_noise((1, *base.info.geometry.latent_shape(grid)), seed=seed, stage="proxy"))
     graft = Graft(rope=RopeScale(t=proxy.time_scale), token_chunk=proxy.token_chunk, kernels=kernels)
     guidance = {"guidance_scale": proxy.guidance_scale, "guidance_interval": proxy.guidance_interval}
-    velocity = base.velocity(text, **guidance, graft=graft, adapter=proxy.adapter)
+    velocity = base.velocity(text, **guidance, graft=graft, adapter=proxy.adapter, cache=cache)
     z = flow.denoise(velocity, z.to(base.device), levels, start=start, after_step=after_step)
     return LatentVideo(z, grid)

@@ -13,12 +13,13 @@ from muralist.base import NOTHING, Base, ProxyView, Sight
 from muralist.errors import UserError
 from muralist.nn.attention import BranchedWindows, CloseRemote, FullAttention, GuidedWindows, Middle, Near
 from muralist.nn.attention.close_remote import MOST
+from muralist.nn.block_cache import FirstBlockCache
 from muralist.nn.kernels import PLAIN, Kernels
 from muralist.nn.kinds import require_whole
 from muralist.nn.windows import WindowAttention, choose_window
 from muralist.sampling import flow
 from muralist.sampling.shortcut import PlainSteps, ShortcutSteps
-from muralist.stages.proxy import LowResolutionProxy, check_chunk, check_guidance
+from muralist.stages.proxy import LowResolutionProxy, check_cache, check_chunk, check_guidance
 from muralist.types import Geometry, Grid, LatentVideo, TextCond
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Refine:
     `skip_steps`: the first steps that the guide replaces; `adapter`: a named adapter of the base; `experts`: names of its experts, each of
     which works on its own noise levels; `steps`: what a step's velocity is; `anchor`: the proxy is added to the tokens by the base's injector.
     `guidance_interval`: noise levels (low, high) between which guidance works; `token_chunk`: tokens computed at a time, None: all.
+    `cache`: a threshold for `nn/block_cache.py`, None: every step is computed in full.
     """
 
     num_inference_steps: int
@@ -82,11 +84,13 @@ class Refine:
     anchor: Literal["none", "injected"] = "none"
     token_chunk: int | None = 8192
     guidance_interval: flow.Interval = flow.WHOLE
+    cache: float | None = None
 
     def __post_init__(self):
         self.steps.sizes(flow.sigmas(self.num_inference_steps, self.flow_shift))
         check_guidance(self.guidance_scale, self.guidance_interval)
         check_chunk(self.token_chunk)
+        check_cache(self.cache)
         if len(set(self.experts)) != len(self.experts):
             raise UserError(f"{', '.join(self.experts)}", where="experts", fix="name each once")
         if not 0 <= self.skip_steps < self.num_inference_steps:
@@ -139,6 +143,7 @@ def refine(
     saved: tuple[int, torch.Tensor] | None,
     after_step: Callable[[int, torch.Tensor], None],
     kernels: Kernels = PLAIN,
+    cache: FirstBlockCache | None = None,
 ) -> LatentVideo:
     """Denoise [1, C, F, h, w] on the legal `grid`; with a guide from x = (1 - sigma_S) guide + sigma_S eps at step S, by what is in its `sight`."""
     geometry: Geometry = base.info.geometry
@@ -146,7 +151,7 @@ def refine(
     start, z = saved or (how.skip_steps, _start(guide, (1, *geometry.latent_shape(grid)), levels[how.skip_steps], seed))
     graft = replace(how.graft(geometry.token_shape(grid)), kernels=kernels)
     guidance = {"guidance_scale": how.guidance_scale, "guidance_interval": how.guidance_interval}
-    velocity = base.velocity(text, **guidance, graft=graft, adapter=how.adapter, sight=sight)
+    velocity = base.velocity(text, **guidance, graft=graft, adapter=how.adapter, sight=sight, cache=cache)
     z = flow.denoise(velocity, z.to(base.device), levels, start=start, after_step=after_step)
     return LatentVideo(z, grid)
 

@@ -69,6 +69,7 @@ OPTIONS = [
     *(("--linears", word) for word in ("", "int4", "FP8", "x" * 1000)),
     *(("--set", f"{stage}.guidance_interval={value}") for stage in ("proxy", "refine") for value in INTERVALS),
     *(("--set", f"{stage}.token_chunk={value}") for stage in ("proxy", "refine") for value in (0, -1, 1.5, "many", "[]")),
+    *(("--set", f"{stage}.cache={value}") for stage in ("proxy", "refine") for value in (0, 1, -0.1, "nan", "1e400", "true", "much", "[]", "{}")),
     ("--no-such-option", "1"), ("--sise", "4k"), ("--output",), ("-z", "1"),
     ("--negative-prompt", "n" * 2**20),
 ]  # fmt: skip
