@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -147,23 +148,27 @@ class Base:
         guidance_scale: float,
         guidance_interval: flow.Interval = flow.WHOLE,
         graft: Graft,
+        grafts: Mapping[float, Graft] = MappingProxyType({}),
         adapter: str | None,
         sight: Sight = NOTHING,
         cache: FirstBlockCache | None = None,
     ) -> flow.Velocity:
         """The guided velocity field under a graft, with a named adapter switched on or all of them off; runs without gradients.
 
-        Of the graft's experts those work that are there for the noise level. With a `cache` it depends on the steps before: for one run of them.
+        `grafts`: those of single noise levels, in place of `graft`; they differ from it in their windows alone. Of a graft's experts those work that are
+        there for the noise level. With a `cache` it depends on the steps before: for one run of them.
         """
         positive, negative = (e.to(self.device, self.dtype) for e in (text.positive, text.negative))
         chunks = Chunks()
         passes = (None, None) if cache is None else (cache.conditional, cache.unconditional)
         conditional, unconditional = (
-            self._field(embeds, graft, adapter, sight, chunks, cached) for embeds, cached in zip((positive, negative), passes)
+            self._field(embeds, graft, grafts, adapter, sight, chunks, cached) for embeds, cached in zip((positive, negative), passes)
         )  # fmt: skip
         return flow.guided(conditional, unconditional, guidance_scale, guidance_interval)
 
-    def _field(self, embeds: torch.Tensor, graft: Graft, adapter: str | None, sight: Sight, chunks: Chunks, cached: Pass | None) -> flow.Velocity:
+    def _field(
+        self, embeds: torch.Tensor, graft: Graft, grafts: Mapping[float, Graft], adapter: str | None, sight: Sight, chunks: Chunks, cached: Pass | None
+    ) -> flow.Velocity:
         given = self._given(embeds, sight)
 
         @torch.inference_mode()
@@ -172,7 +177,9 @@ class Base:
             transformer, at_work = self.transformer(sigma), tuple(name for name in graft.experts if self.info.experts.experts[name].works_at(sigma))
 
             def forward(token_chunk: int | None) -> torch.Tensor:
-                transformer.configure(replace(graft, experts=at_work, token_chunk=token_chunk))  # its kernels and chunks are those of the proxy's pass too
+                transformer.configure(
+                    replace(grafts.get(sigma, graft), experts=at_work, token_chunk=token_chunk)
+                )  # its kernels and chunks are those of the proxy's pass too
                 seen = given(z, sigma) | {"cache": cached}
                 select_adapter(transformer, adapter)
                 return transformer(z.to(self.dtype), self._timestep(sigma), embeds, return_dict=False, attention_kwargs=seen)[0].float()

@@ -5,6 +5,7 @@ A step takes one forward or two (`flow.passes`): guidance may work on an interva
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -84,14 +85,15 @@ def proxy(part: LowResolutionProxy, setting: Setting) -> StagePlan:
     grid = setting.proxy_grid
     graft = Graft(rope=RopeScale(t=part.time_scale), token_chunk=part.token_chunk)
     action = f"{size_text(grid)}, {_attention(graft)}" + (f", one latent frame in {part.time_scale:g}" if part.time_scale > 1 else "")
-    return _denoising(setting, "proxy", part, grid, graft, Steps.of(part), action + _chunks(graft, grid, setting))
+    return _denoising(setting, "proxy", part, grid, [graft], Steps.of(part), action + _chunks(graft, grid, setting))
 
 
 def refine(part: Refine, setting: Setting) -> StagePlan:
     grid = setting.grid
-    graft = _as_seen(part.graft(setting.info.geometry.token_shape(grid)), setting)
-    steps = Steps.of(part, part.skip_steps)
-    plan = _denoising(setting, "refine", part, grid, graft, steps, f"{size_text(grid)}, {_attention(graft)}" + _chunks(graft, grid, setting))
+    shape, steps = setting.info.geometry.token_shape(grid), Steps.of(part, part.skip_steps)
+    grafts = [_as_seen(part.graft(shape, part.skip_steps + number), setting) for number in range(len(steps.levels))]
+    graft = grafts[0]
+    plan = _denoising(setting, "refine", part, grid, grafts, steps, f"{size_text(grid)}, {_attention(graft)}" + _chunks(graft, grid, setting))
     plan = _with_proxy(plan, graft, part.attention, steps, setting) if isinstance(part.attention, ProxyWindows) else plan
     plan = _with_injector(plan, steps, setting) if part.anchor != "none" else plan
     return _with_experts(plan, part, steps, setting) if part.experts else plan
@@ -164,10 +166,12 @@ def _with_experts(plan: StagePlan, part: Refine, steps: Steps, setting: Setting)
     )
 
 
-def _denoising(setting: Setting, stage: str, part: LowResolutionProxy | Refine, grid: Grid, graft: Graft, steps: Steps, action: str) -> StagePlan:
-    info, size = setting.info, setting.dimensions
+def _denoising(setting: Setting, stage: str, part: LowResolutionProxy | Refine, grid: Grid, grafts: Sequence[Graft], steps: Steps, action: str) -> StagePlan:
+    """`grafts`: those of the steps, or one for all."""
+    info, size, graft = setting.info, setting.dimensions, grafts[0]
     shape = info.geometry.token_shape(grid)
-    one = transformer.forward(size, graft, shape, info.defaults.max_sequence_length, info.branches)
+    each = {graft: transformer.forward(size, graft, shape, info.defaults.max_sequence_length, info.branches) for graft in set(grafts)}
+    one, attention = each[graft], sum(passes * each[graft].attention for passes, graft in zip(steps.passes, itertools.cycle(grafts)))
     # A low-rank layer multiplies each of its weights once for every token; adapters are stored in 16 bits.
     linear = one.linear + 2 * one.tokens * info.component_bytes.get(f"adapter {part.adapter}", 0) // 2
     forwards, latent, (held, host) = steps.forwards, setting.latent_bytes(grid), held_bytes(setting)
@@ -177,8 +181,8 @@ def _denoising(setting: Setting, stage: str, part: LowResolutionProxy | Refine, 
         work=steps.work,
         tokens=one.tokens,
         keys_per_query=one.keys_per_query,
-        flops=forwards * (linear + one.attention),
-        attention_flops=forwards * one.attention,
+        flops=forwards * linear + attention,
+        attention_flops=attention,
         attention_saving=one.attention_saving,
         memory_bytes=PROCESS_BYTES + max(working, _loading_bytes(setting)),
         host_bytes=host,

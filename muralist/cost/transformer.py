@@ -99,7 +99,7 @@ def _full_pairs(attention: FullAttention, token_shape: Shape) -> tuple[int, ...]
 
 def _window_pairs(attention: WindowAttention, token_shape: Shape) -> tuple[int, ...]:
     kinds = (False, True) if attention.shift else (False,)
-    return tuple(sum(count * tokens**2 for count, tokens in windows_of(token_shape, attention.size, shift)) for shift in kinds)
+    return tuple(sum(count * tokens**2 for count, tokens in windows_of(token_shape, attention.size, shift, attention.start)) for shift in kinds)
 
 
 def _guided_pairs(attention: GuidedWindows, token_shape: Shape) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ windows of one shape are neighbours in the order and form one *group*, so a grid
 
 Odd layers may use the partition shifted by half a window, so that information crosses window borders; going from one order to
 the other is a single index permutation. An axis that one window covers is never shifted: it has no border to cross.
+Borders that lie elsewhere at every denoising step (`traveled`) leave no lines in the picture.
 
 This file is geometry on integers; `nn/attention/window.py` computes with it and `plan` counts keys with it.
 """
@@ -31,7 +32,8 @@ class WindowAttention:
     """Attention inside windows of `size` (frames, rows, columns of tokens, each >= 1).
 
     With `shift` odd layers use the partition shifted by half a window; without it every layer uses the same one, and windows
-    never exchange information through self-attention. A side larger than the grid means the whole axis.
+    never exchange information through self-attention. A side larger than the grid means the whole axis. `start`: where the first border lies
+    along each axis, in tokens (0 and multiples of the side: at the grid's edge).
 
     Raises:
         UserError: a side is no positive whole number.
@@ -39,6 +41,7 @@ class WindowAttention:
 
     size: Shape
     shift: bool = True
+    start: Shape = (0, 0, 0)
 
     def __post_init__(self) -> None:
         if len(self.size) != 3 or any(not isinstance(side, int) or side < 1 for side in self.size):
@@ -46,7 +49,7 @@ class WindowAttention:
 
     def partitions(self, token_shape: Shape) -> tuple[Partition, ...]:
         """The partitions that layers cycle through: (even, odd), or a single one where they would be the same."""
-        even, odd = (partition(token_shape, self.size, shifted=shifted) for shifted in (False, True))
+        even, odd = (partition(token_shape, self.size, shifted=shifted, start=self.start) for shifted in (False, True))
         return (even, odd) if self.shift and even.axes != odd.axes else (even,)
 
 
@@ -106,23 +109,24 @@ class Partition:
         return replace(self, order=order, inverse=inverse, origins=origins)
 
 
-def split_axis(length: int, side: int, *, shifted: bool = False) -> tuple[int, ...]:
-    """Lengths of the pieces, `side` long except at the edges, that cover an axis; shifted: the first is half a side.
+def split_axis(length: int, side: int, *, shifted: bool = False, start: int = 0) -> tuple[int, ...]:
+    """Lengths of the pieces, `side` long except at the edges, that cover an axis; the first ends at `start`, shifted: half a side further.
 
-    >>> split_axis(10, 4), split_axis(10, 4, shifted=True), split_axis(3, 4, shifted=True)
-    ((4, 4, 2), (2, 4, 4), (3,))
+    >>> split_axis(10, 4), split_axis(10, 4, shifted=True), split_axis(10, 4, start=1), split_axis(3, 4, shifted=True)
+    ((4, 4, 2), (2, 4, 4), (1, 4, 4, 1), (3,))
     """
     if side >= length:
         return (length,)
-    cuts = sorted({0, length, *range(side // 2 if shifted else 0, length, side)})
+    first = (start + (side // 2 if shifted else 0)) % side
+    cuts = sorted({0, length, *range(first, length, side)})
     return tuple(stop - start for start, stop in pairwise(cuts))
 
 
-@lru_cache(maxsize=8)  # both partitions of a few grids: a sampler asks for the same ones at every step
+@lru_cache(maxsize=16)  # those of a few grids: a sampler asks for the same ones again, even where windows move from step to step
 @torch.inference_mode(False)  # and training may ask for what a sampler has cached: autograd takes no inference tensors
-def partition(token_shape: Shape, size: Shape, *, shifted: bool = False) -> Partition:
+def partition(token_shape: Shape, size: Shape, *, shifted: bool = False, start: Shape = (0, 0, 0)) -> Partition:
     """Cut the token grid (f, y, x) into windows of `size`, interior windows first, ragged ones after them. Indices are on the CPU."""
-    return _cut(token_shape, tuple(split_axis(length, side, shifted=shifted) for length, side in zip(token_shape, size)))
+    return _cut(token_shape, tuple(split_axis(length, side, shifted=shifted, start=first) for length, side, first in zip(token_shape, size, start)))
 
 
 @lru_cache(maxsize=16)
@@ -224,15 +228,27 @@ def spans(num_tokens: int, token_chunk: int | None) -> tuple[Chunk, ...]:
     return tuple(Chunk(start, min(start + step, num_tokens)) for start in range(0, num_tokens, step))
 
 
-def windows_of(token_shape: Shape, size: Shape, shift: bool = False) -> list[tuple[int, int]]:
+def windows_of(token_shape: Shape, size: Shape, shift: bool = False, start: Shape = (0, 0, 0)) -> list[tuple[int, int]]:
     """(number of windows, tokens per window) for every window shape; a query of such a window has that many keys.
 
-    `shift` asks for the partition of odd layers. The products sum up to N; the squares times counts to the query-key pairs of a layer.
-    Computed from the axes alone: no index is built, however large the grid.
+    `shift` asks for the partition of odd layers, `start` is that of `WindowAttention`. The products sum up to N; the squares times counts to the
+    query-key pairs of a layer. Computed from the axes alone: no index is built, however large the grid.
     """
-    axes = [split_axis(length, side, shifted=shift) for length, side in zip(token_shape, size)]
+    axes = [split_axis(length, side, shifted=shift, start=first) for length, side, first in zip(token_shape, size, start)]
     shapes = sorted(product(*map(set, axes)), reverse=True)
     return [(math.prod(pieces.count(side) for pieces, side in zip(axes, shape)), math.prod(shape)) for shape in shapes]
+
+
+TRAVEL = (0.0, 1 / 4, 1 / 8, 3 / 8)  # sides, at four steps in turn; odd layers stand half a side further, so all eighths are visited
+
+
+def traveled(windows: WindowAttention, step: int) -> WindowAttention:
+    """The windows of a denoising step: their borders lie where those of the last steps did not.
+
+    A border that stays is drawn into the picture, since no step looks across it in the same layer. Moving windows between steps is SpotDiffusion's
+    (arXiv 2407.15507, there at random); these places are ours, evenly spread whatever the number of steps.
+    """
+    return replace(windows, start=tuple(round(TRAVEL[step % len(TRAVEL)] * side) for side in windows.size))
 
 
 RAGGED_PENALTY = 0.8  # in units of |log(side / ideal)|: an axis is cut into unequal pieces only where even ones are twice off the mark

@@ -16,7 +16,7 @@ from muralist.nn.attention.close_remote import MOST
 from muralist.nn.block_cache import FirstBlockCache
 from muralist.nn.kernels import PLAIN, Kernels
 from muralist.nn.kinds import require_whole
-from muralist.nn.windows import WindowAttention, choose_window
+from muralist.nn.windows import WindowAttention, choose_window, traveled
 from muralist.sampling import flow
 from muralist.sampling.shortcut import PlainSteps, ShortcutSteps
 from muralist.stages.proxy import LowResolutionProxy, check_cache, check_chunk, check_guidance
@@ -30,11 +30,13 @@ if TYPE_CHECKING:
 class Windows:
     """Local attention: windows of about `tokens` tokens, their sides chosen for the grid, shifted by half a window in every other layer.
 
-    `max_frames`: a window spans at most this many latent frames (the base's own length in training), None: no limit.
+    `travel`: they stand elsewhere at every step (`nn/windows.traveled`), else their borders show. `max_frames`: a window spans at most this many latent
+    frames (the base's own length in training), None: no limit.
     """
 
     tokens: int = 512
     shift: bool = True
+    travel: bool = True
     max_frames: int | None = None
 
     def __post_init__(self):
@@ -96,8 +98,8 @@ class Refine:
         if not 0 <= self.skip_steps < self.num_inference_steps:
             raise UserError(f"{self.skip_steps} of {self.num_inference_steps} steps", where="skip_steps", fix="skip fewer than all steps")
 
-    def graft(self, token_shape: tuple[int, int, int]) -> Graft:
-        """The transformer's configuration for a token grid (f, y, x)."""
+    def graft(self, token_shape: tuple[int, int, int], step: int = 0) -> Graft:
+        """The transformer's configuration for a token grid (f, y, x) at a step; with a cache, which compares steps, it is the same at all of them."""
         from muralist.nn.transformer import Graft
 
         if isinstance(self.attention, FullAttention):
@@ -106,6 +108,7 @@ class Refine:
             self.attention.require_fit(token_shape)
             return Graft(attention=self.attention, token_chunk=self.token_chunk, experts=self.experts)
         windows = WindowAttention(size=window_size(self.attention, token_shape), shift=self.attention.shift)
+        windows = traveled(windows, step) if self.attention.travel and self.cache is None else windows
         attention = _guided(self.attention, windows) if isinstance(self.attention, ProxyWindows) else windows
         return Graft(attention=attention, token_chunk=self.token_chunk, experts=self.experts)
 
@@ -149,9 +152,10 @@ def refine(
     geometry: Geometry = base.info.geometry
     levels = flow.sigmas(how.num_inference_steps, how.flow_shift)
     start, z = saved or (how.skip_steps, _start(guide, (1, *geometry.latent_shape(grid)), levels[how.skip_steps], seed))
-    graft = replace(how.graft(geometry.token_shape(grid)), kernels=kernels)
+    shape = geometry.token_shape(grid)
+    grafts = {level: replace(how.graft(shape, step), kernels=kernels) for step, level in enumerate(levels[:-1])}
     guidance = {"guidance_scale": how.guidance_scale, "guidance_interval": how.guidance_interval}
-    velocity = base.velocity(text, **guidance, graft=graft, adapter=how.adapter, sight=sight, cache=cache)
+    velocity = base.velocity(text, **guidance, graft=grafts[levels[0]], grafts=grafts, adapter=how.adapter, sight=sight, cache=cache)
     z = flow.denoise(velocity, z.to(base.device), levels, start=start, after_step=after_step)
     return LatentVideo(z, grid)
 

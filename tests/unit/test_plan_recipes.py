@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ from muralist.progress import Silent
 from muralist.recipes import RECIPES
 from muralist.request import Asked, make_request
 from muralist.stages.proxy import LowFrameRateProxy
+from muralist.stages.refine import Refine, Windows, refine
 from muralist.stages.upsample import LatentInterpolation, upsample
 from muralist.store.run import RunDirectory
 from muralist.types import Grid, LatentVideo, TextCond
@@ -83,3 +86,27 @@ def test_an_expert_that_meets_no_step_is_told(skip, idle):
     notes = plan(make_request(typed, info, note=lambda text: None), info, Machine.of("80GB")).notes
     told = [note for note in notes if "it has nothing to do" in note]
     assert len(told) == idle and all(note.startswith("the expert low works at noise levels from 0.875 to 1, refinement from 0.25 to 0.667") for note in told)
+
+
+@pytest.mark.parametrize(("change", "different"), [({}, 4), ({"attention": Windows(tokens=32, travel=False)}, 1), ({"cache": 0.1}, 1)])
+def test_windows_travel_from_step_to_step_and_the_plan_counts_each(change, different, tiny22, tmp_path, monkeypatch):
+    """With the same passes for both prompts, the same windows after a resume, and FLOPs that are those counted."""
+    info = inspect_base(str(tiny22))
+    base, (positive, negative) = Base(info, CPU, torch.float32), torch.randn(2, 1, info.defaults.max_sequence_length, 32)
+    text = TextCond(positive, negative)
+    how = Refine(**{"num_inference_steps": 5, "guidance_scale": 2.0, "flow_shift": 1.0, "attention": Windows(tokens=32)} | change)
+    transformer, grafts = base.transformer(), []
+    configure = transformer.configure
+    monkeypatch.setattr(transformer, "configure", lambda graft: grafts.append(graft.attention.start) or configure(graft))
+    grid = info.geometry.legal(Grid(num_frames=5, height=256, width=512))
+    steps = {}
+    with counter() as counted:
+        refine(base, text, None, grid, how, seed=0, saved=None, after_step=lambda step, z: steps.update({step: z.clone()}), cache=None)
+    assert len(set(grafts)) == different and all(grafts[k] == grafts[k + 1] for k in range(0, 10, 2))
+    again = refine(base, text, None, grid, how, seed=0, saved=(3, steps[3]), after_step=lambda *_: None)
+    assert torch.equal(again.z, steps[5]) and grafts[10:] == grafts[6:10]
+    typed = Asked(prompt="a ball", recipe="direct", width=512, height=256, num_frames=5, seed=0)
+    request = make_request(typed, info, note=lambda text: None)
+    made = plan(replace(request, config=replace(request.config, refine=how)), info, Machine.of("80GB"))
+    planned = next(stage for stage in made.stages if stage.stage == "refine")
+    assert planned.flops / counted.get_total_flops() == pytest.approx(1, abs=0.02)

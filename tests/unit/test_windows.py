@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from muralist.errors import UserError
 from muralist.nn.attention import WindowAttention, attend_full, attend_windows
 from muralist.nn.attention.reference import reference_attention, window_mask
-from muralist.nn.windows import Run, choose_window, chunks, partition, reorder, spans, split_axis, switch, windows_of
+from muralist.nn.windows import Run, choose_window, chunks, partition, reorder, spans, split_axis, switch, traveled, windows_of
 
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 8), st.integers(1, 8))
 sizes = st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9))
@@ -123,8 +124,29 @@ def test_spans_cover_the_sequence():
     ],
 )
 def test_split_axis(length, side, even, odd):
-    assert split_axis(length, side) == even
-    assert split_axis(length, side, shifted=True) == odd
+    assert split_axis(length, side) == split_axis(length, side, start=side) == even
+    assert split_axis(length, side, shifted=True) == split_axis(length, side, start=side // 2) == odd
+
+
+@quick
+@given(shapes, sizes, st.booleans(), st.tuples(*[st.integers(0, 9)] * 3))
+def test_windows_that_start_elsewhere_cover_the_grid_with_the_same_sides(shape, size, shifted, start):
+    cut = partition(shape, size, shifted=shifted, start=start)
+    assert torch.equal(cut.order.sort().values, torch.arange(math.prod(shape)))
+    for length, side, first, pieces in zip(shape, size, start, cut.axes):
+        borders = set(itertools.accumulate(pieces))
+        wanted = {b for b in range(1, length) if (b - first - (side // 2 if shifted else 0)) % side == 0} if side < length else set()
+        assert borders == wanted | {length}
+    assert windows_of(shape, size, shifted, start) == [(group.num_windows, group.tokens_per_window) for group in cut.groups]
+
+
+def test_a_border_of_one_step_is_inside_a_window_of_the_next():
+    """In even layers and in odd ones: over four steps a border stands at every eighth of a side once."""
+    shape, windows = (8, 64, 64), WindowAttention((8, 8, 16))
+    borders = [[set(itertools.accumulate(cut.axes[2])) - {64} for cut in traveled(windows, step).partitions(shape)] for step in range(5)]
+    seen = [border for kinds in borders[:4] for kind in kinds for border in kind]
+    assert len(seen) == len(set(seen)) and {border % 16 for border in seen} == set(range(0, 16, 2))
+    assert borders[4] == borders[0]
 
 
 def test_shift_alternates_and_one_window_has_nothing_to_alternate():
