@@ -31,7 +31,7 @@ EXPERTS = ("low", "high")
 
 
 def luve(base: BaseInfo) -> Config:
-    """LUVE: a proxy, the learned latent upsampler, nine tenths of the steps again at full size with the two frequency experts."""
+    """LUVE: a proxy, the learned latent upsampler, most of the steps again at full size with the two frequency experts."""
     plain = cascade(base)
     kept = base.defaults.skip_share  # a base that does not know large sizes keeps as much of its guide here as elsewhere
     share = kept if kept > USUAL else SKIP_SHARE

@@ -273,7 +273,7 @@ def run(tiny22, tmp_path):
     """A run directory as `generate` leaves it when it is stopped at once."""
     job = prepare("a ball", VideoOptions(model=str(tiny22), size="64x64", seed=1), None)
     folder = tmp_path / "a.mp4.run"
-    RunDirectory.create(folder, job.record(tmp_path / "a.mp4", folder)).close()
+    RunDirectory.create(folder, job.record(tmp_path / "a.mp4", folder, job.request)).close()
     return folder
 
 
@@ -332,7 +332,7 @@ def test_corrupt_runs(corruption, run):
 def test_a_run_is_not_gone_on_with_on_other_weights(base, tmp_path):
     job = prepare("a ball", VideoOptions(model=str(base), size="64x64", seed=1), None)
     folder = tmp_path / "a.mp4.run"
-    RunDirectory.create(folder, job.record(tmp_path / "a.mp4", folder)).close()
+    RunDirectory.create(folder, job.record(tmp_path / "a.mp4", folder, job.request)).close()
     _retensor(base / WEIGHTS, lambda t: t.update({name: tensor * 1.5 for name, tensor in t.items()}))
     assert "weights have changed" in muralist("resume", folder).error
 
