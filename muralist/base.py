@@ -177,9 +177,8 @@ class Base:
             transformer, at_work = self.transformer(sigma), tuple(name for name in graft.experts if self.info.experts.experts[name].works_at(sigma))
 
             def forward(token_chunk: int | None) -> torch.Tensor:
-                transformer.configure(
-                    replace(grafts.get(sigma, graft), experts=at_work, token_chunk=token_chunk)
-                )  # its kernels and chunks are those of the proxy's pass too
+                # its kernels and chunks are those of the proxy's pass too
+                transformer.configure(replace(grafts.get(sigma, graft), experts=at_work, token_chunk=token_chunk))
                 seen = given(z, sigma) | {"cache": cached}
                 select_adapter(transformer, adapter)
                 return transformer(z.to(self.dtype), self._timestep(sigma), embeds, return_dict=False, attention_kwargs=seen)[0].float()
