@@ -90,7 +90,7 @@ def _guide(proxy: LatentVideo | None, request: Request, base: Base, run: RunDire
     if proxy is None or config is None:
         return None
     if not run.has("upsample"):
-        with measured(observer, "upsample", pieces(config, replace(proxy.grid, num_frames=grid.num_frames), base.info.geometry)):
+        with measured(observer, "upsample", pieces(config, replace(proxy.grid, num_frames=grid.num_frames), grid, base.info.geometry)):
             latent = upsample(proxy, grid, base, config, on_piece=lambda done, total: observer.advance("upsample", done))
             _finish(run, "upsample", latent)
         base.release(UPSAMPLER, "vae")

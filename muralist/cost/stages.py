@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from muralist.base_info import UPSAMPLER, BaseInfo
-from muralist.cost import decoding, denoising, text, upsampling
+from muralist.cost import decoding, denoising, encoding, text, upsampling
 from muralist.cost.decoding import DecodeNeed
 from muralist.cost.setting import FLOAT, PROCESS_BYTES, Setting, StagePlan, size_text
 from muralist.errors import UserError
@@ -108,19 +110,25 @@ def _pixel_interpolation(part: PixelInterpolation, setting: Setting) -> StagePla
     info, machine, target = setting.info, setting.machine, setting.grid
     small = _proxy_in_time(setting)
     decoded = decoding.decode_need(info.vae_config, small, small, machine, DecodeOptions())
-    encoded = upsampling.encode(info.vae_config, target, part.tile)
-    video = 3 * target.pixels * machine.itemsize
-    channels, working = info.vae_config.get("base_dim", 96), max(decoded.memory_bytes, 3 * video + encoded.live_bytes)
+    size = part.size(info.geometry.latent_shape(small)[2:], info.geometry.latent_shape(target)[2:])
+    height, width = (side * info.geometry.spatial_factor for side in size)
+    quick = machine.on_cpu and machine.dtype == "float32"
+    encoded = encoding.encode(info.vae_config, small.num_frames, (height, width), part.tile, quick=quick)
+    channels, held = info.vae_config.get("base_dim", 96), 3 * small.pixels * torch.half.itemsize
     return StagePlan(
         stage="upsample",
         work=f"decode, {part.mode}, encode",
-        flops=decoded.cost.flops + encoded.flops,
-        attention_flops=decoded.cost.attention,
-        memory_bytes=PROCESS_BYTES + denoising.held_bytes(setting)[0] + working + 2 * setting.latent_bytes(target),
+        flops=decoded.cost.flops + encoded.cost.flops,
+        attention_flops=decoded.cost.attention + encoded.cost.attention,
+        memory_bytes=PROCESS_BYTES + denoising.held_bytes(setting)[0] + max(decoded.memory_bytes, held + encoded.live_bytes) + 2 * setting.latent_bytes(target),
         disk_bytes=setting.latent_bytes(target),
-        seconds=decoded.seconds + machine.convolution_seconds(encoded.flops, channels=channels),
-        action=f"to {size_text(target)} through pixels, {encoded.pieces} tiles to encode",
+        seconds=decoded.seconds + machine.convolution_seconds(encoded.cost.flops, channels=channels),
+        action=f"to {width}x{height} through pixels in {encoded.tiles} tiles" + _rest(setting, height),
     )
+
+
+def _rest(setting: Setting, height: int) -> str:
+    return "" if height >= setting.grid.height else f", its latent to {size_text(setting.grid)}"
 
 
 def _proxy_in_time(setting: Setting) -> Grid:

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from muralist.base_info import UPSAMPLER
-from muralist.cost.vae import empty
 from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig
 from muralist.nn.latent_upsampler.tiles import Tile, pieces
 from muralist.stages.upsample import LearnedUpsampling
 from muralist.store import parts
-from muralist.types import Grid
 
 FLOAT = 4
 # Tensors of a block's width alive at once: the skips, the block's input, its norm, queries, keys and values, the gated hidden layer (measured: 11 to 13)
 LIVE = 13
-
-
-ENCODER_LIVE = 6  # tensors of its first width alive at once in the encoder, at the pixels (after patching) of a tile and four frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,23 +43,6 @@ def measure(folder: Path, part: LearnedUpsampling, source: Tile, target: Tile) -
     inner, outer = frames * height * width, frames * math.prod(size)
     live = max(inner * _width(config.encoder), outer * _width(config.decoder)) * LIVE * FLOAT
     return UpsamplingCost(count, counter.get_total_flops() * count, live)
-
-
-def encode(config: Mapping[str, Any], target: Grid, tile: int) -> UpsamplingCost:
-    """Encoding a video of `target` by the VAE of this configuration in diffusers' tiles of `tile` pixels, one every three quarters of that."""
-    vae = empty(config, "float32")
-    patch = vae.config.patch_size or 1
-    side, stride = tile * patch, tile * 3 // 4 * patch  # diffusers counts a tile's side in patched pixels
-    rows, columns = (Counter(min(side, length - start) for start in range(0, length, stride)) for length in (target.height, target.width))
-    flops = sum(_encode_flops(vae, target.num_frames, h, w) * rows[h] * columns[w] for h in rows for w in columns)
-    live = ENCODER_LIVE * vae.config.base_dim * 4 * (max(rows) // patch) * (max(columns) // patch) * FLOAT
-    return UpsamplingCost(rows.total() * columns.total(), flops, live)
-
-
-def _encode_flops(vae: Any, frames: int, height: int, width: int) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        vae.encode(torch.empty(1, 3, frames, height, width, device="meta"))
-    return counter.get_total_flops()
 
 
 def _width(network: VrtConfig | None) -> int:

@@ -130,28 +130,28 @@ def _magnifies(operator: Any, first: bool) -> int:
 # -- Costs: (operator, output box, size of the input image, frames in, is it latent frame 0) -> Cost --
 
 
-def _conv(conv: CausalConv, out: Box, size: Size, frames: int) -> int:
+def conv(layer: CausalConv, out: Box, size: Size, frames: int) -> int:
     """A causal 3x3x3 convolution: direct, or as Winograd over time with the two mixes (`ConvPass`)."""
-    reach = conv.in_channels * conv.out_channels * out.area
-    if frames not in conv.mixed:
+    reach = layer.in_channels * layer.out_channels * out.area
+    if frames not in layer.mixed:
         return 2 * 27 * reach * frames
     n, frame = frames + HISTORY, out.grow(1)
-    before = n * n * len(frame.clip(*size).y) * len(frame.x) * conv.in_channels
-    after = frames * n * out.area * conv.out_channels
+    before = n * n * len(frame.clip(*size).y) * len(frame.x) * layer.in_channels
+    after = frames * n * out.area * layer.out_channels
     return 2 * (9 * n * reach + before + after)
 
 
-def _conv_in(operator: blocks.ConvIn, out: Box, size: Size, frames: int, first: bool) -> Cost:
-    return Cost(_conv(operator.conv, out, size, frames))
+def conv_in(operator: blocks.ConvIn, out: Box, size: Size, frames: int, first: bool) -> Cost:
+    return Cost(conv(operator.conv, out, size, frames))
 
 
-def _residual(operator: blocks.ResidualBlock, out: Box, size: Size, frames: int, first: bool) -> Cost:
+def residual(operator: blocks.ResidualBlock, out: Box, size: Size, frames: int, first: bool) -> Cost:
     inner = out.grow(1).clip(*size)
     shortcut = 0 if operator.shortcut is None else 2 * operator.shortcut[0].numel() * out.area * frames
-    return Cost(_conv(operator.conv1, inner, size, frames) + _conv(operator.conv2, out, size, frames) + shortcut)
+    return Cost(conv(operator.conv1, inner, size, frames) + conv(operator.conv2, out, size, frames) + shortcut)
 
 
-def _attention(operator: blocks.Attention, out: Box, size: Size, frames: int, first: bool) -> Cost:
+def attention(operator: blocks.Attention, out: Box, size: Size, frames: int, first: bool) -> Cost:
     tokens, width = math.prod(size), len(operator.proj[1])
     weights = operator.qkv[0].numel() + operator.proj[0].numel()
     return Cost(2 * weights * tokens * frames, 4 * tokens**2 * width * frames)
@@ -162,7 +162,7 @@ def _up(operator: blocks.UpBlock, out: Box, size: Size, frames: int, first: bool
     box = operator.space.needs(even, size) if operator.space else out
     total = Cost()
     for i, resnet in enumerate(operator.resnets):
-        total = total + _residual(resnet, box.grow(2 * (len(operator.resnets) - 1 - i)).clip(*size), size, frames, first)
+        total = total + residual(resnet, box.grow(2 * (len(operator.resnets) - 1 - i)).clip(*size), size, frames, first)
     if operator.time and not first:
         total = total + Cost(2 * operator.time.weight.numel() * box.area * frames)
     return total + Cost(_space(operator.space, box, even, frames * _magnifies(operator, first))) if operator.space else total
@@ -176,13 +176,13 @@ def _space(space: blocks.SpaceDouble, box: Box, even: Box, frames: int) -> int:
 
 
 def _head(operator: blocks.Head, out: Box, size: Size, frames: int, first: bool) -> Cost:
-    return Cost(_conv(operator.conv, out.over(operator.scale), size, frames))
+    return Cost(conv(operator.conv, out.over(operator.scale), size, frames))
 
 
 _COSTS: dict[type, Callable[[Any, Box, Size, int, bool], Cost]] = {
-    blocks.ConvIn: _conv_in,
-    blocks.ResidualBlock: _residual,
-    blocks.Attention: _attention,
+    blocks.ConvIn: conv_in,
+    blocks.ResidualBlock: residual,
+    blocks.Attention: attention,
     blocks.UpBlock: _up,
     blocks.Head: _head,
 }

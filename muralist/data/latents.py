@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,16 +23,17 @@ from muralist.data.degrade import AnchorDamage
 from muralist.data.sharpen import Unsharp
 from muralist.data.sources import Drawn, Source, World
 from muralist.errors import UserError
-from muralist.nn.single_frame import single_frame_convolutions
+from muralist.nn.encoder import StreamingEncoder
+from muralist.nn.enlarge import EnlargedPixels, enlarged
 from muralist.store import weights
 from muralist.store.tensors import load_tensors, save_tensors
+from muralist.tiling import Box, Span
 from muralist.types import Grid
 
 Shard = tuple[dict[str, torch.Tensor], dict[str, str]]  # tensors and the header's metadata
 WORLD = World()
 FORMAT = 3  # of a shard: raise it when one holds other tensors
 SHARD = 20  # videos: a minute or two of one core
-BATCH_FRAMES = 24  # encoded at a time: two clips at least, since torch takes its slow convolution for a single small one
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class LatentPool:
     """Latents [n, C, F, h, w] in half precision, one caption each, where the caption's object is, if that is known: [n, F, h, w], bool.
 
     `proxy` [n, C, F', h', w']: the same videos on a coarse grid, if one was asked for; `places` [n, 4]: top, left, height and width of each crop
-    as shares of the whole frame.
+    as shares of the whole frame; None where the proxies are those of the crops alone, on their grid.
     """
 
     z: torch.Tensor
@@ -60,7 +60,8 @@ class LatentPool:
 class PoolConfig:
     """Which videos: their grid, how many consecutive frames of it (all by default), a crop (height, width) in pixels for large grids, sharpened or not.
 
-    `proxy`: a coarse grid on which whole videos are encoded too, damaged or not.
+    `proxy`: a coarse grid on which whole videos are encoded too, damaged or not. With `guide_scale` the proxy of a crop is what refinement is given there
+    instead: the small video after the VAE, enlarged through pixels (`PixelInterpolation`, whose `latent_scale` it is).
     """
 
     name: str
@@ -71,6 +72,7 @@ class PoolConfig:
     sharpen: Unsharp | None = None
     proxy: Grid | None = None
     damage: AnchorDamage | None = None
+    guide_scale: float | None = None
     seed: int = 1
 
     @property
@@ -127,22 +129,18 @@ def _read(path: Path, origin: dict[str, str]) -> Shard:
     return load_tensors(path), found
 
 
-def build_pairs(
-    vae: AutoencoderKLWan, config: PairConfig, folder: Path, device: torch.device, report: Callable[[str], None] = print, source: Source = WORLD
-) -> LatentPairs:
+def build_pairs(vae: AutoencoderKLWan, config: PairConfig, folder: Path, report: Callable[[str], None] = print, source: Source = WORLD) -> LatentPairs:
     """As `build_pool`: load the shards from `folder`, encoding those that are missing."""
 
     def make(rng: np.random.Generator) -> Shard:
-        pairs = [[encode(vae, video[None].to(device)).half().cpu() for video in source.pair(rng, config)] for _ in range(SHARD)]
+        pairs = [[encode(vae, video[None]).half().cpu() for video in source.pair(rng, config)] for _ in range(SHARD)]
         return {name: torch.cat(tensors) for name, tensors in zip(("low", "high"), zip(*pairs))}, {}
 
     shards = [tensors for tensors, _ in _shards(vae, config, source, folder, make, lambda done: report(f"{done} pairs encoded"))]
     return LatentPairs(*(torch.cat([tensors[name] for tensors in shards])[: config.count] for name in ("low", "high")))
 
 
-def build_pool(
-    vae: AutoencoderKLWan, config: PoolConfig, folder: Path, device: torch.device, report: Callable[[str], None] = print, source: Source = WORLD
-) -> LatentPool:
+def build_pool(vae: AutoencoderKLWan, config: PoolConfig, folder: Path, report: Callable[[str], None] = print, source: Source = WORLD) -> LatentPool:
     """Load the pool's shards from `folder`, encoding those that are missing.
 
     Raises UserError for a shard of another encoder or configuration, a damaged one, and a full disk.
@@ -152,8 +150,8 @@ def build_pool(
         drawn = [source.draw(rng, config) for _ in range(SHARD)]
         near_object = [d.near_object(vae.config.scale_factor_spatial, vae.config.scale_factor_temporal) for d in drawn]
         known = {} if near_object[0] is None else {"near_object": torch.stack(near_object)}
-        z = _encode_all(vae, [_sharpened(d.pixels, config) for d in drawn], device)
-        coarse = {} if config.proxy is None else _coarse(vae, config, drawn, rng, device)
+        z = _encode_all(vae, [_sharpened(d.pixels, config) for d in drawn])
+        coarse = {} if config.proxy is None else _coarse(vae, config, drawn, rng)
         return {"z": z, **coarse, **known}, {"captions": json.dumps([d.caption for d in drawn])}
 
     shards = list(_shards(vae, config, source, folder, make, lambda done: report(f"{done} videos encoded")))
@@ -182,13 +180,27 @@ def _shards(
         yield _read(path, origin)
 
 
-def _coarse(vae: AutoencoderKLWan, config: PoolConfig, drawn: list[Drawn], rng: np.random.Generator, device: torch.device) -> dict[str, torch.Tensor]:
+def _coarse(vae: AutoencoderKLWan, config: PoolConfig, drawn: list[Drawn], rng: np.random.Generator) -> dict[str, torch.Tensor]:
     """The drawn videos whole on the coarse grid, and where in them the crops lie."""
     whole = [d.on(config.proxy).pixels for d in drawn]
     if config.damage is not None:
         whole = [_damaged(make, config.damage, np.random.default_rng(rng.integers(2**63))) for make in whole]
+    if config.guide_scale is not None:
+        return {"proxy": torch.cat([_guide(vae, config, make(), d.place) for make, d in zip(whole, drawn)])}
     places = torch.tensor([d.place for d in drawn], dtype=torch.float32)
-    return {"proxy": _encode_all(vae, whole, device), "places": places}
+    return {"proxy": _encode_all(vae, whole), "places": places}
+
+
+def _guide(vae: AutoencoderKLWan, config: PoolConfig, video: torch.Tensor, place: tuple[float, float, float, float]) -> torch.Tensor:
+    """What `PixelInterpolation` makes of a small video where a crop lies: [1, C, F, h, w] in half precision."""
+    size = tuple(round(side / config.guide_scale) for side in (config.grid.height, config.grid.width))
+    pixels = EnlargedPixels(decode(vae, encode(vae, video[None])), size, "bicubic", vae.device)
+    side = tuple(round(length / config.guide_scale) for length in config.crop)
+    top, left = (round(start * length) for start, length in zip(place, size))
+    box = Box(Span(top, top + side[0]), Span(left, left + side[1]))
+    unit = vae.config.scale_factor_spatial
+    z = encode(vae, pixels(range(len(video)), box)[None])
+    return enlarged(z, tuple(length // unit for length in config.crop), "bicubic").half().cpu()
 
 
 def _damaged(make: Callable[[], torch.Tensor], damage: AnchorDamage, rng: np.random.Generator) -> Callable[[], torch.Tensor]:
@@ -199,24 +211,23 @@ def _sharpened(make: Callable[[], torch.Tensor], config: PoolConfig) -> Callable
     return make if config.sharpen is None else lambda: config.sharpen(make())
 
 
-def _encode_all(vae: AutoencoderKLWan, makers: list[Callable[[], torch.Tensor]], device: torch.device) -> torch.Tensor:
-    """Latents of videos [T, H, W, 3], which are made when their turn comes."""
-    latents, waiting = [], []
-    for number, make in enumerate(makers, start=1):
-        waiting.append(make())
-        if number == len(makers) or len(waiting) >= max(BATCH_FRAMES // len(waiting[0]), 2):
-            latents += encode(vae, torch.stack(waiting).to(device)).half().cpu()
-            waiting = []
-    return torch.stack(latents)
+def _encode_all(vae: AutoencoderKLWan, makers: list[Callable[[], torch.Tensor]]) -> torch.Tensor:
+    """Latents of videos [T, H, W, 3], which are made when their turn comes, in half precision."""
+    encoder = StreamingEncoder(vae)
+    return torch.cat([_encode(encoder, make()).half().cpu() for make in makers])
 
 
-@torch.inference_mode()
 def encode(vae: AutoencoderKLWan, video: torch.Tensor) -> torch.Tensor:
-    """Pixel videos [B, T, H, W, 3] in [0, 1] -> normalised latents [B, C, F, h, w], the posterior's mean."""
-    x = rearrange(video, "b t h w c -> b c t h w").to(vae.dtype) * 2 - 1
-    mean, std = latent_statistics(vae, x.device)
-    with single_frame_convolutions() if x.shape[2] == 1 else nullcontext():
-        return (vae.encode(x).latent_dist.mean.float() - mean) / std
+    """Pixel videos [B, T, H, W, 3] in [0, 1] -> normalised latents [B, C, F, h, w] in float32, the posterior's mean; equal to diffusers' (`nn.encoder`)."""
+    encoder = StreamingEncoder(vae)
+    return torch.cat([_encode(encoder, one) for one in video])
+
+
+def _encode(encoder: StreamingEncoder, video: torch.Tensor) -> torch.Tensor:
+    size = tuple(video.shape[1:3])
+    return encoder.encode(
+        lambda frames, box: video[frames.start : frames.stop, box.y.start : box.y.stop, box.x.start : box.x.stop], len(video), size, max(size)
+    )
 
 
 @torch.inference_mode()

@@ -35,7 +35,7 @@ class StreamingDecoder:
             raise ValueError(f"whole_blocks = {whole_blocks}, but the decoder has {len(decoder.up_blocks)} blocks and the last is always tiled")
         pool = Pool()
         blocks = [UpBlock(f"up_blocks.{i}", block, pool) for i, block in enumerate(decoder.up_blocks)]
-        self.whole: list[Operator] = [*_first_layers(decoder, pool), *blocks[:whole_blocks]]
+        self.whole: list[Operator] = [ConvIn("conv_in", decoder.conv_in, pool), *middle(decoder.mid_block, pool), *blocks[:whole_blocks]]
         self.tiled: list[Operator] = list(blocks[whole_blocks:])
         self.head = Head("conv_out", decoder.norm_out, decoder.conv_out, config.patch_size or 1, pool)
         self.spatial_factor, self.temporal_factor = config.scale_factor_spatial, config.scale_factor_temporal
@@ -137,11 +137,10 @@ def _adds(attention: torch.nn.Module) -> bool:
     return proj.weight.is_meta or bool(proj.weight.any() or proj.bias.any())
 
 
-def _first_layers(decoder: torch.nn.Module, pool: Pool) -> Sequence[Operator]:
-    """`conv_in` and `mid_block` in the order in which they run."""
-    middle = decoder.mid_block
-    layers: list[Operator] = [ConvIn("conv_in", decoder.conv_in, pool), ResidualBlock("mid_block.resnets.0", middle.resnets[0], pool)]
-    for i, (attention, resnet) in enumerate(zip(middle.attentions, middle.resnets[1:]), start=1):
+def middle(block: torch.nn.Module, pool: Pool) -> Sequence[Operator]:
+    """`mid_block` of a decoder or an encoder, in the order in which it runs."""
+    layers: list[Operator] = [ResidualBlock("mid_block.resnets.0", block.resnets[0], pool)]
+    for i, (attention, resnet) in enumerate(zip(block.attentions, block.resnets[1:]), start=1):
         layers += [Attention(attention)] if attention is not None and _adds(attention) else []
         layers.append(ResidualBlock(f"mid_block.resnets.{i}", resnet, pool))
     return layers

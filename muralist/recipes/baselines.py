@@ -11,7 +11,7 @@ from muralist.config import Config
 from muralist.nn.attention import FullAttention
 from muralist.stages.proxy import LowResolutionProxy
 from muralist.stages.refine import Refine, Windows
-from muralist.stages.upsample import LatentInterpolation
+from muralist.stages.upsample import LATENT_SCALE, PixelInterpolation
 
 UHR = "uhr"  # the adapter that a base may bring for sizes above its own
 WINDOW_FRAMES = 8  # latent frames: 512 tokens are then 8 x 8 x 8, and a longer video gets more windows instead of flatter ones
@@ -23,7 +23,7 @@ def direct(base: BaseInfo) -> Config:
 
 
 def cascade(base: BaseInfo) -> Config:
-    """A proxy at the base's own size, latent interpolation, re-noising, and refinement in shifted local windows."""
+    """A proxy at the base's own size, enlarged through pixels, re-noising, and refinement in shifted local windows."""
     d = base.defaults
     proxy = LowResolutionProxy(height=d.grid.height, width=d.grid.width, **d.sampling)
     refine = Refine(
@@ -32,4 +32,4 @@ def cascade(base: BaseInfo) -> Config:
         attention=Windows(tokens=512, max_frames=WINDOW_FRAMES),
         adapter=UHR if UHR in base.adapters else None,
     )
-    return Config(proxy=proxy, upsample=LatentInterpolation(), refine=refine)
+    return Config(proxy=proxy, upsample=PixelInterpolation(latent_scale=LATENT_SCALE), refine=refine)

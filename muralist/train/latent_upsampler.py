@@ -49,7 +49,7 @@ def train_latent_upsampler(
     origin = {"base": info.fingerprint, **data.origin}
     state.require_origin(folder / CHECKPOINTS, origin)
     configs = [PairConfig(name=f"pairs-{scale:g}", count=data.clips, low=own, scale=scale, seed=round(10 * scale)) for scale in _scales(own.height, data)]
-    pools = [build_pairs(vae, config, folder / "latents", device, report, data.source) for config in configs]
+    pools = [build_pairs(vae, config, folder / "latents", report, data.source) for config in configs]
     torch.manual_seed(0)
     upsampler = LatentUpsampler(network or _usual(info)).to(device)
     goal = LatentUpsample(upsampler, vae, pools, objective or LatentUpsampleConfig(), device)

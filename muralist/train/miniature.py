@@ -252,9 +252,9 @@ def train_base(
         raise UserError(f"{vae} has (channels, space, time) {made_for}", where="from", fix="give a VAE of 48 channels, 16x16x4, such as miniature-vae makes")
     model = (TextToVideo() if init is None else TextToVideo.of(init)).to(device)
     pools = folder / "latents"
-    single = latents.build_pool(autoencoder, latents.PoolConfig(name="frames", count=frames, grid=GRID, frames=1, seed=1), pools, device, report)
-    whole = latents.build_pool(autoencoder, latents.PoolConfig(name="clips", count=clips, grid=GRID, seed=2), pools, device, report)
-    small = latents.build_pool(autoencoder, latents.PoolConfig(name="small", count=small_clips, grid=SMALL_GRID, seed=3), pools, device, report)
+    single = latents.build_pool(autoencoder, latents.PoolConfig(name="frames", count=frames, grid=GRID, frames=1, seed=1), pools, report)
+    whole = latents.build_pool(autoencoder, latents.PoolConfig(name="clips", count=clips, grid=GRID, seed=2), pools, report)
+    small = latents.build_pool(autoencoder, latents.PoolConfig(name="small", count=small_clips, grid=SMALL_GRID, seed=3), pools, report)
     objective = FlowMatching(model, model.transformer, model.embed, Curriculum(single, whole, small), FlowConfig(), device)
     fit(objective, Schedule(minutes=minutes, learning_rate=1.5e-3, muon=True), folder, resume=resume, report=report)
     made = save_model(model, autoencoder, folder / "model")

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -106,7 +105,7 @@ class Trainee(nn.Module):
         """
         state.require_origin(folder / CHECKPOINTS, self.origin(data))
         vae = load_vae(self.info.folder / "vae").to(self.base.device).eval()
-        pools = tuple(latents.build_pool(vae, config, folder / "latents", self.base.device, report, data.source) for config in configs)
+        pools = tuple(latents.build_pool(vae, config, folder / "latents", report, data.source) for config in configs)
         self.learn_captions([text for pool in pools for text in pool.captions])
         return pools
 
@@ -125,10 +124,10 @@ class Trainee(nn.Module):
             seed=height,
         )
 
-    def guided_pool(self, name: str, height: int, data: VideoData, damage: AnchorDamage) -> PoolConfig:
+    def guided_pool(self, name: str, height: int, data: VideoData, damage: AnchorDamage, guide_scale: float | None = None) -> PoolConfig:
         """The same crops, each with its whole video at the base's own size, damaged so that it can stand for what the base generates."""
         crops = self.crop_pool(height, data)
-        return replace(crops, name=f"{name}-{height}", proxy=replace(self.own_grid, num_frames=crops.length), damage=damage)
+        return replace(crops, name=f"{name}-{height}", proxy=replace(self.own_grid, num_frames=crops.length), damage=damage, guide_scale=guide_scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +136,6 @@ class Crops:
 
     pools: tuple[LatentPool, ...]
     batch: int = 16
-    mode: Literal["bilinear", "bicubic"] = "bilinear"
 
     def __call__(self, rng: np.random.Generator, progress: float) -> Batch:
         pool = self.pools[rng.integers(len(self.pools))]
@@ -146,10 +144,11 @@ class Crops:
         if pool.proxy is None:
             return Batch(z, captions, near_object)
         chosen = torch.from_numpy(index)
-        return Batch(z, captions, near_object, proxy=cut_to(pool.proxy[chosen].float(), pool.places[chosen], z.shape[2:], self.mode))
+        proxy = pool.proxy[chosen].float()
+        return Batch(z, captions, near_object, proxy=proxy if pool.places is None else cut_to(proxy, pool.places[chosen], z.shape[2:]))
 
 
-def cut_to(whole: torch.Tensor, places: torch.Tensor, shape: tuple[int, int, int], mode: Literal["bilinear", "bicubic"] = "bilinear") -> torch.Tensor:
+def cut_to(whole: torch.Tensor, places: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
     """Latents of whole videos [B, C, F', h', w'] -> those of crops, [B, C, F, h, w], the first F frames.
 
     `places` [B, 4]: top, left, height and width of each crop as shares of the frame. Samples stand at the middles of the crop's latents.
@@ -160,7 +159,7 @@ def cut_to(whole: torch.Tensor, places: torch.Tensor, shape: tuple[int, int, int
     grid_y, grid_x = (2 * (start + side * axis) - 1 for start, side, axis in ((top, height, y), (left, width, x)))
     grid = torch.stack(torch.broadcast_tensors(grid_x[:, None, :], grid_y[:, :, None]), dim=-1)  # [B, rows, columns, 2]
     images = whole[:, :, :frames].transpose(1, 2).flatten(0, 1)
-    cut = F.grid_sample(images, grid.repeat_interleave(frames, dim=0), mode=mode, padding_mode="border", align_corners=False)
+    cut = F.grid_sample(images, grid.repeat_interleave(frames, dim=0), mode="bilinear", padding_mode="border", align_corners=False)
     return cut.unflatten(0, (-1, frames)).transpose(1, 2)
 
 

@@ -1,7 +1,7 @@
 """`uhr`: the adapter that lets a base work far above its own size, trained on crops of large videos on the path that refinement takes.
 
 A crop of a 4K render has the token grid of a whole frame at the base's size and shows what a token means there: bare ground, a stretch of
-edge. Its guide is what refinement is given: the whole video at the base's own size, a little damaged, its latent enlarged where the crop lies.
+edge. Its guide is what refinement is given: the whole video at the base's own size, a little damaged, enlarged through pixels where the crop lies.
 The path starts in half of the batches where the base's own recipe has it, else earlier, down to the earliest start of any recipe.
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from muralist.data.degrade import AnchorDamage
+from muralist.stages.upsample import LATENT_SCALE
 from muralist.train.loop import Report, begin
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
 from muralist.train.trainee import Crops, Trainee, VideoData, fit_adapter, give_adapter
@@ -44,9 +45,9 @@ def train_uhr(folder: Path, *, minutes: float, device: torch.device, resume: boo
     begin(folder, resume=resume)
     trainee = Trainee(model, device)
     data, defaults = (data or VideoData()).settled(), trainee.info.defaults
-    pools = trainee.encoded([trainee.guided_pool("guided", height, data, DAMAGE) for height in data.heights], data, folder, report)
+    pools = trainee.encoded([trainee.guided_pool("enlarged", height, data, DAMAGE, LATENT_SCALE) for height in data.heights], data, folder, report)
     give_adapter(trainee, ADAPTER)
     config = FlowConfig(prediction=trainee.info.prediction, shift=defaults.flow_shift)
-    source = Guided(Crops(pools, mode="bicubic"), defaults.skip_share)
+    source = Guided(Crops(pools), defaults.skip_share)
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, source, config, device)
     return fit_adapter(trainee, ADAPTER, objective, folder, minutes, resume, trainee.origin(data), report)

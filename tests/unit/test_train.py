@@ -270,17 +270,17 @@ def test_a_latent_pool_is_made_once_and_is_the_same_again(tmp_path, monkeypatch)
     monkeypatch.setattr("muralist.data.latents.SHARD", 2)
     config = PoolConfig(name="p", count=3, grid=Grid(num_frames=5, height=64, width=112), frames=1)
     vae = new_vae().eval()
-    first = build_pool(vae, config, tmp_path / "a", torch.device("cpu"), report=lambda line: None)
-    second = build_pool(vae, config, tmp_path / "b", torch.device("cpu"), report=lambda line: None)
+    first = build_pool(vae, config, tmp_path / "a", report=lambda line: None)
+    second = build_pool(vae, config, tmp_path / "b", report=lambda line: None)
     monkeypatch.setattr("muralist.data.latents.encode", lambda *a: pytest.fail("encoded again"))
-    again = build_pool(vae, config, tmp_path / "a", torch.device("cpu"), report=lambda line: None)
+    again = build_pool(vae, config, tmp_path / "a", report=lambda line: None)
     assert first.z.shape == (3, 48, 1, 4, 7) and len(first.captions) == 3 and first.near_object.shape == (3, 1, 4, 7)
     assert torch.equal(first.z, second.z) and torch.equal(first.z, again.z) and first.captions == again.captions
 
 
 def pool(folder, vae, **changes):
     config = PoolConfig(**{"name": "p", "count": 1, "grid": Grid(num_frames=1, height=64, width=112), "frames": 1, **changes})
-    return build_pool(vae, config, folder, torch.device("cpu"), report=lambda line: None)
+    return build_pool(vae, config, folder, report=lambda line: None)
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -249,14 +248,6 @@ def test_an_anchor_is_cut_where_its_crop_lies():
     assert cut.shape == (1, 2, 2, 4, 10) and cut[0, 0, 0, 0].tolist() == pytest.approx([5.0 + i for i in range(10)], abs=1e-4)
     halves = cut_to(whole, torch.tensor([[0.0, 0.0, 1.0, 1.0]]), (1, 10, 40))
     assert halves[0, 0, 0, 0, 1:-1].tolist() == pytest.approx([-0.25 + 0.5 * i for i in range(1, 39)], abs=1e-4)
-
-
-def test_a_guide_is_cut_as_refinement_enlarges_it():
-    whole = torch.randn(1, 3, 2, 8, 14)
-    enlarged = F.interpolate(whole[0].transpose(0, 1), size=(68, 120), mode="bicubic", align_corners=False)  # as stages/upsample.py does
-    place = torch.tensor([[20 / 68, 30 / 120, 8 / 68, 14 / 120]])
-    cut = cut_to(whole, place, (2, 8, 14), mode="bicubic")
-    assert (cut[0].transpose(0, 1) - enlarged[:, :, 20:28, 30:44]).abs().max() < 1e-5
 
 
 def test_training_from_a_guide_follows_refinement():

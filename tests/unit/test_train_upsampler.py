@@ -36,16 +36,16 @@ def test_a_pair_shows_the_same_part_of_the_scene_at_two_sizes(tmp_path, monkeypa
     monkeypatch.setattr(latents, "encode", lambda vae, video: seen.append(video[0]) or torch.zeros(1, 48, 1, 1, 1))
     config = PairConfig(name="p", count=2, low=GRID, scale=2.0, side=64, frames=5)
     vae = new_vae()
-    pairs = build_pairs(vae, config, tmp_path, CPU, report=lambda line: None)
+    pairs = build_pairs(vae, config, tmp_path, report=lambda line: None)
     assert len(pairs.low) == len(pairs.high) == 2
     for low, high in zip(seen[::2], seen[1::2]):
         assert low.shape == (5, 64, 64, 3) and high.shape == (5, 128, 128, 3)
         reduced = high.unflatten(1, (64, 2)).unflatten(3, (64, 2)).mean(dim=(2, 4))
         assert -10 * torch.log10((reduced - low).square().mean()) > 30
-    again = build_pairs(vae, config, tmp_path, CPU, report=lambda line: pytest.fail("encoded again"))
+    again = build_pairs(vae, config, tmp_path, report=lambda line: pytest.fail("encoded again"))
     assert torch.equal(again.low, pairs.low)
     with pytest.raises(UserError, match="another encoder"):
-        build_pairs(new_vae(seed=1), config, tmp_path, CPU)
+        build_pairs(new_vae(seed=1), config, tmp_path)
 
 
 def test_the_trained_part_lies_in_the_output_and_the_model_stays_as_it_is(tiny22, tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def test_the_plan_counts_the_network_itself(base):
     folder, geometry = base.info.folder / "parts" / UPSAMPLER, base.info.geometry
     part = LearnedUpsampling(tile=(2, 4, 4), overlap=(0, 0, 0))
     source, target = geometry.latent_shape(SMALL)[1:], geometry.latent_shape(LARGE)[1:]
-    assert measure(folder, part, source, target).pieces == pieces(part, SMALL, geometry)
+    assert measure(folder, part, source, target).pieces == pieces(part, SMALL, LARGE, geometry)
     assert measure(folder, LearnedUpsampling(), source, target).flops > 0
 
 

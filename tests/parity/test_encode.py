@@ -1,0 +1,113 @@
+"""Our streaming encode equals diffusers' untiled encode: both VAE flavours, any tile, any reader of the pixels."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from muralist.cost import encoding
+from muralist.cost.vae import empty
+from muralist.data.latents import encode
+from muralist.nn.encoder import StreamingEncoder
+from muralist.nn.encoder_blocks import Average
+from muralist.nn.enlarge import EnlargedPixels
+from muralist.tiling import Box, Span
+from tests.parity.test_decode import flavours, model
+
+TOLERANCE = 1e-5  # of latents of about unit size, fp32
+FRAMES, HEIGHT, WIDTH = 9, 96, 160
+
+
+def pixels(frames: int = FRAMES) -> torch.Tensor:
+    return torch.rand(frames, HEIGHT, WIDTH, 3, generator=torch.Generator().manual_seed(2))
+
+
+def reader(video: torch.Tensor):
+    return lambda frames, box: video[frames.start : frames.stop, box.y.start : box.y.stop, box.x.start : box.x.stop]
+
+
+@torch.no_grad()
+def diffusers_latents(vae, video: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    return (vae.encode(video.permute(3, 0, 1, 2)[None].to(vae.dtype) * 2 - 1).latent_dist.mean.float() - mean) / std
+
+
+@flavours
+@pytest.mark.parametrize("tile", [32, 64, 96, 4096])
+def test_equals_diffusers_untiled(flavour, tile):
+    vae, told = model(flavour), []
+    ours = StreamingEncoder(vae).encode(reader(pixels()), FRAMES, (HEIGHT, WIDTH), tile, lambda *n: told.append(n))
+    theirs = diffusers_latents(vae, pixels())
+    assert ours.shape == theirs.shape and theirs.std() > 0.05
+    assert (ours - theirs).abs().max() <= TOLERANCE
+    assert told[-1][0] == told[-1][1] == len(told)
+
+
+@flavours
+def test_a_single_frame_and_a_batch_equal_diffusers_too(flavour):
+    vae = model(flavour)
+    assert (encode(vae, pixels(1)[None]) - diffusers_latents(vae, pixels(1))).abs().max() <= TOLERANCE
+    both = encode(vae, torch.stack([pixels(5), pixels(5).flip(1)]))
+    assert (both[1:] - diffusers_latents(vae, pixels(5).flip(1))).abs().max() <= TOLERANCE
+
+
+def test_low_precision_is_as_near_as_diffusers_own():
+    exact = diffusers_latents(model("wan22"), pixels())
+    low = type(model("wan22")).from_config(model("wan22").config).eval()
+    low.load_state_dict(model("wan22").state_dict())
+    low.to(torch.bfloat16)
+    theirs = (diffusers_latents(low, pixels()) - exact).abs().mean()
+    ours = (encode(low, pixels()[None]) - exact).abs().mean()
+    assert 0 < ours <= 1.2 * theirs
+
+
+@pytest.mark.parametrize("channels, out, time", [(8, 8, 1), (8, 16, 1), (8, 16, 2), (8, 8, 2), (16, 8, 2), (32, 4, 1)])
+@pytest.mark.parametrize("frames", [1, 4])
+def test_the_averaging_shortcut_is_diffusers(channels, out, time, frames):
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AvgDown3D
+
+    theirs, x = AvgDown3D(channels, out, factor_t=time, factor_s=2), torch.randn(frames, 4, 6, channels)
+    expected = theirs(x.permute(3, 0, 1, 2)[None])[0].permute(1, 2, 3, 0)
+    assert torch.allclose(Average(theirs).run(x), expected, atol=1e-6)
+
+
+def test_a_tile_is_read_with_no_more_around_it_than_its_layers_need():
+    vae = model("wan22")
+    encoder, size = StreamingEncoder(vae), (HEIGHT, WIDTH)
+    boxes = encoder.boxes(Box(Span(2, 3), Span(4, 5)), size)
+    read = boxes[0].times(encoder.patch)
+    video, other = pixels(), pixels().clone()
+    y, x = read.inside(Box.whole(*size))
+    outside = torch.ones(HEIGHT, WIDTH, dtype=torch.bool)
+    outside[y, x] = False
+    other[:, outside] = torch.rand(FRAMES, int(outside.sum()), 3)
+    assert bool(outside.any()), "the tile reads everything: nothing is tested"
+
+    def first(video):
+        return encoder.first_part(reader(video)(range(1), read), boxes, size, first=True, caches={})
+
+    assert torch.equal(first(video), first(other))
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_boxes_of_an_enlarged_video_are_parts_of_the_whole(mode):
+    small = torch.rand(3, 12, 20, 3)
+    whole = F.interpolate(small.permute(0, 3, 1, 2), size=(70, 133), mode=mode, align_corners=False).clamp(0, 1).permute(0, 2, 3, 1)
+    enlarged = EnlargedPixels(small, (70, 133), mode, torch.device("cpu"))
+    for box in (Box.whole(70, 133), Box(Span(0, 9), Span(120, 133)), Box(Span(31, 32), Span(5, 90))):
+        y, x = box.inside(Box.whole(70, 133))
+        assert (enlarged(range(1, 3), box) - whole[1:, y, x]).abs().max() < 1e-5
+
+
+@flavours
+@pytest.mark.parametrize("tile", [64, 4096])
+def test_the_plan_counts_what_runs(flavour, tile):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = dict(model(flavour).config)
+    with torch.device("meta"):
+        encoder, video = StreamingEncoder(empty(config, "float32")), torch.empty(FRAMES, HEIGHT, WIDTH, 3)
+        with FlopCounterMode(display=False) as counter:
+            encoder.encode(reader(video), FRAMES, (HEIGHT, WIDTH), tile)
+    need = encoding.encode(config, FRAMES, (HEIGHT, WIDTH), tile, quick=True)
+    assert 0.98 <= need.cost.flops / counter.get_total_flops() <= 1.02
+    assert need.tiles == (6 if tile == 64 else 1)
