@@ -146,12 +146,16 @@ def frames(latent: LatentVideo, request: Request, base: Base, **options: Any) ->
 
 
 def metadata(request: Request, base: Base, run: RunDirectory) -> dict[str, Any]:
-    """What the file says of itself: enough to paint it again. `kernels`: all that computed it, several if it was gone on with elsewhere."""
+    """What the file says of itself: enough to paint it again. `kernels`: all that denoised it, more than one if on other machines; `dtype`: the decoder's."""
     from muralist.store.atomic import versions
 
-    used = [kernels for stage in DENOISED if run.has(stage) for kernels in run.info(stage)[KERNELS]]
-    computed = {"dtype": str(base.dtype).removeprefix("torch."), KERNELS: [k for n, k in enumerate(used) if k not in used[:n]]}
+    used = [kernels for stage in DENOISED if run.has(stage) for kernels in run.info(stage).get(KERNELS, [])]
+    computed = {"dtype": _name(base.dtype), KERNELS: [k for n, k in enumerate(used) if k not in used[:n]]}
     return {"generator": "muralist", "versions": versions(), **computed, "request": request.record()}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _steps(request: Request, base: Base, run: RunDirectory, stage: str, threshold: float | None, observer: Observer) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -161,7 +165,8 @@ def _steps(request: Request, base: Base, run: RunDirectory, stage: str, threshol
     has turned out to need none.
     """
     newest, kernels, cache = run.latest_step(stage), _kernels(request, base), threshold and FirstBlockCache(threshold)
-    computed = {KERNELS: _with(newest[2][KERNELS] if newest else [], asdict(kernels), stage)}
+    earlier = newest[2].get(KERNELS, []) if newest else []
+    computed = {KERNELS: _with(earlier, asdict(kernels) | {"dtype": _name(base.dtype)}, stage)}
     begun: tuple[int, torch.Tensor] | None = None  # what the next step begins with
 
     def after_step(step: int, z: torch.Tensor) -> None:

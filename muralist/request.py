@@ -7,11 +7,13 @@ same way and refuse them with the same words. Nothing here reads a weight.
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import types
 import typing
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +28,7 @@ from muralist.errors import UserError
 from muralist.nn.attention import BranchedWindows
 from muralist.nn.kinds import INJECTOR, STEP_SIZE
 from muralist.sampling.shortcut import ShortcutSteps
-from muralist.store.run import RunDirectory
+from muralist.store.run import SETTLED, TYPED, RunDirectory
 from muralist.store.vocabulary import read_prompt
 from muralist.types import Geometry, Grid, nearest_frames
 
@@ -164,7 +166,8 @@ def _snapped(frames: int, fps: float, geometry: Geometry, note: Callable[[str], 
 def override(config: Config, asked: Asked) -> Config:
     """The configuration with the typed numbers in place of the recipe's, in every stage that has them."""
     values = {name: getattr(asked, name) for name in ("num_inference_steps", "guidance_scale", "flow_shift", "skip_steps")}
-    values = {name: value for name, value in values.items() if value is not None}
+    whole = ("num_inference_steps", "skip_steps")
+    values = {name: value if name in whole else float(value) for name, value in values.items() if value is not None}
     proxy = config.proxy and _replaced(config.proxy, values)
     computing = {name: value for name in ("attention", "linears") if (value := getattr(asked, name)) is not None}
     return replace(config, proxy=proxy, refine=_replaced(config.refine, _with_skip(config.refine, values)), kernels=replace(config.kernels, **computing))
@@ -210,7 +213,7 @@ def _place(record: dict[str, Any], name: str, value: Any) -> None:
     if not isinstance(record, dict) or last not in record or last == "kind":
         known = ", ".join(field for field in record if field != "kind") if isinstance(record, dict) else "the names of its parts"
         raise UserError(f"the configuration has no {name!r:.60}", where="set", fix=f"use one of {known}")
-    record[last] = value
+    record[last] = float(value) if type(record[last]) is float and type(value) is int and abs(value) < 2**53 else value  # else 3 and 3.0 are two runs
 
 
 def _with_skip(refine: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -245,7 +248,7 @@ def restore(record: Any) -> Request:
 def stored_seed(run_dir: Path) -> int:
     """The seed that an interrupted run drew, so that the same call without a seed goes on; -1 where there is none."""
     try:
-        seed = (RunDirectory.stored(run_dir) or {})["request"]["seed"]
+        seed = (RunDirectory.stored(run_dir) or {})[TYPED]["seed"]
     except (KeyError, TypeError):
         return -1
     return seed if isinstance(seed, int) else -1
@@ -260,9 +263,9 @@ def plan_run(request: Request, info: BaseInfo, machine: Machine, run_dir: Path, 
     return plan(begun or request, info, replace(machine, disk_free=machine.disk_free + held), budget=budget, begun=begun is not None)
 
 
-def run_record(asked: Request, settled: Request) -> dict[str, Any]:
-    """What a run directory remembers of its request: as it was asked, and with what a plan has settled in it (chunks, tiles)."""
-    return {"typed": asked.record(), "request": settled.record()}
+def run_record(asked: Request, settled: Request, **more: Any) -> dict[str, Any]:
+    """What a run directory remembers of its request: as it was asked, `more` that decides the result, and last with what a plan has settled (chunks, tiles)."""
+    return {TYPED: asked.record(), **more, SETTLED: settled.record()}
 
 
 def _begun(asked: Request, run_dir: Path) -> tuple[Request | None, int]:
@@ -270,10 +273,31 @@ def _begun(asked: Request, run_dir: Path) -> tuple[Request | None, int]:
     stored = RunDirectory.stored(run_dir)
     if stored is None:
         return None, 0
-    held = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file())
-    if stored.get("typed") != asked.record():  # said when the run is opened, with the first difference
+    held = _bytes_in(run_dir)
+    if stored.get(TYPED) != asked.record():  # said when the run is opened, with the first difference
         return None, held
-    return restore(stored.get("request")), held
+    begun = restore(stored.get(SETTLED))
+    if _as_typed(begun, asked) != asked:
+        raise _foreign("what was planned is not what was asked")
+    return begun, held
+
+
+def _as_typed(settled: Request, asked: Request) -> Request:
+    """A settled request with those values of the typed one that a plan may choose."""
+    config, typed = settled.config, asked.config
+    proxy = config.proxy and typed.proxy and replace(config.proxy, token_chunk=typed.proxy.token_chunk)
+    refine = replace(config.refine, token_chunk=typed.refine.token_chunk)
+    return replace(settled, config=replace(config, proxy=proxy, refine=refine, decode=typed.decode))
+
+
+def _bytes_in(folder: Path) -> int:
+    """Of all files under it; what another process removes meanwhile is left out."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.stat(os.path.join(root, name), follow_symlinks=False).st_size
+    return total
 
 
 def _foreign(why: str) -> UserError:

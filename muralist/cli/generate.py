@@ -50,12 +50,13 @@ def command(
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A checked request as it was asked, the base it runs on and where it computes."""
+    """A checked request as it was asked, the base it runs on and where it computes. `folder`: of a base that is no name, from the root."""
 
     request: Request
     info: BaseInfo
     device: torch.device
     budget: Budget
+    folder: str | None
 
     def plan(self, run_dir: Path) -> Plan:
         """Cost of the job on this machine, with its disk at the run directory; what a run there has decided and written counts."""
@@ -68,10 +69,8 @@ class Job:
         """What the run directory remembers; `settled`: the request as planned. The output is relative to it, so that both can be moved together."""
         from muralist.request import run_record
 
-        folder = Path(self.request.model).expanduser()
         relative = os.path.relpath(output.absolute(), run_dir.absolute())
-        where = str(folder.absolute()) if folder.is_dir() else None
-        return run_record(self.request, settled) | {"output": relative, "folder": where, "weights": self.info.fingerprint}
+        return run_record(self.request, settled, output=relative, folder=self.folder, weights=self.info.fingerprint)
 
 
 def prepare(prompt: str, video: VideoOptions, run_dir: Path | None) -> Job:
@@ -90,7 +89,8 @@ def prepare(prompt: str, video: VideoOptions, run_dir: Path | None) -> Job:
     info = inspect_base(video.model, video.revision)
     request = make_request(asked, info, note)
     tell_of_kernels(request, info, device, note)
-    return Job(request, info, device, budget)
+    folder = Path(request.model).expanduser()
+    return Job(request, info, device, budget, str(folder.absolute()) if folder.is_dir() else None)
 
 
 def ask(prompt: str, video: VideoOptions, run_dir: Path | None):

@@ -30,21 +30,21 @@ def command(
     from muralist.store.paths import check_output, typed_path
 
     budget, folder = Budget(memory, vram_limit), typed_path(run_dir, "run_dir")
-    request, output, model = read(folder)
-    path, info, target = check_output(output), inspect_base(model, request.revision), pick_device(device)
+    request, output, base = read(folder)
+    path, info, target = check_output(output), inspect_base(base or request.model, request.revision), pick_device(device)
     tell_of_kernels(request, info, target, note)
-    return execute(Job(request, info, target, budget), path, folder, keep_run=keep_run, json=json)
+    return execute(Job(request, info, target, budget, base), path, folder, keep_run=keep_run, json=json)
 
 
 def read(folder: Path):
-    """(request as it was asked, output path, model) of a run directory; UserError if it is none or damaged."""
+    """(request as it was asked, output path, folder of its base if that is no name) of a run directory; UserError if it is none or damaged."""
     from muralist.request import restore
-    from muralist.store.run import RunDirectory
+    from muralist.store.run import TYPED, RunDirectory
 
     with RunDirectory.open(folder) as run:
         options = run.request
     output, model = options.get("output"), options.get("folder")
     if not isinstance(output, str) or not isinstance(model, str | None):
         raise UserError("its request.json lacks the output or the model", where=str(folder), fix="start a new run")
-    request = restore(options.get("typed"))
-    return request, Path(os.path.normpath(folder / output)), model or request.model
+    request = restore(options.get(TYPED))
+    return request, Path(os.path.normpath(folder / output)), model

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
-from einops import rearrange
 
 from muralist.data.degrade import AnchorDamage
 from muralist.data.sharpen import Unsharp
 from muralist.data.sources import Drawn, Source, World
 from muralist.errors import UserError
+from muralist.nn.decoder import StreamingDecoder
 from muralist.nn.encoder import StreamingEncoder
 from muralist.nn.enlarge import EnlargedPixels, enlarged
 from muralist.store import weights
@@ -230,12 +230,15 @@ def _encode(encoder: StreamingEncoder, video: torch.Tensor) -> torch.Tensor:
     )
 
 
-@torch.inference_mode()
 def decode(vae: AutoencoderKLWan, z: torch.Tensor) -> torch.Tensor:
-    """The inverse for small videos, by diffusers' own decoder: [1, C, F, h, w] -> [T, H, W, 3] in [0, 1]."""
-    mean, std = latent_statistics(vae, z.device)
-    video = vae.decode((z * std + mean).to(vae.dtype)).sample
-    return rearrange((video.float() / 2 + 0.5).clamp(0, 1), "1 c t h w -> t h w c")
+    """The inverse for small videos: [1, C, F, h, w] -> [T, H, W, 3] in [0, 1], equal to diffusers' (`nn.decoder`)."""
+    decoder, first_caches, caches = StreamingDecoder(vae), {}, {}
+    frame = Box.whole(*(side * decoder.spatial_factor for side in z.shape[-2:]))
+    video = []
+    for f, latent in enumerate(z.split(1, dim=2)):
+        patch = decoder.first_part(latent, first=f == 0, caches=first_caches)
+        video.append(decoder.second_part(patch, frame, first=f == 0, caches=caches).float().clone())
+    return torch.cat(video)
 
 
 def latent_statistics(vae: AutoencoderKLWan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 
 # of malloc.h
+M_TRIM_THRESHOLD = -1
 M_TOP_PAD = -2
 M_MMAP_THRESHOLD = -3
 SMALL = 1 << 20  # bytes; smaller than any chunk of tokens, larger than what is asked for often
@@ -31,10 +32,13 @@ def return_large_blocks() -> None:
 
 
 def keep_large_blocks() -> None:
-    """Take `return_large_blocks` back, if it was called: freed blocks of up to 32 MB stay, as the C library comes to do by itself."""
+    """Take `return_large_blocks` back, if it was called: freed blocks of up to 32 MB stay, as the C library comes to do by itself.
+
+    And twice as much at the heap's end: once the library was told a size, it gives that end back with every free.
+    """
     global _returning
     if _returning:
-        _set({M_MMAP_THRESHOLD: LARGEST})
+        _set({M_MMAP_THRESHOLD: LARGEST, M_TRIM_THRESHOLD: 2 * LARGEST})
     _returning = False
 
 

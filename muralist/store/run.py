@@ -28,6 +28,8 @@ from muralist.errors import UserError
 from muralist.store import atomic
 from muralist.store.tensors import load_tensors, total_bytes, writer
 
+FORMAT = 2  # of request.json
+TYPED, SETTLED = "typed", "request"  # in it: what was asked, and what a plan has made of it
 _REQUEST, _LOCK, _SCRATCH, _TENSORS = "request.json", "lock", "scratch", "tensors.safetensors"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _STEP = re.compile(r"[a-z][a-z0-9_]*-step-\d+")
@@ -64,7 +66,7 @@ class RunDirectory:
         try:
             atomic.clean(path)
             if not (path / _REQUEST).exists():
-                atomic.write_json(path / _REQUEST, {"format": 1, "options": wanted, "versions": atomic.versions()})
+                atomic.write_json(path / _REQUEST, {"format": FORMAT, "options": wanted, "versions": atomic.versions()})
             stored = _read_request(path)
             _require_same(path, stored["options"], wanted)
         except BaseException:
@@ -214,7 +216,7 @@ def _acquire(root: Path) -> int:
 
 def _read_request(root: Path) -> dict[str, Any]:
     stored = atomic.read_json(root / _REQUEST)
-    if not isinstance(stored, dict) or not isinstance(stored.get("options"), dict) or stored.get("format") != 1:
+    if not isinstance(stored, dict) or not isinstance(stored.get("options"), dict) or stored.get("format") != FORMAT:
         raise UserError("request.json is not a request of this version", where=str(root), fix="choose another run directory")
     if stored.get("versions") != atomic.versions():
         _log.warning("%s was started with other package versions; the result may differ in the last bits", root)
@@ -222,18 +224,22 @@ def _read_request(root: Path) -> dict[str, Any]:
 
 
 def _require_same(root: Path, stored: Any, wanted: Any) -> None:
+    """Options are told by their own names, without those of the records that hold them."""
     for name, old, new in _differences(stored, wanted):
         if name == "weights":
             fix = "bring the earlier weights back, or choose another run directory"
             raise UserError("the model's weights have changed since this run was started", where=str(root), fix=fix)
+        if name.startswith(f"{SETTLED}."):
+            raise UserError("another process has begun it meanwhile", where=str(root), fix="run the same command again: it goes on as that one has planned")
+        own = name.removeprefix(f"{TYPED}.").removeprefix("config.")
         fix = f"ask for {old} again to resume it, or choose another run directory"
-        raise UserError(f"this run was started with {name} = {old}, now it is {new}", where=str(root), fix=fix)
+        raise UserError(f"this run was started with {own} = {old}, now it is {new}", where=str(root), fix=fix)
 
 
 def _differences(stored: Any, wanted: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
-    """(dotted option, stored value, new value) of every difference, in the order of names."""
+    """(dotted option, stored value, new value) of every difference, in the order of names; first what was typed, last what a plan has settled."""
     if isinstance(stored, dict) and isinstance(wanted, dict):
-        for key in sorted(stored.keys() | wanted.keys()):
+        for key in sorted(stored.keys() | wanted.keys(), key=lambda key: (key == SETTLED, key != TYPED, key)):
             yield from _differences(stored.get(key), wanted.get(key), f"{name}.{key}" if name else key)
     elif stored != wanted or type(stored) is not type(wanted):
         yield name or "request", json.dumps(stored)[:60], json.dumps(wanted)[:60]

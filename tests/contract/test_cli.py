@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import signal
@@ -210,8 +211,9 @@ def test_resume_takes_no_other_options(finished):
 def test_generate_refuses_a_run_directory_of_other_options(tiny22, tmp_path):
     output = tmp_path / "a.mp4"
     assert generate(tiny22, output, "--keep-run").code == 0
-    assert "this run was started with request.config" in generate(tiny22, output, "--guidance-scale", 3).error
-    assert "request.grid.num_frames" in generate(tiny22, output, "--num-frames", 9).error
+    assert "this run was started with proxy.guidance_scale" in generate(tiny22, output, "--guidance-scale", 3).error
+    assert "started with grid.num_frames = 5, now it is 9" in generate(tiny22, output, "--num-frames", 9).error
+    assert "started with seed = 1, now it is 2" in generate(tiny22, output, "--seed", 2, "--memory", "low").error, "an option that nobody typed is told"
 
 
 def test_the_same_command_without_a_seed_goes_on_with_the_seed_it_drew(tiny22, tmp_path):
@@ -219,6 +221,36 @@ def test_the_same_command_without_a_seed_goes_on_with_the_seed_it_drew(tiny22, t
     first = muralist("generate", "a ball", "--model", tiny22, "--size", "64x64", "-o", output, "--keep-run", "--json").events[-1]["seed"]
     again = muralist("generate", "a ball", "--model", tiny22, "--size", "64x64", "-o", output, "--keep-run", "--json").events[-1]["seed"]
     assert first == again
+
+
+def test_a_run_whose_model_was_typed_from_here_is_resumed_from_anywhere(tiny22, tmp_path, monkeypatch):
+    (tmp_path / "base").symlink_to(tiny22)
+    monkeypatch.chdir(tmp_path)
+    assert generate("base", tmp_path / "a.mp4", "--keep-run").code == 0
+    monkeypatch.chdir("/")
+    answer = muralist("resume", tmp_path / "a.mp4.run")
+    assert answer.code == 0, answer.err
+
+
+def test_a_record_at_odds_with_itself_is_refused(tiny22, tmp_path):
+    output = tmp_path / "a.mp4"
+    assert generate(tiny22, output, "--keep-run").code == 0
+    record = tmp_path / "a.mp4.run" / "request.json"
+    whole = json.loads(record.read_text())
+    whole["options"]["request"]["grid"]["width"] = 192
+    record.write_text(json.dumps(whole))
+    for answer in (muralist("resume", f"{output}.run"), generate(tiny22, output)):
+        assert answer.code == 2 and "what was planned is not what was asked" in answer.error
+    whole["format"] = 1
+    record.write_text(json.dumps(whole))
+    assert "not a request of this version" in muralist("resume", f"{output}.run").error
+
+
+def test_a_number_is_the_same_written_with_and_without_a_point(tiny22, tmp_path):
+    output = tmp_path / "a.mp4"
+    assert generate(tiny22, output, "--keep-run", "--set", "refine.flow_shift=3").code == 0
+    answer = generate(tiny22, output, "--set", "refine.flow_shift=3.0")
+    assert answer.code == 0, answer.err
 
 
 def test_a_run_and_its_output_can_be_moved_together(tiny22, tmp_path):
