@@ -29,12 +29,17 @@ _NUMBERS = (
     "refine_steps",
     "guidance_scale",
     "flow_shift",
-    "skip_share",
 )  # of `Defaults`; the first three are whole
 TIED = ("shared.weight", "encoder.embed_tokens.weight")  # the text encoder's two names of one tensor; its file holds either
 SKIP_SHARE = 0.4
 UPSAMPLER = "latent_upsampler"  # a kind of part
 TRAINED_BY = {INJECTOR: "anchored", STEP_SIZE: "anchored", BRANCHES: "branched"}  # where a part's training has another name than its kind
+# A transformer's configuration as it is read here, and what diffusers builds where a file is silent: whole numbers, a patch, a switch.
+WHOLE = {
+    "num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "in_channels": 16, "out_channels": 16, "text_dim": 4096,
+    "freq_dim": 256, "rope_max_seq_len": 1024,
+}  # fmt: skip
+SILENT = WHOLE | {"patch_size": [1, 2, 2], "cross_attn_norm": True}
 CLASSES = {"transformer": "WanTransformer3DModel", "transformer_2": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}
 
 
@@ -96,13 +101,13 @@ class BaseInfo:
 
     @property
     def sides(self) -> tuple[int, int]:
-        """Of the matrices in the transformer's blocks: the width, and that of the FFN, 13824 where the configuration is silent, as in diffusers."""
-        return self.width, self.transformer_config.get("ffn_dim", 13824)
+        """Of the matrices in the transformer's blocks: the width, and that of the FFN."""
+        return self.width, self.transformer_config["ffn_dim"]
 
     @property
     def head_dim(self) -> int:
-        """Channels of one attention head; 128 is what diffusers builds where the configuration is silent."""
-        return self.transformer_config.get("attention_head_dim", 128)
+        """Channels of one attention head."""
+        return self.transformer_config["attention_head_dim"]
 
     def require_adapter(self, name: str) -> None:
         """UserError with what to do if the base has no such adapter."""
@@ -190,7 +195,7 @@ def _has_second(index: dict[str, Any]) -> bool:
 def _experts(folder: Path, transformer: dict[str, Any]) -> ExpertsConfig:
     """The configuration of a base's experts, after checking that they are whole and made for a transformer like this one."""
     experts = ExpertsConfig.of(parts.read_part(folder, EXPERTS))
-    experts.require_fit(_width(transformer), transformer.get("num_layers", 0))
+    experts.require_fit(_width(transformer), transformer["num_layers"])
     _require_tensors(folder, experts.tensors())
     return experts
 
@@ -204,7 +209,7 @@ def _require_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> N
 def _injector(folder: Path, transformer: dict[str, Any], geometry: Geometry) -> InjectorConfig:
     config = InjectorConfig.of(parts.read_part(folder, INJECTOR))
     _require_width(config.dim, transformer, INJECTOR)
-    if config.channels != geometry.channels or max(config.blocks) >= transformer.get("num_layers", 0):
+    if config.channels != geometry.channels or max(config.blocks) >= transformer["num_layers"]:
         what = f"the injector is for {config.channels} channels and stands before block {max(config.blocks)}"
         raise UserError(what, where="part", fix="use one that was trained for this base")
     _require_tensors(folder, config.tensors())
@@ -214,8 +219,8 @@ def _injector(folder: Path, transformer: dict[str, Any], geometry: Geometry) -> 
 def _branches(folder: Path, transformer: dict[str, Any]) -> BranchesConfig:
     config = BranchesConfig.of(parts.read_part(folder, BRANCHES))
     _require_width(config.dim, transformer, BRANCHES)
-    if max(config.blocks) >= transformer.get("num_layers", 0):
-        what = f"the branches stand beside block {max(config.blocks)}, this base has {transformer.get('num_layers', 0)}"
+    if max(config.blocks) >= transformer["num_layers"]:
+        what = f"the branches stand beside block {max(config.blocks)}, this base has {transformer['num_layers']}"
         raise UserError(what, where="part", fix="use branches that were trained for this base")
     _require_tensors(folder, config.tensors())
     return config
@@ -227,7 +232,7 @@ def _require_width(width: object, transformer: dict[str, Any], kind: str) -> Non
 
 
 def _width(transformer: dict[str, Any]) -> int:
-    return transformer.get("num_attention_heads", 0) * transformer.get("attention_head_dim", 0)
+    return transformer["num_attention_heads"] * transformer["attention_head_dim"]
 
 
 def _boundary(index: dict[str, Any]) -> float:
@@ -292,7 +297,22 @@ def _component_config(folder: Path, name: str) -> dict[str, Any]:
     config = weights.read_config(folder / name / "config.json")
     if config.get("_class_name") != CLASSES[name]:
         raise UserError(f"{name} is a {config.get('_class_name')}", where="model", fix=f"give a folder whose {name} is a {CLASSES[name]}")
+    return config if name == "vae" else _of_transformer(config, folder / name / "config.json")
+
+
+def _of_transformer(config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The same with what it is silent about; UserError for the first field that is not what `SILENT` has in its place."""
+    config = SILENT | config
+    patch, right = config["patch_size"], {name: _is_whole(config[name], 10**5) for name in WHOLE}
+    right["patch_size"] = isinstance(patch, list) and len(patch) == 3 and all(_is_whole(side, 16) for side in patch)
+    right["cross_attn_norm"] = isinstance(config["cross_attn_norm"], bool)
+    if wrong := next((name for name, good in right.items() if not good), None):
+        raise UserError(f"{file}: {wrong} is {config[wrong]!r:.40}", where="model", fix="restore the file")
     return config
+
+
+def _is_whole(value: object, most: int) -> bool:
+    return type(value) is int and 1 <= value <= most
 
 
 def _prediction(folder: Path) -> str:
@@ -305,21 +325,16 @@ def _prediction(folder: Path) -> str:
 
 def _geometry(transformer: dict[str, Any], vae: dict[str, Any]) -> Geometry:
     for name, value in (("z_dim", vae.get("z_dim", 16)), *((f"scale_factor_{axis}", vae.get(f"scale_factor_{axis}") or 8) for axis in ("spatial", "temporal"))):
-        if not isinstance(value, int) or not 1 <= value <= 1024:
+        if not _is_whole(value, 1024):
             raise UserError(f"the VAE's {name} is {value!r:.40}", where="model", fix="restore its config.json")
     channels = vae.get("z_dim", 16)
     for name in ("latents_mean", "latents_std"):
         if name in vae and (not isinstance(vae[name], list) or len(vae[name]) != channels):
             raise UserError(f"the VAE's {name} does not hold {channels} numbers", where="model", fix="restore its config.json")
-    if transformer.get("in_channels") != channels or transformer.get("out_channels") != channels:
-        raise UserError(
-            f"the transformer reads {transformer.get('in_channels')} channels, the VAE has {channels}", where="model", fix="give a text-to-video model"
-        )
-    patch = transformer.get("patch_size", [1, 2, 2])
-    if not isinstance(patch, list) or len(patch) != 3 or any(not isinstance(side, int) or not 1 <= side <= 16 for side in patch):
-        raise UserError(f"the transformer's patch_size is {patch!r:.40}", where="model", fix="restore its config.json")
+    if {transformer["in_channels"], transformer["out_channels"]} != {channels}:
+        raise UserError(f"the transformer reads {transformer['in_channels']} channels, the VAE has {channels}", where="model", fix="give a text-to-video model")
     factors = {name: vae.get(f"scale_factor_{axis}") or usual for name, axis, usual in (("spatial_factor", "spatial", 8), ("temporal_factor", "temporal", 4))}
-    return Geometry(**factors, channels=channels, patch=tuple(patch))
+    return Geometry(**factors, channels=channels, patch=tuple(transformer["patch_size"]))
 
 
 def _defaults(folder: Path, geometry: Geometry, two: bool) -> Defaults:
@@ -335,6 +350,9 @@ def _defaults(folder: Path, geometry: Geometry, two: bool) -> Defaults:
             numbers = (*(getattr(defaults, k) for k in _NUMBERS), *(getattr(defaults.grid, k) for k in Grid.__dataclass_fields__))
             if any(type(n) not in (int, float) or n <= 0 for n in numbers) or any(type(getattr(defaults, k)) is not int for k in _NUMBERS[:3]):
                 raise TypeError("a number")
+            if type(defaults.skip_share) not in (int, float) or not 0 <= defaults.skip_share < 1:
+                what = f"{folder / 'muralist.json'}: skip_share is {defaults.skip_share!r:.40}"
+                raise UserError(what, where="model", fix="restore the file: a share from 0 to below 1")
             flow.check_interval(defaults.guidance_interval)
             return defaults
         except (KeyError, TypeError) as error:

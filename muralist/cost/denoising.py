@@ -61,7 +61,10 @@ class Steps:
 
 
 def held_bytes(setting: Setting) -> tuple[int, int]:
-    """(on the device, in main memory beside it) of the transformer with its adapters and parts, which are loaded with it, whoever uses them."""
+    """(on the device, in main memory beside it) of the transformer with its adapters and parts, which are loaded with it, whoever uses them.
+
+    Streamed blocks are loaded whole into main memory, with all that moves to the device later, before any of them becomes 8 bits or is page-locked.
+    """
     info, size = setting.info, setting.dimensions
     apart = {f"part {name}" for name in (UPSAMPLER, INJECTOR, STEP_SIZE)}
     added = {name: count for name, count in info.component_bytes.items() if name.startswith(("adapter ", "part ")) and name != f"part {UPSAMPLER}"}
@@ -73,7 +76,7 @@ def held_bytes(setting: Setting) -> tuple[int, int]:
     if not setting.streamed:
         return (in_blocks + beside) * itemsize - saved, 0
     block = (in_blocks * itemsize - saved) // size.layers
-    return beside * itemsize + SLOTS * block, size.layers * pinned(block)
+    return beside * itemsize + SLOTS * block, beside * itemsize + max(in_blocks * itemsize, size.layers * pinned(block))
 
 
 def pinned(count: int) -> int:
@@ -168,26 +171,26 @@ def _with_experts(plan: StagePlan, part: Refine, steps: Steps, setting: Setting)
 
 def _denoising(setting: Setting, stage: str, part: LowResolutionProxy | Refine, grid: Grid, grafts: Sequence[Graft], steps: Steps, action: str) -> StagePlan:
     """`grafts`: those of the steps, or one for all."""
-    info, size, graft = setting.info, setting.dimensions, grafts[0]
-    shape = info.geometry.token_shape(grid)
+    info, size, shape = setting.info, setting.dimensions, setting.info.geometry.token_shape(grid)
     each = {graft: transformer.forward(size, graft, shape, info.defaults.max_sequence_length, info.branches) for graft in set(grafts)}
-    one, attention = each[graft], sum(passes * each[graft].attention for passes, graft in zip(steps.passes, itertools.cycle(grafts)))
+    one, forwards = each[grafts[0]], steps.forwards
+    attention = sum(passes * each[graft].attention for passes, graft in zip(steps.passes, itertools.cycle(grafts)))
     # A low-rank layer multiplies each of its weights once for every token; adapters are stored in 16 bits.
     linear = one.linear + 2 * one.tokens * info.component_bytes.get(f"adapter {part.adapter}", 0) // 2
-    forwards, latent, (held, host) = steps.forwards, setting.latent_bytes(grid), held_bytes(setting)
-    working = held + _live_bytes(graft, grid, setting) + LATENTS * latent
+    latent, (held, host) = setting.latent_bytes(grid), held_bytes(setting)
+    working = held + _live_bytes(grafts[0], grid, setting) + LATENTS * latent
     planned = StagePlan(
         stage=stage,
         work=steps.work,
         tokens=one.tokens,
-        keys_per_query=one.keys_per_query,
+        keys_per_query=attention / (4 * size.width * one.tokens * size.layers * forwards),
         flops=forwards * linear + attention,
         attention_flops=attention,
-        attention_saving=one.attention_saving,
+        attention_saving=forwards * one.full_attention / attention,
         memory_bytes=PROCESS_BYTES + max(working, _loading_bytes(setting)),
         host_bytes=host,
         disk_bytes=(SNAPSHOTS + 1) * latent,
-        seconds=_seconds(setting, one, forwards, linear),
+        seconds=_seconds(setting, one.tokens, forwards, linear, attention / forwards),
         action=action,
     )
     return planned if part.cache is None else _with_cache(planned, part.cache, steps, setting)
@@ -219,15 +222,15 @@ def _live_bytes(graft: Graft, grid: Grid, setting: Setting) -> int:
     return transformer.live_bytes(setting.dimensions, graft, shape, setting.machine.itemsize, info.branches, text_tokens=text)
 
 
-def _seconds(setting: Setting, one: transformer.Forward, forwards: int, linear: float) -> float:
+def _seconds(setting: Setting, tokens: int, forwards: int, linear: float, attention: float) -> float:
     """Of so many forwards and of reading the weights; streamed blocks arrive while others compute, and the slower of the two counts.
 
-    Neither computing nor arriving is taken to be faster in 8 bits: that was not measured.
+    `linear`, `attention`: FLOPs of one forward, in the mean. Neither computing nor arriving is taken to be faster in 8 bits: that was not measured.
     """
     machine, files = setting.machine, setting.info.component_bytes
-    traffic = transformer.elementwise_bytes(setting.dimensions, one.tokens, machine.itemsize)
+    traffic = transformer.elementwise_bytes(setting.dimensions, tokens, machine.itemsize)
     read = sum(count for name, count in files.items() if name.startswith(("transformer", "adapter ", "part ")) and name != f"part {UPSAMPLER}")
-    computing = machine.seconds(linear=linear, attention=one.attention, traffic=traffic)
+    computing = machine.seconds(linear=linear, attention=attention, traffic=traffic)
     arriving = held_bytes(replace(_plain(setting), streamed=False))[0] / HOST_BYTES_PER_S if setting.streamed else 0.0
     return forwards * max(computing, arriving) + machine.seconds(read=read)
 

@@ -13,18 +13,19 @@ from muralist.cost import vae
 from muralist.nn import encoder_blocks as blocks
 from muralist.nn.decoder_blocks import Attention, ConvIn, ResidualBlock
 from muralist.nn.decoder_conv import HISTORY, CausalConv
+from muralist.nn.decoder_memory import SLACK
 from muralist.nn.encoder import StreamingEncoder
 from muralist.tiling import Box, tile_boxes
 
 Size = tuple[int, int]
-RESULTS = 3  # tensors beside the buffers of two convolutions: the two that residual blocks take turns in, and what is made of them
+RESULTS = 4  # tensors beside the buffers of two convolutions: the two that residual blocks take turns in, one with its border, what is made of them
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeNeed:
-    """Tiles, FLOPs of all of them and of the middle, and bytes alive at once, features of the whole video included."""
+    """The boxes of pixels that are read, one a tile, FLOPs of all tiles and of the middle, and bytes alive at once, features of the whole video included."""
 
-    tiles: int
+    read: tuple[Box, ...]
     cost: vae.Cost
     live_bytes: int
 
@@ -35,9 +36,9 @@ def encode(config: Mapping[str, Any], num_frames: int, size: Size, tile: int, *,
     frames = (num_frames - 1) // encoder.temporal_factor + 1
     height, width = (side // encoder.spatial_factor for side in size)
     tiles = tile_boxes(height, width, max(tile // encoder.spatial_factor, 1))
+    walks = [encoder.boxes(box, size) for box in tiles]
     kinds: dict[tuple[Size, ...], list[list[Box]]] = {}
-    for box in tiles:
-        boxes = encoder.boxes(box, size)
+    for boxes in walks:
         kinds.setdefault(tuple(b.shape for b in boxes), []).append(boxes)
     total = _middle(encoder, (height, width)) * frames
     for same in kinds.values():
@@ -45,7 +46,8 @@ def encode(config: Mapping[str, Any], num_frames: int, size: Size, tile: int, *,
             total = total + _tile(encoder, same[0], size, first) * (times * len(same))
     itemsize = 4 if quick else 2
     features = frames * height * width * encoder.whole[-1].conv.in_channels
-    return EncodeNeed(len(tiles), total, itemsize * (features + max(_live(encoder, same[0]) for same in kinds.values())))
+    live = features + max(_live(encoder, same[0]) for same in kinds.values())
+    return EncodeNeed(tuple(boxes[0].times(encoder.patch) for boxes in walks), total, round(itemsize * live * SLACK))
 
 
 @lru_cache(maxsize=8)

@@ -17,11 +17,11 @@ from muralist.cost import decoding, denoising, encoding, text, upsampling
 from muralist.cost.decoding import DecodeNeed
 from muralist.cost.setting import FLOAT, PROCESS_BYTES, Setting, StagePlan, size_text
 from muralist.errors import UserError
+from muralist.nn.enlarge import EnlargedPixels
 from muralist.nn.streaming import SLOTS
-from muralist.stages.decode_options import DecodeOptions
 from muralist.stages.proxy import LowFrameRateProxy, LowResolutionProxy
 from muralist.stages.refine import Refine
-from muralist.stages.upsample import LatentInterpolation, LearnedUpsampling, PixelInterpolation
+from muralist.stages.upsample import PROXY_DECODE, LatentInterpolation, LearnedUpsampling, PixelInterpolation
 from muralist.store import weights
 from muralist.store.video_write import EncodeOptions
 from muralist.types import Grid
@@ -109,21 +109,23 @@ def _learned_upsampling(part: LearnedUpsampling, setting: Setting) -> StagePlan:
 def _pixel_interpolation(part: PixelInterpolation, setting: Setting) -> StagePlan:
     info, machine, target = setting.info, setting.machine, setting.grid
     small = _proxy_in_time(setting)
-    decoded = decoding.decode_need(info.vae_config, small, small, machine, DecodeOptions())
+    decoded = decoding.decode_need(info.vae_config, small, small, machine, PROXY_DECODE)
     size = part.size(info.geometry.latent_shape(small)[2:], info.geometry.latent_shape(target)[2:])
     height, width = (side * info.geometry.spatial_factor for side in size)
     quick = machine.on_cpu and machine.dtype == "float32"
     encoded = encoding.encode(info.vae_config, small.num_frames, (height, width), part.tile, quick=quick)
+    pixels = EnlargedPixels(torch.empty(0, small.height, small.width, 3), (height, width), part.mode, torch.device("cpu"))
+    interpolated = small.num_frames * sum(pixels.flops(box) for box in encoded.read)
     channels, held = info.vae_config.get("base_dim", 96), 3 * small.pixels * torch.half.itemsize
     return StagePlan(
         stage="upsample",
         work=f"decode, {part.mode}, encode",
-        flops=decoded.cost.flops + encoded.cost.flops,
+        flops=decoded.cost.flops + encoded.cost.flops + interpolated,
         attention_flops=decoded.cost.attention + encoded.cost.attention,
         memory_bytes=PROCESS_BYTES + denoising.held_bytes(setting)[0] + max(decoded.memory_bytes, held + encoded.live_bytes) + 2 * setting.latent_bytes(target),
         disk_bytes=setting.latent_bytes(target),
-        seconds=decoded.seconds + machine.convolution_seconds(encoded.cost.flops, channels=channels),
-        action=f"to {width}x{height} through pixels in {encoded.tiles} tiles" + _rest(setting, height),
+        seconds=decoded.seconds + machine.convolution_seconds(encoded.cost.flops + interpolated, channels=channels),
+        action=f"to {width}x{height} through pixels in {len(encoded.read)} tiles" + _rest(setting, height),
     )
 
 

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from muralist.tiling import Box
+from muralist.tiling import Box, Span
+
+STRIP = 64  # enlarged rows or columns interpolated in one product
 
 
 def enlarged(z: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
@@ -26,9 +28,17 @@ class EnlargedPixels:
 
     def __call__(self, frames: range, box: Box) -> torch.Tensor:
         """Frames [t, rows, columns, 3] in [0, 1] of the box, in float32."""
-        (rows, y), (columns, x) = _used(self.rows[box.y.start : box.y.stop]), _used(self.columns[box.x.start : box.x.stop])
+        y, x = (_used(weights[span.start : span.stop]) for weights, span in ((self.rows, box.y), (self.columns, box.x)))
         part = self.video[frames.start : frames.stop, y, x].to(self.device).float().permute(0, 3, 1, 2)
-        return (rows @ (part @ columns.T)).clamp_(0, 1).permute(0, 2, 3, 1)
+        wide = torch.cat([part[..., used.start - x.start : used.stop - x.start] @ w.T for w, used in _strips(self.columns, box.x)], dim=-1)
+        high = [w @ wide[..., used.start - y.start : used.stop - y.start, :] for w, used in _strips(self.rows, box.y)]
+        return torch.cat(high, dim=-2).clamp_(0, 1).permute(0, 2, 3, 1)
+
+    def flops(self, box: Box) -> int:
+        """Of one frame of the box, 2 a multiply-add."""
+        used = _used(self.rows[box.y.start : box.y.stop])
+        wide = sum(w.numel() for w, _ in _strips(self.columns, box.x)) * (used.stop - used.start)
+        return 2 * 3 * (wide + sum(w.numel() for w, _ in _strips(self.rows, box.y)) * len(box.x))
 
 
 def _interpolation(source: int, target: int, mode: str) -> torch.Tensor:
@@ -37,8 +47,13 @@ def _interpolation(source: int, target: int, mode: str) -> torch.Tensor:
     return F.interpolate(eye, size=(target, source), mode=mode, align_corners=False)[0, 0]
 
 
-def _used(weights: torch.Tensor) -> tuple[torch.Tensor, slice]:
-    """The columns of interpolation weights that are not all zero, and where they lie."""
+def _used(weights: torch.Tensor) -> slice:
+    """The columns of interpolation weights between the first and the last that is not all zero."""
     columns = weights.any(dim=0).nonzero()
-    place = slice(int(columns[0]), int(columns[-1]) + 1)
-    return weights[:, place], place
+    return slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+def _strips(weights: torch.Tensor, span: Span) -> list[tuple[torch.Tensor, slice]]:
+    """(weights without their zeros, the columns that are left) of every `STRIP` results: products with the zeros of all would cost ten times as much."""
+    parts = [weights[start : min(start + STRIP, span.stop)] for start in range(span.start, span.stop, STRIP)]
+    return [(part[:, used], used) for part in parts for used in [_used(part)]]

@@ -240,6 +240,7 @@ def windows_of(token_shape: Shape, size: Shape, shift: bool = False, start: Shap
 
 
 TRAVEL = (0.0, 1 / 4, 1 / 8, 3 / 8)  # sides, at four steps in turn; odd layers stand half a side further, so all eighths are visited
+SHORT = {1: (0, 0, 0, 0), 2: (0, 1, 0, 1), 3: (0, 1, 2, 1)}  # tokens, in a side that has not four places
 
 
 def traveled(windows: WindowAttention, step: int) -> WindowAttention:
@@ -247,8 +248,16 @@ def traveled(windows: WindowAttention, step: int) -> WindowAttention:
 
     A border that stays is drawn into the picture, since no step looks across it in the same layer. Moving windows between steps is SpotDiffusion's
     (arXiv 2407.15507, there at random); these places are ours, evenly spread whatever the number of steps.
+
+    Places are parts of a side by `TRAVEL`, rounded to tokens; in a side below eight, those of a side of eight. So no two of four steps share a border in
+    the same layers. A side of two or three has no four places: there no step shares one with the next.
     """
-    return replace(windows, start=tuple(round(TRAVEL[step % len(TRAVEL)] * side) for side in windows.size))
+    return replace(windows, start=tuple(_places(side)[step % len(TRAVEL)] for side in windows.size))
+
+
+def _places(side: int) -> tuple[int, ...]:
+    """Where the first border lies at four steps in turn."""
+    return SHORT.get(side) or tuple(round(part * max(side, 8)) for part in TRAVEL)
 
 
 RAGGED_PENALTY = 0.8  # in units of |log(side / ideal)|: an axis is cut into unequal pieces only where even ones are twice off the mark

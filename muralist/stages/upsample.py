@@ -11,6 +11,7 @@ import torch
 
 from muralist.errors import UserError
 from muralist.nn.enlarge import EnlargedPixels, enlarged
+from muralist.stages.decode_options import DecodeOptions
 from muralist.tiling import tile_boxes
 from muralist.types import Geometry, Grid, LatentVideo
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from muralist.base import Base
 
 Progress = Callable[[int, int], object]
+PROXY_DECODE = DecodeOptions(order="tile", tile=256, memory_bytes=1 << 40)  # a proxy is small: in tiles, one after another, it takes little at any level
 LATENT_SCALE = 2.0  # of the guide that `cascade` makes and its adapter is trained on: encoding then costs a quarter, and outlines stay as smooth
 
 
@@ -103,7 +105,7 @@ def _through_pixels(vae: AutoencoderKLWan, proxy: LatentVideo, size: tuple[int, 
     from muralist.stages.decode import plan_decode
     from muralist.stages.decode_in_less import decode_in_less
 
-    chunks = decode_in_less(proxy, vae, plan_decode(vae.config, proxy.grid, dtype=vae.dtype))
+    chunks = decode_in_less(proxy, vae, plan_decode(vae.config, proxy.grid, PROXY_DECODE, dtype=vae.dtype))
     small = torch.cat([chunk.frames.half() for chunk in chunks])  # half precision is finer than a file's ten bits
     encoder = StreamingEncoder(vae)
     pixels = tuple(side * encoder.spatial_factor for side in size)

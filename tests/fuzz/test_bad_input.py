@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import resource
@@ -12,12 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from muralist.api import load
+from muralist.base_info import SILENT, inspect_base
 from muralist.cli._options import VideoOptions
 from muralist.cli.generate import prepare
+from muralist.errors import UserError
 from muralist.store.parts import load_part, save_part
 from muralist.store.run import RunDirectory
 from tests.shell import muralist
@@ -255,6 +260,9 @@ DAMAGES = {
     "guidance nowhere": lambda f: _edit(f / "muralist.json", guidance_interval=[0.9, 0.1]),
     "guidance at one level": lambda f: _edit(f / "muralist.json", guidance_interval=[0.9]),
     "defaults out of range": lambda f: _edit(f / "muralist.json", guidance_scale=-1),
+    "a guide that replaces all": lambda f: _edit(f / "muralist.json", skip_share=1.0),
+    "a guide that replaces less than nothing": lambda f: _edit(f / "muralist.json", skip_share=-0.1),
+    "a guide that replaces yes": lambda f: _edit(f / "muralist.json", skip_share=True),
 }  # fmt: skip
 
 
@@ -263,6 +271,32 @@ def test_damaged_models(damage, base, tmp_path):
     damage(base)
     assert generate(base, tmp_path, "--size", "64x64").error
     assert not (tmp_path / "out.mp4.run").exists()
+
+
+NO_WHOLES = [
+    *(("ffn_dim", value) for value in (None, "x", [32], 32.0, 0, -16, True, 10**12)), ("num_layers", None), ("num_attention_heads", None),
+    ("attention_head_dim", "16"), ("in_channels", [48]), ("out_channels", None), ("text_dim", "wide"), ("freq_dim", 0.5), ("rope_max_seq_len", None),
+    *(("patch_size", value) for value in (None, 2, [1, 2], [1, 2, "2"], [1, 2, 0])), ("cross_attn_norm", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), NO_WHOLES, ids=lambda value: str(value)[:20])
+def test_what_is_no_whole_number_is_named_by_every_command(field, value, base, tmp_path):
+    config = base / "transformer" / "config.json"
+    _edit(config, **{field: value})
+    for linears in ("plain", "fp8"):
+        told = [generate(base, tmp_path, "--linears", linears).error, muralist("plan", "--model", base, "--linears", linears).error]
+        assert all(f"{config}: {field} is {value!r}" in line for line in told)
+    with pytest.raises(UserError, match=field):
+        load(str(base))
+
+
+def test_a_silent_transformer_is_as_in_diffusers(base):
+    config, usual = base / "transformer" / "config.json", inspect.signature(WanTransformer3DModel.__init__).parameters
+    assert {name: usual[name].default for name in SILENT} == SILENT | {"patch_size": (1, 2, 2)}
+    shutil.rmtree(base / "parts")
+    config.write_text(json.dumps({"_class_name": "WanTransformer3DModel", "in_channels": 48, "out_channels": 48}))
+    assert inspect_base(str(base)).sides == (40 * 128, 13824)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def test_a_level_that_does_not_fit_names_one_that_does():
         planned("5B", Budget("high", 12.5)).check()
 
 
-@pytest.mark.parametrize("gigabytes", [3.7, 5])
+@pytest.mark.parametrize("gigabytes", [4.7, 5])
 def test_below_the_smallest_plan_it_is_told_what_fits(gigabytes):
     with pytest.raises(UserError) as error:
         planned("5B", Budget("auto", gigabytes)).check()
@@ -151,7 +151,7 @@ def test_a_process_with_room_again_takes_it_back(monkeypatch):
     heap.return_large_blocks()
     heap.keep_large_blocks()
     heap.keep_large_blocks()
-    assert told == [{heap.M_MMAP_THRESHOLD: heap.SMALL}, {heap.M_MMAP_THRESHOLD: heap.LARGEST}]
+    assert told == [{heap.M_MMAP_THRESHOLD: heap.SMALL}, {heap.M_MMAP_THRESHOLD: heap.LARGEST, heap.M_TRIM_THRESHOLD: 2 * heap.LARGEST}]
 
 
 def test_a_limit_that_was_set_is_named_as_what_can_be_raised():

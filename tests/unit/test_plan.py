@@ -129,6 +129,22 @@ def test_denoising_flops_include_guidance_and_steps(tiny, attention, guidance_sc
     assert 0.98 <= counted.get_total_flops() / stage(plan(asked, info, ROOMY), "refine").flops <= 1.02
 
 
+def test_what_a_plan_says_of_windows_that_travel_is_the_mean_of_the_steps():
+    info, asked = base(), request(Grid(num_frames=17, height=192, width=320), attention=Windows(tokens=32), guidance_interval=(0.8, 0.95))
+    shape, size = info.geometry.token_shape(asked.grid), transformer.Dimensions.of(TINY)
+    steps = [transformer.forward(size, asked.config.refine.graft(shape, step), shape, 6) for step in range(4)]
+    passes = [flow.passes(level, 5.0, (0.8, 0.95)) for level in flow.sigmas(4, 5.0)[:-1]]
+    ran = [step for step, times in zip(steps, passes) for _ in range(times)]
+    said = stage(plan(asked, info, ROOMY), "refine")
+    assert len({step.attention for step in steps}) > 1 and len(ran) > 4
+    assert said.attention_flops == sum(step.attention for step in ran)
+    assert said.keys_per_query == pytest.approx(sum(step.keys_per_query for step in ran) / len(ran))
+    assert said.attention_saving == pytest.approx(said.tokens / said.keys_per_query)
+    still = stage(plan(replace(asked, config=replace(asked.config, refine=replace(asked.config.refine, cache=0.1))), info, ROOMY), "refine")
+    assert still.keys_per_query == pytest.approx(steps[0].keys_per_query)
+    assert said.seconds - still.seconds == pytest.approx(ROOMY.seconds(attention=said.attention_flops - still.attention_flops))
+
+
 @pytest.mark.parametrize("config", [SMALL_21, SMALL_22], ids=["wan2.1", "wan2.2"])
 @pytest.mark.parametrize("tile", [None, 96])
 def test_flops_of_diffusers_decode(config, tile):

@@ -88,7 +88,7 @@ def test_an_expert_that_meets_no_step_is_told(skip, idle):
     assert len(told) == idle and all(note.startswith("the expert low works at noise levels from 0.875 to 1, refinement from 0.25 to 0.667") for note in told)
 
 
-@pytest.mark.parametrize(("change", "different"), [({}, 3), ({"attention": Windows(tokens=32, travel=False)}, 1), ({"cache": 0.1}, 1)])
+@pytest.mark.parametrize(("change", "different"), [({}, 4), ({"attention": Windows(tokens=32, travel=False)}, 1), ({"cache": 0.1}, 1)])
 def test_windows_travel_from_step_to_step_and_the_plan_counts_each(change, different, tiny22, tmp_path, monkeypatch):
     """With the same passes for both prompts, the same windows after a resume, and FLOPs that are those counted."""
     info = inspect_base(str(tiny22))

@@ -149,6 +149,23 @@ def test_a_border_of_one_step_is_inside_a_window_of_the_next():
     assert borders[4] == borders[0]
 
 
+@pytest.mark.parametrize("side", range(2, 17))
+@pytest.mark.parametrize("shift", [False, True])
+def test_borders_stand_still_in_no_side(side, shift):
+    """Neither from one step to the next nor, where a side has four places, within four steps."""
+    windows, length = WindowAttention((1, 1, side), shift=shift), 4 * side
+    steps = [[set(itertools.accumulate(cut.axes[2])) - {length} for cut in traveled(windows, step).partitions((1, 1, length))] for step in range(5)]
+    assert steps[4] == steps[0]
+    for kind in zip(*steps, strict=True):
+        assert all(last.isdisjoint(now) for last, now in itertools.pairwise(kind))
+        assert sum(map(len, kind[:4])) == len(set().union(*kind)) or side < 4
+
+
+@pytest.mark.parametrize(("side", "places"), [(7, [0, 2, 1, 3]), (8, [0, 2, 1, 3]), (12, [0, 3, 2, 4]), (16, [0, 4, 2, 6]), (40, [0, 10, 5, 15])])
+def test_borders_stand_where_weights_were_made_with_them(side, places):
+    assert [traveled(WindowAttention((side, 1, side)), step).start for step in range(4)] == [(place, 0, place) for place in places]
+
+
 def test_shift_alternates_and_one_window_has_nothing_to_alternate():
     assert [cut.axes[2] for cut in WindowAttention((2, 4, 4)).partitions((4, 8, 8))] == [(4, 4), (2, 4, 2)]
     assert len(WindowAttention((2, 4, 4), shift=False).partitions((4, 8, 8))) == 1
