@@ -14,7 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from muralist.base import Base
 from muralist.base_info import inspect_base
+from muralist.data import latents
 from muralist.data.degrade import AnchorDamage
 from muralist.data.latents import PairConfig, PoolConfig
 from muralist.data.sharpen import Unsharp
@@ -25,6 +27,7 @@ from muralist.sampling import flow
 from muralist.stages import prompt
 from muralist.stages.encode import encode
 from muralist.stages.prompt import encode_prompt
+from muralist.stages.upsample import LATENT_SCALE, PixelInterpolation, upsample
 from muralist.store import prompt_cache, weights
 from muralist.store.video_write import EncodeOptions
 from muralist.train.anchored import train_anchored
@@ -34,7 +37,7 @@ from muralist.train.long import train_detail, train_proxy
 from muralist.train.objectives.flow import Batch, from_guide
 from muralist.train.trainee import Trainee, VideoData, cut_to
 from muralist.train.uhr import train_uhr
-from muralist.types import FrameChunk, Grid
+from muralist.types import FrameChunk, Grid, LatentVideo
 from tests.shell import muralist
 
 CPU = torch.device("cpu")
@@ -248,6 +251,17 @@ def test_an_anchor_is_cut_where_its_crop_lies():
     assert cut.shape == (1, 2, 2, 4, 10) and cut[0, 0, 0, 0].tolist() == pytest.approx([5.0 + i for i in range(10)], abs=1e-4)
     halves = cut_to(whole, torch.tensor([[0.0, 0.0, 1.0, 1.0]]), (1, 10, 40))
     assert halves[0, 0, 0, 0, 1:-1].tolist() == pytest.approx([-0.25 + 0.5 * i for i in range(1, 39)], abs=1e-4)
+
+
+def test_a_guide_of_training_is_the_guide_of_refinement(tiny22):
+    """A crop that is the whole frame has the guide that the stage makes of the same small video."""
+    small, large = Grid(num_frames=5, height=64, width=96), Grid(num_frames=5, height=128, width=192)
+    base = Base(inspect_base(str(tiny22)), CPU, torch.float32)
+    video = torch.rand(5, small.height, small.width, 3)
+    config = PoolConfig(name="p", count=1, grid=large, crop=(large.height, large.width), proxy=small, guide_scale=LATENT_SCALE)
+    trained = latents._guide(base.vae(), config, video, (0.0, 0.0, 1.0, 1.0)).float()
+    refined = upsample(LatentVideo(latents.encode(base.vae(), video[None]), small), large, base, PixelInterpolation(latent_scale=LATENT_SCALE)).z
+    assert trained.shape == refined.shape and (trained - refined).abs().max() < 0.01 * refined.std()
 
 
 def test_training_from_a_guide_follows_refinement():
