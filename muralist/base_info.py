@@ -49,6 +49,7 @@ class Defaults:
 
     `skip_share`: of those, what a guide replaces; a base that does not know large sizes keeps more of its guide. `guidance_interval`: noise
     levels (low, high) between which guidance works; where it begins below 1, the first steps find the ground undisturbed.
+    `refine_guidance_interval`: the same on the target grid, where it differs; without it the last steps cost one pass instead of two.
     """
 
     grid: Grid
@@ -60,11 +61,17 @@ class Defaults:
     refine_steps: int
     skip_share: float = SKIP_SHARE
     guidance_interval: flow.Interval = flow.WHOLE
+    refine_guidance_interval: flow.Interval | None = None
 
     @property
     def sampling(self) -> dict[str, Any]:
         """How the base denoises from pure noise, by the names of the fields of every part that does."""
         return {name: getattr(self, name) for name in ("num_inference_steps", "guidance_scale", "guidance_interval", "flow_shift")}
+
+    @property
+    def refining(self) -> dict[str, Any]:
+        """The same on the target grid, from a guide."""
+        return self.sampling | {"num_inference_steps": self.refine_steps, "guidance_interval": self.refine_guidance_interval or self.guidance_interval}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -343,7 +350,8 @@ def _defaults(folder: Path, geometry: Geometry, two: bool) -> Defaults:
         values = weights.read_config(folder / "muralist.json")
         try:
             values = {"refine_steps": values["num_inference_steps"], "skip_share": SKIP_SHARE, "guidance_interval": flow.WHOLE} | values
-            values["guidance_interval"] = tuple(values["guidance_interval"])
+            values = {"refine_guidance_interval": values["guidance_interval"]} | values
+            values |= {name: tuple(values[name]) for name in ("guidance_interval", "refine_guidance_interval")}
             defaults = Defaults(grid=Grid(**values["grid"]), **{k: values[k] for k in Defaults.__dataclass_fields__ if k != "grid"})
             if not isinstance(defaults.negative_prompt, str):
                 raise TypeError("negative_prompt")
@@ -354,6 +362,7 @@ def _defaults(folder: Path, geometry: Geometry, two: bool) -> Defaults:
                 what = f"{folder / 'muralist.json'}: skip_share is {defaults.skip_share!r:.40}"
                 raise UserError(what, where="model", fix="restore the file: a share from 0 to below 1")
             flow.check_interval(defaults.guidance_interval)
+            flow.check_interval(defaults.refine_guidance_interval)
             return defaults
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / 'muralist.json'} lacks or misnames {error}", where="model", fix="restore the file") from None

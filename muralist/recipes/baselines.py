@@ -27,7 +27,7 @@ def cascade(base: BaseInfo) -> Config:
     d = base.defaults
     proxy = LowResolutionProxy(height=d.grid.height, width=d.grid.width, **d.sampling)
     refine = Refine(
-        **d.sampling | {"num_inference_steps": d.refine_steps},
+        **d.refining,
         skip_steps=round(d.skip_share * d.refine_steps),
         attention=Windows(tokens=512, max_frames=WINDOW_FRAMES),
         adapter=UHR if UHR in base.adapters else None,

@@ -34,6 +34,7 @@ FLOW_SHIFT = 3.0
 # above it guidance overshoots the tone of the brightest and darkest grounds, and in what it makes of them objects stay small or never come
 GUIDANCE_INTERVAL = (0.0, 0.93)
 REFINE_STEPS = 10  # of the schedule on a guide
+REFINE_GUIDANCE = (0.5, 0.93)  # the last two of four steps look the same without
 SKIP_SHARE = 0.6  # of these that the guide replaces: with the adapter for large sizes more of them leave the edges of windows in the object's outline
 VAE_CONFIG = dict(
     base_dim=32, decoder_base_dim=16, z_dim=48, dim_mult=[1, 1, 2, 2], num_res_blocks=1, attn_scales=[], temperal_downsample=[False, True, True],
@@ -90,7 +91,7 @@ def train_vae(folder: Path, *, minutes: float, device: torch.device, resume: boo
     `init`: a model folder whose VAE it starts from instead of a fresh one.
     """
     vae = new_vae() if init is None else load_vae(init / "vae")
-    vae = _fit_vae(vae, folder, minutes, device, resume, report)
+    vae = _fit_vae(vae, folder, minutes, device, resume, report, begun=init is not None)
     mean, std = _latent_statistics(vae, device)
     vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.save_pretrained(folder / "vae")
@@ -114,13 +115,17 @@ def train_decoder(
             raise UserError(f"the encoder of {vae} has other layers", where="from", fix="give the folder of a VAE trained here") from None
         getattr(new, part).requires_grad_(False)
     new.register_to_config(latents_mean=old.config.latents_mean, latents_std=old.config.latents_std)
-    _fit_vae(new, folder, minutes, device, resume, report).save_pretrained(folder / "vae")
+    _fit_vae(new, folder, minutes, device, resume, report, begun=init is not None).save_pretrained(folder / "vae")
     draw_curve(folder)
     return folder / "vae"
 
 
-def _fit_vae(vae: AutoencoderKLWan, folder: Path, minutes: float, device: torch.device, resume: bool, report: Callable[[str], None]) -> AutoencoderKLWan:
-    objective = Reconstruction(_trainable(vae).to(device), ReconstructionConfig(), device)
+def _fit_vae(
+    vae: AutoencoderKLWan, folder: Path, minutes: float, device: torch.device, resume: bool, report: Callable[[str], None], *, begun: bool
+) -> AutoencoderKLWan:
+    """`begun`: weights that are gone on with have had their single frames."""
+    config = ReconstructionConfig(single_share=0.0, band_from=0.0) if begun else ReconstructionConfig()
+    objective = Reconstruction(_trainable(vae).to(device), config, device)
     return fit(objective, Schedule(minutes=minutes, learning_rate=1e-3, decay=0.6), folder, resume=resume, report=report)
 
 
@@ -280,7 +285,7 @@ def save_model(model: TextToVideo, vae: AutoencoderKLWan, folder: Path) -> Path:
         "grid": {"num_frames": GRID.num_frames, "height": GRID.height, "width": GRID.width, "fps": GRID.fps},
         "num_inference_steps": 20, "guidance_scale": 3.0, "guidance_interval": GUIDANCE_INTERVAL, "flow_shift": FLOW_SHIFT,
         "negative_prompt": "", "max_sequence_length": TEXT_LENGTH,
-        "refine_steps": REFINE_STEPS, "skip_share": SKIP_SHARE,
+        "refine_guidance_interval": REFINE_GUIDANCE, "refine_steps": REFINE_STEPS, "skip_share": SKIP_SHARE,
     }  # fmt: skip
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     (folder / "muralist.json").write_text(json.dumps(numbers, indent=2) + "\n")

@@ -22,7 +22,7 @@ from muralist.data.world import Crop, layout, render_clip, sample_scene
 from muralist.nn.single_frame import single_frame_convolutions
 from muralist.types import Grid
 
-HEIGHTS = (256, 256, 256, 544, 1088, 2176)  # half of the crops at the base's own scale
+HEIGHTS = (256, 256, 544, 1088, 2176, 2176)  # a third of the crops at the base's own scale, and as many where things cross a crop in two frames
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +88,7 @@ def _batch(rng: np.random.Generator, count: int, frames: int, side: int) -> torc
         grid = Grid(num_frames=29, height=height, width=height * 7 // 4)
         scene = sample_scene(rng)
         first = int(rng.integers(29 - frames + 1))
-        crop = _crop_at(rng, scene, grid, first / 29, side)
+        crop = _crop_at(rng, scene, grid, (first + rng.uniform(0, frames - 1)) / 29, side)  # else what moves fast is there in the first frames alone
         clips.append(render_clip(scene, grid, crop=crop, frames=range(first, first + frames)))
     return rearrange(torch.stack(clips), "b t h w c -> b c t h w") * 2 - 1
 
