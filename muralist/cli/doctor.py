@@ -22,6 +22,7 @@ def command(device: Device = "auto", json: Json = False, debug: Debug = False) -
         "device": lambda: _device(target),
         "working type": lambda: _dtype(target),
         "attention": lambda: _attention(target),
+        "8-bit linears": lambda: _fp8(target),
         "speed": lambda: _speed(target),
         "codecs": _codecs,
         "disk": lambda: f"{_show.amount(_free())} free in the current directory",
@@ -80,6 +81,14 @@ def _attention(device: Any) -> str:
     refused = [f"{name} ({reason})" for name, reason in wrong.items() if reason not in (None, backends.ABSENT)]
     lists = (("", here), ("not installed: ", absent), ("not here: ", refused))
     return f"auto is {auto}; there: " + "; ".join(prefix + ", ".join(names) for prefix, names in lists if names)
+
+
+def _fp8(device: Any) -> str:
+    from muralist.base import pick_dtype
+    from muralist.nn import fp8
+
+    reason = fp8.why_not(device, pick_dtype(device))
+    return "--linears fp8 works here" if reason is None else f"--linears fp8 does not work here: {reason}"
 
 
 def _speed(device: Any) -> str:

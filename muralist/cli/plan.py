@@ -23,11 +23,13 @@ def command(
     debug: Debug = False,
 ) -> int:
     """Show tokens, work, memory, disk and time of a video; exit code 2 if it cannot be made."""
+    from muralist.base_info import check_structure
     from muralist.cli.generate import prepare
     from muralist.cost.machine import Machine
     from muralist.plan import plan
 
     job = prepare(prompt, video, None)
+    check_structure(job.info)
     where = Machine.measure(job.device, Path()) if machine is None else Machine.of(machine)
     return show(plan(job.request, job.info, where, budget=job.budget), json=json)
 

@@ -263,6 +263,8 @@ DAMAGES = {
     "a guide that replaces all": lambda f: _edit(f / "muralist.json", skip_share=1.0),
     "a guide that replaces less than nothing": lambda f: _edit(f / "muralist.json", skip_share=-0.1),
     "a guide that replaces yes": lambda f: _edit(f / "muralist.json", skip_share=True),
+    "a VAE of no width": lambda f: _edit(f / "vae" / "config.json", base_dim=None),
+    "a text encoder of no width": lambda f: _edit(f / "text_encoder" / "config.json", d_model=None),
 }  # fmt: skip
 
 
@@ -270,6 +272,7 @@ DAMAGES = {
 def test_damaged_models(damage, base, tmp_path):
     damage(base)
     assert generate(base, tmp_path, "--size", "64x64").error
+    assert muralist("plan", "--model", base, "--size", "64x64").error
     assert not (tmp_path / "out.mp4.run").exists()
 
 

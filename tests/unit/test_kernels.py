@@ -222,7 +222,8 @@ def test_a_run_that_went_on_with_another_kernel_says_both(tiny22, tmp_path, monk
 
 
 def test_doctor_lists_the_kernels():
-    assert "sdpa" in muralist("doctor", "--json").events[0]["attention"]["found"]
+    found = muralist("doctor", "--json").events[0]
+    assert "sdpa" in found["attention"]["found"] and "--linears fp8" in found["8-bit linears"]["found"]
 
 
 # --- compiled blocks --------------------------------------------------------------------------------------------------------------
