@@ -239,7 +239,7 @@ def _require_same(root: Path, stored: Any, wanted: Any) -> None:
 def _differences(stored: Any, wanted: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
     """(dotted option, stored value, new value) of every difference, in the order of names; first what was typed, last what a plan has settled."""
     if isinstance(stored, dict) and isinstance(wanted, dict):
-        for key in sorted(stored.keys() | wanted.keys(), key=lambda key: (key == SETTLED, key != TYPED, key)):
+        for key in sorted(stored.keys() | wanted.keys(), key=lambda key: (key == SETTLED, key != TYPED or key not in stored or key not in wanted, key)):
             yield from _differences(stored.get(key), wanted.get(key), f"{name}.{key}" if name else key)
     elif stored != wanted or type(stored) is not type(wanted):
         yield name or "request", json.dumps(stored)[:60], json.dumps(wanted)[:60]
