@@ -133,7 +133,8 @@ def build_pairs(vae: AutoencoderKLWan, config: PairConfig, folder: Path, report:
     """As `build_pool`: load the shards from `folder`, encoding those that are missing."""
 
     def make(rng: np.random.Generator) -> Shard:
-        pairs = [[encode(vae, video[None]).half().cpu() for video in source.pair(rng, config)] for _ in range(SHARD)]
+        encoder = StreamingEncoder(vae)
+        pairs = [[_encode(encoder, video).half().cpu() for video in source.pair(rng, config)] for _ in range(SHARD)]
         return {name: torch.cat(tensors) for name, tensors in zip(("low", "high"), zip(*pairs))}, {}
 
     shards = [tensors for tensors, _ in _shards(vae, config, source, folder, make, lambda done: report(f"{done} pairs encoded"))]

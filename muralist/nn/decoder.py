@@ -56,9 +56,8 @@ class StreamingDecoder:
             )
 
     def frames_of(self, latent_frame: int) -> range:
-        """The pixel frames that latent frame number `latent_frame` yields: 0, then 1 to 4, 5 to 8, ..."""
-        start = (latent_frame - 1) * self.temporal_factor + 1
-        return range(start, start + self.temporal_factor) if latent_frame else range(1)
+        """The pixel frames that latent frame number `latent_frame` yields."""
+        return frames_of(latent_frame, self.temporal_factor)
 
     @torch.no_grad()
     def first_part(self, z: torch.Tensor, *, first: bool, caches: Caches) -> Patch:
@@ -135,6 +134,12 @@ def _adds(attention: torch.nn.Module) -> bool:
     """False for a projection of zeros (the embedded base's): at 4K its scores alone would be 2 TFLOP. Without weights (meta) nobody knows."""
     proj = attention.proj
     return proj.weight.is_meta or bool(proj.weight.any() or proj.bias.any())
+
+
+def frames_of(latent_frame: int, factor: int) -> range:
+    """The pixel frames that stand in latent frame number `latent_frame`, for a VAE of this temporal factor: 0, then 1 to 4, 5 to 8, ..."""
+    start = (latent_frame - 1) * factor + 1
+    return range(start, start + factor) if latent_frame else range(1)
 
 
 def middle(block: torch.nn.Module, pool: Pool) -> Sequence[Operator]:

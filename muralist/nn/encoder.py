@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 
-from muralist.nn.decoder import middle
+from muralist.nn.decoder import frames_of, middle
 from muralist.nn.decoder_blocks import Caches, ConvIn, Operator, Patch, ResidualBlock
 from muralist.nn.decoder_conv import Pool
 from muralist.nn.encoder_blocks import DownBlock, Resample, Tail, patchify
@@ -49,11 +49,6 @@ class StreamingEncoder:
             space, time = space * operator.scale, time * getattr(operator, "frame_scale", 1)
         if (space, time) != (self.spatial_factor, self.temporal_factor):
             raise ValueError(f"the encoder shrinks {space} in space and {time} in time, its configuration says {self.spatial_factor}, {self.temporal_factor}")
-
-    def frames_of(self, latent_frame: int) -> range:
-        """The pixel frames that latent frame number `latent_frame` holds: 0, then 1 to 4, 5 to 8, ..."""
-        start = (latent_frame - 1) * self.temporal_factor + 1
-        return range(start, start + self.temporal_factor) if latent_frame else range(1)
 
     def boxes(self, tile: Box, size: tuple[int, int]) -> list[Box]:
         """The box before each tiled operator, and last `tile`, in positions of the latents, of a video of `size` pixels."""
@@ -95,7 +90,8 @@ class StreamingEncoder:
         for number, box in enumerate(tiles):
             boxes, caches = self.boxes(box, size), {}
             for f in range(latent_frames):
-                data = self.first_part(read(self.frames_of(f), boxes[0].times(self.patch)), boxes, size, first=f == 0, caches=caches)
+                pixels = read(frames_of(f, self.temporal_factor), boxes[0].times(self.patch))
+                data = self.first_part(pixels, boxes, size, first=f == 0, caches=caches)
                 if features is None:
                     features = data.new_empty((latent_frames, height, width, data.shape[-1]))
                 features[f : f + 1, box.y.start : box.y.stop, box.x.start : box.x.stop] = data
