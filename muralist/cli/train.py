@@ -49,6 +49,7 @@ TRAININGS = {
     ),
     "proxy": Training("muralist.train.long", "train_proxy", "model", MODEL, init=False, serves="adapters/proxy", data=True, whole=True),
     "detail": Training("muralist.train.long", "train_detail", "model", MODEL, init=False, serves="adapters/detail", data=True, whole=True),
+    "detail-uhr": Training("muralist.train.long", "train_detail_uhr", "model", MODEL, init=False, serves="adapters/detail_uhr", data=True),
     "branched": Training("muralist.train.branched", "train_branched", "model", MODEL, init=False, serves="adapters/branched (and parts/)", data=True),
     "anchored": Training("muralist.train.anchored", "train_anchored", "model", MODEL, init=False, serves="adapters/anchored (and parts/)", data=True),
     "experts": Training("muralist.train.experts", "train_experts", "model", MODEL, init=False, serves="parts/experts", data=True),

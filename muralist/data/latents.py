@@ -61,7 +61,8 @@ class PoolConfig:
     """Which videos: their grid, how many consecutive frames of it (all by default), a crop (height, width) in pixels for large grids, sharpened or not.
 
     `proxy`: a coarse grid on which whole videos are encoded too, damaged or not. With `guide_scale` the proxy of a crop is what refinement is given there
-    instead: the small video after the VAE, enlarged through pixels (`PixelInterpolation`, whose `latent_scale` it is).
+    instead: the small video after the VAE, enlarged through pixels (`PixelInterpolation`, whose `latent_scale` it is). `aimed`: the share of
+    crops that are moved onto the caption's object, where the source knows it.
     """
 
     name: str
@@ -73,6 +74,7 @@ class PoolConfig:
     proxy: Grid | None = None
     damage: AnchorDamage | None = None
     guide_scale: float | None = None
+    aimed: float = 0.0
     seed: int = 1
 
     @property

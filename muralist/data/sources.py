@@ -114,8 +114,11 @@ class World:
     def draw(self, rng: np.random.Generator, config: PoolConfig) -> Drawn:
         scene = self._scene(rng, config.grid)
         first = int(rng.integers(config.grid.num_frames - config.length + 1))
+        frames = range(first, first + config.length)
         crop = None if config.crop is None else random_crop(rng, config.grid, config.crop)
-        return _Rendering(scene, config.grid, crop, range(first, first + config.length))
+        if crop is not None and config.aimed and rng.random() < config.aimed:
+            crop = _aimed(rng, crop, scene, config.grid, int(rng.choice(frames)))
+        return _Rendering(scene, config.grid, crop, frames)
 
     def pair(self, rng: np.random.Generator, config: PairConfig) -> tuple[torch.Tensor, torch.Tensor]:
         scene, grid, side = self._scene(rng, config.low), config.low, config.side
@@ -143,6 +146,15 @@ def random_crop(rng: np.random.Generator, grid: Grid, crop: tuple[int, int] | No
         raise UserError(f"crops of {width}x{height} do not fit into {grid.width}x{grid.height}", where="data", fix="use a larger --height")
     top, left = (ALIGNMENT * int(rng.integers((full - side) // ALIGNMENT + 1)) for full, side in ((grid.height, height), (grid.width, width)))
     return Crop(top, left, height, width)
+
+
+def _aimed(rng: np.random.Generator, crop: Crop, scene: Scene, grid: Grid, frame: int) -> Crop:
+    """The crop moved so that its middle is somewhere on the object of that frame, as far as the picture's borders allow."""
+    x, y, reach = world.object_on(scene, grid, frame)
+    middle = (y + reach * rng.uniform(-1, 1), x + reach * rng.uniform(-1, 1))
+    sides = zip(middle, (crop.height, crop.width), (grid.height, grid.width))
+    top, left = (ALIGNMENT * int(np.clip(round((at - side / 2) / ALIGNMENT), 0, (full - side) // ALIGNMENT)) for at, side, full in sides)
+    return replace(crop, top=top, left=left)
 
 
 def _share(crop: Crop | None, grid: Grid) -> tuple[float, float, float, float]:

@@ -155,6 +155,14 @@ def near_object(scene: Scene, grid: Grid, *, cell: int, crop: Crop | None = None
     return torch.stack([stage.near_object(index / grid.fps / scene.duration, crop, cell) for index in frames or range(grid.num_frames)])
 
 
+def object_on(scene: Scene, grid: Grid, frame: int) -> tuple[float, float, float]:
+    """Where the object is on a frame: x and y of its centre and its reach from there along either axis, in pixels of the grid."""
+    stage, moment = _Stage(scene, grid), frame / grid.fps / scene.duration
+    x, y, pixel = stage._positions(moment, Crop(0, 0, grid.height, grid.width))
+    middle = stage._object_at(moment)
+    return float((middle[0] - x[0]) / pixel), float((middle[1] - y[0]) / pixel), shapes.REACH * stage.layout.radius / pixel
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """What the caption leaves open: the object's radius and its centre at the start and the end of the clip."""

@@ -39,7 +39,7 @@ from einops import rearrange
 from muralist.errors import UserError
 from muralist.nn.attention import BranchedWindows, CloseRemote, FullAttention, GuidedWindows, ProxyMemory, WindowAttention
 from muralist.nn.attention.close_remote import remote
-from muralist.nn.attention.guided import Pooling, neighbours, places, pooled_places
+from muralist.nn.attention.guided import Pooling, Within, neighbours, places, pooled_places
 from muralist.nn.block import SELF_ATTENTION, Layer, MuralBlock, keys_and_values, token_rows
 from muralist.nn.block_cache import Pass
 from muralist.nn.block_parts import modulated
@@ -339,7 +339,8 @@ class MuralTransformer(WanTransformer3DModel):
     def _guided(self, layer: Layer, proxy: ProxyMemory) -> Layer:
         """The same layer with the neighbours of its windows."""
         attention, cut, dim = self.graft.attention, layer.partition, self.config.attention_head_dim
-        near = neighbours(cut, proxy.token_shape, places(proxy.token_shape, cut.token_shape, proxy.time_scale), attention.near, dim)
+        axes = places(proxy.token_shape, proxy.within or Within(cut.token_shape), proxy.time_scale)
+        near = neighbours(cut, proxy.token_shape, axes, attention.near, dim)
         if attention.middle is None:
             return replace(layer, proxy=near)
         pooling = Pooling.of(cut, attention.middle.pool)

@@ -1,6 +1,9 @@
 """AtlasVid (arXiv 2605.16649): long ultra-high-resolution video by a semantic proxy and local windows.
 
-`atlasvid`: muralist generate PROMPT --recipe atlasvid --size 4k --duration 10s   (needs the base's adapters `proxy` and `detail`)
+`atlasvid`: muralist generate PROMPT --recipe atlasvid --size 4k --duration 10s
+
+Needs the base's adapters `proxy` and `detail`, both trained at its own resolution. Where it also has `detail_uhr` (the paper's optional fine-tuning at
+4K), windows are painted with that; `--set refine.adapter=detail` paints without.
 
 Known of the method: a proxy of low resolution and frame rate with rotary positions scaled by 4 in time; joint denoising in reordered
 space-time windows with aligned guidance of the proxy, asymmetric; LoRA trained at the base's resolution alone; at most 1,208 times fewer
@@ -21,14 +24,15 @@ from muralist.config import Config
 from muralist.stages.proxy import LowFrameRateProxy
 from muralist.stages.refine import ProxyWindows, Refine
 
-PROXY, DETAIL = "proxy", "detail"  # adapters
+PROXY, DETAIL, DETAIL_UHR = "proxy", "detail", "detail_uhr"  # adapters
 TOKENS = 1024
 MAX_FRAMES = 8  # latent frames of a window: 8 x 8 x 16 tokens
 
 
 def atlasvid(base: BaseInfo) -> Config:
     """AtlasVid: a proxy with a quarter of the frames, and every window of the large video painted in sight of it."""
-    for name in (PROXY, DETAIL):
+    detail = DETAIL_UHR if DETAIL_UHR in base.adapters else DETAIL
+    for name in (PROXY, detail):
         base.require_adapter(name)
     d = base.defaults
     trained = ProxyWindows.trained(base.geometry.token_shape(base.geometry.legal(d.grid)))
@@ -36,5 +40,5 @@ def atlasvid(base: BaseInfo) -> Config:
     return Config(
         proxy=LowFrameRateProxy(height=d.grid.height, width=d.grid.width, adapter=PROXY, **d.sampling),
         upsample=None,
-        refine=Refine(attention=windows, adapter=DETAIL, **d.sampling),
+        refine=Refine(attention=windows, adapter=detail, **d.sampling),
     )

@@ -1,8 +1,13 @@
-"""`proxy` and `detail`: what a base learns so that long, large videos can be painted in sight of a small one, at its own resolution alone.
+"""`proxy`, `detail`, `detail-uhr`: what a base learns so that long, large videos can be painted in sight of a small one.
 
 `proxy`: whole clips of the base's size and number of frames at a quarter of its rate, their latent frames at every fourth temporal position
 (AtlasVid's temporally scaled rotary positions, r_t = 4). `detail`: clips at the base's own size and rate in small windows, each in sight of a
-still smaller and slower proxy of the clip. What a window does at 4K, with large windows and a proxy of the base's size, is the same task.
+still smaller and slower proxy of the clip. What a window does at 4K, with large windows and a proxy of the base's size, is the same task: nothing
+above the base's own size is needed (the paper trains at 720p alone).
+
+`detail-uhr` goes on from `detail` on crops of large videos, each in sight of the whole one as a proxy of the base's size (the paper's optional
+fine-tuning at 4K). A small base needs it: what it calls an object is a few tokens wide, at 4K half a hundred. Crops, their sizes and the share of
+them that lie on the object are ours.
 """
 
 from __future__ import annotations
@@ -14,17 +19,22 @@ import numpy as np
 import torch
 
 from muralist.base import select_adapter
+from muralist.data.degrade import AnchorDamage
 from muralist.data.latents import LatentPool, PoolConfig
+from muralist.nn.attention import ProxyMemory, Within
 from muralist.stages.proxy import LowFrameRateProxy
 from muralist.stages.refine import ProxyWindows, Refine
 from muralist.train.loop import Report, begin
-from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
+from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching, Source
 from muralist.train.trainee import Trainee, VideoData, fit_adapter, give_adapter
 from muralist.types import Grid
 
-PROXY, DETAIL = "proxy", "detail"  # adapters
+PROXY, DETAIL, DETAIL_UHR = "proxy", "detail", "detail_uhr"  # adapters
 EVERY = 4  # latent frames
 SHRINK = 2  # the proxy of a training clip has the clip's sides divided by this
+DAMAGE = AnchorDamage(factor=(1.0, 8.0), blur=(0.0, 2.0))  # a painted proxy is no clean one
+PIECE = 4  # latent frames of a crop that are denoised at once
+AIMED = 0.5  # the share of crops that lie on the object: at 4K most of the picture is bare ground
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +49,26 @@ class Clips:
         index = rng.integers(len(self.pool.captions), size=self.batch)
         proxy = None if self.pool.proxy is None else self.pool.proxy[torch.from_numpy(index)].float()
         return Batch(*self.pool.take(index), stride=self.stride, proxy=proxy)
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Batches of some latent frames of crops, one size a batch, with the whole videos as proxies. `shapes`: the whole videos' token grids."""
+
+    pools: tuple[LatentPool, ...]
+    shapes: tuple[tuple[int, int, int], ...]
+    batch: int = 8
+
+    def __call__(self, rng: np.random.Generator, progress: float) -> Batch:
+        number = rng.integers(len(self.pools))
+        pool, (frames, rows, columns) = self.pools[number], self.shapes[number]
+        index = rng.integers(len(pool.captions), size=self.batch)
+        z, captions, near_object = pool.take(index)
+        first = int(rng.integers(max(frames - PIECE, 0) + 1))
+        kept, chosen = slice(first, first + PIECE), torch.from_numpy(index)
+        within = [Within((frames, rows, columns), (float(first), top * rows, left * columns)) for top, left, *_ in pool.places[chosen].tolist()]
+        near_object = None if near_object is None else near_object[:, kept]
+        return Batch(z[:, :, kept], captions, near_object, proxy=pool.proxy[chosen].float(), within=within)
 
 
 def train_proxy(
@@ -62,25 +92,56 @@ def train_detail(
     begin(folder, resume=resume)
     trainee, data = Trainee(model, device), (data or VideoData()).settled()
     own = trainee.own_grid
-    coarse = _small_proxy(own).grid(own, trainee.info.geometry)
+    coarse = _slow_proxy(own, SHRINK).grid(own, trainee.info.geometry)
     (pool,) = trainee.encoded([PoolConfig(name="paired", count=data.clips, grid=own, proxy=coarse, seed=12)], data, folder, report)
     give_adapter(trainee, DETAIL)
     graft = training_windows(trainee).graft(trainee.info.geometry.token_shape(own))
-    objective = InSightOfProxy(trainee, trainee.transformer, trainee.embed, Clips(pool), replace(_config(trainee), graft=graft), device)
+    objective = InSightOfProxy(trainee, Clips(pool), replace(_config(trainee), graft=graft), DETAIL)
     return fit_adapter(trainee, DETAIL, objective, folder, minutes, resume, trainee.origin(data), report)
+
+
+def train_detail_uhr(
+    folder: Path, *, minutes: float, device: torch.device, resume: bool, model: Path, data: VideoData | None = None, report: Report = print
+) -> Path:
+    """LoRA on crops of large videos in the same windows, in sight of the whole; starts as `detail` if there is one. Writes `folder/adapters/detail_uhr`."""
+    begin(folder, resume=resume)
+    trainee, data = Trainee(model, device), (data or VideoData()).settled()
+    configs = [_sighted_pool(trainee, height, data) for height in data.heights]
+    pools = trainee.encoded(configs, data, folder, report)
+    give_adapter(trainee, DETAIL_UHR, like=DETAIL)
+    shape = trainee.info.geometry.token_shape
+    config = replace(_config(trainee), graft=training_windows(trainee).graft(shape(trainee.own_grid)))
+    objective = InSightOfProxy(trainee, Pieces(pools, tuple(shape(c.grid) for c in configs)), config, DETAIL_UHR)
+    return fit_adapter(trainee, DETAIL_UHR, objective, folder, minutes, resume, trainee.origin(data), report)
 
 
 class InSightOfProxy(FlowMatching):
     """Flow matching of clips in guided windows. The proxy is seen clean, as the base and its own adapter see it; no gradient goes there."""
 
+    def __init__(self, trainee: Trainee, source: Source, config: FlowConfig, adapter: str):
+        super().__init__(trainee, trainee.transformer, trainee.embed, source, config, trainee.base.device)
+        self.adapter = adapter
+
     def _predict(self, batch: Batch, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, **extra: torch.Tensor) -> torch.Tensor:
+        memory = self._remembered(batch, sigma, text)
+        self.transformer.configure(self.config.graft)
+        if batch.within is None:
+            return self._seen(memory, noisy, sigma, text, **extra)
+        # each crop lies elsewhere, so that its windows have other neighbours: one at a time
+        each = (memory.of(i, within) for i, within in enumerate(batch.within))
+        inputs = (x.split(1) for x in (noisy, sigma, text))
+        return torch.cat([self._seen(one, *given, **extra) for one, *given in zip(each, *inputs)])
+
+    def _remembered(self, batch: Batch, sigma: torch.Tensor, text: torch.Tensor) -> ProxyMemory:
         with torch.no_grad():
             select_adapter(self.transformer, PROXY if PROXY in self.module.info.adapters else None)
             memory = self.transformer.remember(batch.proxy.to(self.device), torch.zeros_like(sigma), text, float(EVERY))
-        select_adapter(self.transformer, DETAIL)
+        select_adapter(self.transformer, self.adapter)
         for name, parameter in self.transformer.named_parameters():  # switching an adapter on makes it trainable and freezes the others
-            parameter.requires_grad_(f".{DETAIL}." in name)
-        self.transformer.configure(self.config.graft)
+            parameter.requires_grad_(f".{self.adapter}." in name)
+        return memory
+
+    def _seen(self, memory: ProxyMemory, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, **extra: torch.Tensor) -> torch.Tensor:
         return self.transformer(noisy, 1000 * sigma, text, return_dict=False, attention_kwargs={"proxy": memory, **extra})[0]
 
 
@@ -90,8 +151,15 @@ def training_windows(trainee: Trainee) -> Refine:
     return Refine(num_inference_steps=1, guidance_scale=1.0, flow_shift=1.0, attention=windows, token_chunk=None)
 
 
-def _small_proxy(own: Grid) -> LowFrameRateProxy:
-    return LowFrameRateProxy(height=own.height // SHRINK, width=own.width // SHRINK, num_inference_steps=1, guidance_scale=1.0, flow_shift=1.0, every=EVERY)
+def _sighted_pool(trainee: Trainee, height: int, data: VideoData) -> PoolConfig:
+    """Crops of the base's own size and number of frames, with the whole videos at its own size and a quarter of the rate."""
+    crops, own = trainee.crop_pool(height, data), trainee.own_grid
+    coarse = _slow_proxy(own).grid(own, trainee.info.geometry)
+    return replace(crops, name=f"sighted-{height}", frames=own.num_frames, proxy=coarse, damage=DAMAGE, aimed=AIMED)
+
+
+def _slow_proxy(own: Grid, shrink: int = 1) -> LowFrameRateProxy:
+    return LowFrameRateProxy(height=own.height // shrink, width=own.width // shrink, num_inference_steps=1, guidance_scale=1.0, flow_shift=1.0, every=EVERY)
 
 
 def _config(trainee: Trainee) -> FlowConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -163,15 +164,31 @@ def cut_to(whole: torch.Tensor, places: torch.Tensor, shape: tuple[int, int, int
     return cut.unflatten(0, (-1, frames)).transpose(1, 2)
 
 
-def give_adapter(trainee: Trainee, name: str) -> None:
-    """A new adapter on every projection, or the base's own one of that name, ready to be trained; nothing else is."""
+def give_adapter(trainee: Trainee, name: str, like: str | None = None) -> None:
+    """A new adapter on every projection, or the base's own one of that name, ready to be trained; nothing else is.
+
+    A new one starts as the base's adapter `like`, where there is one.
+    """
     torch.manual_seed(0)
+    transformer = trainee.transformer
     if name not in trainee.info.adapters:
+        known = like in trainee.info.adapters
         with several_adapters():
-            trainee.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS), adapter_name=name)
-    select_adapter(trainee.transformer, name)
+            config = copy.deepcopy(transformer.peft_config[like]) if known else LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS)
+            transformer.add_adapter(config, adapter_name=name)
+        if known:
+            _copy_adapter(transformer, like, name)
+    select_adapter(transformer, name)
     for parameter_name, parameter in trainee.transformer.named_parameters():
         parameter.requires_grad_(f".{name}." in parameter_name)
+
+
+def _copy_adapter(transformer: nn.Module, source: str, target: str) -> None:
+    parameters = dict(transformer.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if f".{target}." in name:
+                parameter.copy_(parameters[name.replace(f".{target}.", f".{source}.")])
 
 
 def fit_adapter(

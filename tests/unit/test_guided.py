@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from muralist.errors import UserError
 from muralist.nn.attention import GuidedWindows, Middle, Near, WindowAttention
-from muralist.nn.attention.guided import Pooling, _nearest, neighbours, places, pooled_places
+from muralist.nn.attention.guided import Pooling, Within, _nearest, neighbours, places, pooled_places
 from muralist.nn.attention.reference import reference_attention, window_mask
 from muralist.nn.block import MuralBlock
 from muralist.nn.rope import axis_dims
@@ -121,7 +121,7 @@ def test_a_guided_layer_is_the_formula(near, shifted, monkeypatch):
 
     query, key, value = heads(inputs["to_q"][0], block.attn1.norm_q), heads(inputs["to_k"][0], block.attn1.norm_k), heads(inputs["to_v"][0])
     coarse_key, coarse_value = (x[0] for x in memory.layers[1 if shifted else 0])
-    want = expected_attention(query, key, value, coarse_key, coarse_value, places(COARSE, FINE, SCALE), COARSE, near, shifted)
+    want = expected_attention(query, key, value, coarse_key, coarse_value, places(COARSE, Within(FINE), SCALE), COARSE, near, shifted)
     got = calls[0][0][cut.inverse].unflatten(-1, (2, 16))
     assert (got - want).abs().max() < 1e-5
 
@@ -134,6 +134,23 @@ def test_chunks_change_nothing():
     whole = run(transformer, attention)
     for chunk in (1, 30):
         assert (run(transformer, attention, chunk=chunk) - whole).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_a_piece_of_a_video_sees_what_it_sees_as_a_part_of_it():
+    fine, size, corner = (4, 9, 12), (2, 3, 4), (2, 3, 8)
+    transformer, whole = model(layers=1), latents(fine)  # one layer: its windows are not shifted, so that those of the piece are some of the whole's
+    memory = transformer.remember(latents(COARSE, 2), EARLY, TEXT, SCALE)
+    transformer.configure(Graft(attention=GuidedWindows(WindowAttention(size), Near((2, 2, 2), reach=(1.0, 2.0, 3.0)))))
+
+    def painted(z, memory):
+        return transformer(z, LATE, TEXT, return_dict=False, attention_kwargs={"proxy": memory})[0]
+
+    f, y, x = corner
+    want = painted(whole, memory)[:, :, f:, 2 * y :, 2 * x :]
+    piece = whole[:, :, f:, 2 * y :, 2 * x :]
+    assert (painted(piece, memory.of(0, Within(fine, corner))) - want).abs().max() < 1e-5
+    assert (painted(piece, memory.of(0, Within(fine))) - want).abs().max() > 1e-3
 
 
 def test_the_proxy_and_the_middle_level_matter_and_far_detail_does_not():
@@ -206,14 +223,14 @@ def test_a_proxy_is_asked_for_and_not_taken_by_others():
 @given(st.tuples(*[st.integers(1, 9)] * 3), st.tuples(*[st.integers(1, 5)] * 3), st.tuples(*[st.integers(1, 6)] * 3), st.booleans())
 def test_every_window_has_its_count_of_distinct_neighbours_within_reach(fine, coarse, size, shifted):
     cut, near = partition(fine, size, shifted=shifted), Near((2, 3, 2), reach=(2.0, 3.0, 4.0))
-    found = neighbours(cut, coarse, places(coarse, fine, 4.0), near, 16)
+    found = neighbours(cut, coarse, places(coarse, Within(fine), 4.0), near, 16)
     many = math.prod(min(a, b) for a, b in zip(near.count, coarse))
     assert found.index.shape == (len(cut.origins), many) and found.cos.shape == (*found.index.shape, 8)
     assert all(len(set(row)) == many and min(row) >= 0 and max(row) < math.prod(coarse) for row in found.index.tolist())
 
 
 def test_places_span_the_fine_grid():
-    time, rows, columns = places((8, 8, 14), (29, 68, 120), 4.0)
+    time, rows, columns = places((8, 8, 14), Within((29, 68, 120)), 4.0)
     assert time.tolist() == [0, 4, 8, 12, 16, 20, 24, 28]
     assert rows.mean().item() == pytest.approx(67 / 2) and (columns.diff() - 120 / 14).abs().max() < 1e-9
 

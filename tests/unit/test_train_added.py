@@ -33,7 +33,7 @@ from muralist.store.video_write import EncodeOptions
 from muralist.train.anchored import train_anchored
 from muralist.train.branched import BranchedConfig, train_branched
 from muralist.train.experts import LESSONS, train_experts
-from muralist.train.long import train_detail, train_proxy
+from muralist.train.long import train_detail, train_detail_uhr, train_proxy
 from muralist.train.objectives.flow import Batch, from_guide
 from muralist.train.trainee import Trainee, VideoData, cut_to
 from muralist.train.uhr import train_uhr
@@ -156,6 +156,19 @@ def test_proxy_and_detail_are_trained_at_the_bases_own_size_and_serve(source, ti
     assert answer.code == 0, answer.err
 
 
+@pytest.mark.parametrize("source", ["world", "footage"])
+def test_detail_goes_on_from_itself_on_crops_of_large_videos_and_serves(source, tiny22, videos, tmp_path, small_shards):
+    model = shutil.copytree(tiny22, tmp_path / "model")
+    data = VideoData(source=World() if source == "world" else read_footage(videos), heights=(96,), clips=2)
+    made = train_detail_uhr(tmp_path / "run", minutes=0.03, device=CPU, resume=False, model=model, data=data, report=quiet)
+    before, after = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (model / "adapters" / "detail", made))
+    assert before.keys() == after.keys() and any((after[key].float() - before[key].float()).abs().max() > 0 for key in before)
+    shutil.copytree(made, model / "adapters" / "detail_uhr")
+    shutil.rmtree(model / "adapters" / "detail")  # it serves alone
+    command = ("generate", "a red ball", "--recipe", "atlasvid", "--model", model, "-o", tmp_path / "a.mp4", "--size", "160x96", "--num-frames", 17)
+    assert muralist(*command).code == 0
+
+
 def spied(monkeypatch, module, train, *arguments, **options):
     """What a training hands to the loop: its objective, its origin, and the names of what is trainable."""
     seen = {}
@@ -194,6 +207,20 @@ def test_proxy_training_sees_a_quarter_of_the_rate_at_its_true_places(tiny22, tm
     (shard,) = (tmp_path / "run" / "latents").glob("slow-*.safetensors")
     with safe_open(shard, "pt") as file:
         assert json.loads(file.metadata()["config"])["grid"]["fps"] == 4
+
+
+def test_a_crop_in_sight_of_the_whole_starts_as_detail_and_knows_its_place(tiny22, tmp_path, small_shards, monkeypatch):
+    ((objective, _, names),) = spied(monkeypatch, "trainee", train_detail_uhr, tmp_path / "run", model=tiny22, data=VideoData(heights=(96,), clips=2))
+    assert names and all(".detail_uhr." in name for name in names)
+    parameters = dict(objective.module.named_parameters())
+    assert all(torch.equal(parameters[name], parameters[name.replace(".detail_uhr.", ".detail.")]) for name in names)
+    batch = objective.source(np.random.default_rng(0), 0.0)
+    (shard,) = (tmp_path / "run" / "latents").glob("sighted-96-*.safetensors")
+    stored = load_file(shard)
+    assert batch.proxy.shape[-2:] == stored["proxy"].shape[-2:] and len(batch.within) == len(batch.x)
+    large = objective.module.info.geometry.token_shape(objective.module.crop_pool(96, VideoData(clips=2)).grid)
+    tops = {round(top * large[1], 4) for top in stored["places"][:, 0].tolist()}
+    assert all(w.shape == large and round(w.origin[1], 4) in tops and w.origin[1] == round(w.origin[1]) for w in batch.within)
 
 
 def test_detail_training_looks_at_a_clean_proxy_as_the_proxy_was_painted(tiny22, tmp_path, small_shards, monkeypatch):

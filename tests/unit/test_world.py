@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from muralist.data import shapes, world
+from muralist.data.latents import PoolConfig
+from muralist.data.sources import World
 from muralist.data.world import (
     CAMERAS,
     COLOURS,
@@ -28,6 +30,7 @@ from muralist.data.world import (
     is_held_out,
     layout,
     near_object,
+    object_on,
     parse,
     render,
     render_clip,
@@ -174,3 +177,25 @@ def test_near_object_holds_every_pixel_that_the_object_changes(camera):
         changed = (one != other).any(dim=-1).unflatten(0, (-1, 16)).unflatten(2, (-1, 16)).any(dim=3).any(dim=1)
         assert not (changed & ~cells).any()
         assert changed.any()
+
+
+@pytest.mark.parametrize("camera", ["pans left", "zooms in"])
+def test_object_on_is_where_the_object_is_painted(camera):
+    scene = Scene(colour="red", shape="ball", motion="moves right", ground="snow", camera=camera, seed=5)
+    grid = Grid(num_frames=9, height=256, width=448)
+    for frame in (0, 8):
+        one, other = (next(iter(render(s, grid, frames=range(frame, frame + 1)))) for s in (scene, replace(scene, colour="cyan")))
+        rows, columns = (one != other).any(dim=-1).nonzero().float().unbind(1)
+        x, y, reach = object_on(scene, grid, frame)
+        assert abs(columns.mean() - x) < 1 and abs(rows.mean() - y) < 1
+        assert reach / 1.3 < (columns.max() - columns.min()) / 2 <= reach
+
+
+def test_aimed_crops_lie_on_the_object_and_inside_the_picture():
+    large = Grid(num_frames=5, height=2176, width=3808)
+    config = PoolConfig(name="aimed", count=1, grid=large, frames=5, crop=(256, 448), aimed=1.0)
+    for seed in range(8):
+        drawn = World().draw(np.random.default_rng(seed), config)
+        crop = drawn.crop
+        assert crop.top % 32 == crop.left % 32 == 0 and 0 <= crop.top <= 2176 - 256 and 0 <= crop.left <= 3808 - 448
+        assert drawn.near_object(16, 4).any()

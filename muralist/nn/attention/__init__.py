@@ -4,7 +4,7 @@
 from muralist.nn.attention.branched import BranchedWindows
 from muralist.nn.attention.close_remote import CloseRemote
 from muralist.nn.attention.full import FullAttention, attend_full
-from muralist.nn.attention.guided import GuidedWindows, Middle, Near, ProxyMemory
+from muralist.nn.attention.guided import GuidedWindows, Middle, Near, ProxyMemory, Within
 from muralist.nn.attention.window import attend_windows
 from muralist.nn.windows import WindowAttention
 
@@ -17,6 +17,7 @@ __all__ = [
     "Near",
     "ProxyMemory",
     "WindowAttention",
+    "Within",
     "attend_full",
     "attend_windows",
 ]

@@ -70,23 +70,37 @@ class GuidedWindows:
         return self.windows.partitions(token_shape)
 
 
+@dataclass(frozen=True, slots=True)
+class Within:
+    """Where a fine video lies in a larger one of the token grid `shape`: its first token's place there, in tokens, whole ones or not."""
+
+    shape: Shape
+    origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ProxyMemory:
     """What the blocks made of a coarse video: for each block its keys, not yet rotated, and values, both [B, N, H, d], N in raster order.
 
-    `time_scale`: fine latent frames from one coarse one to the next.
+    `time_scale`: fine latent frames from one coarse one to the next. `within`: the coarse video shows more than the fine one, which lies there in it.
     """
 
     token_shape: Shape
     time_scale: float
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    within: Within | None = None
+
+    def of(self, item: int, within: Within) -> ProxyMemory:
+        """That of one video of the batch, for a fine one that lies in it."""
+        layers = tuple((key[item : item + 1], value[item : item + 1]) for key, value in self.layers)
+        return replace(self, layers=layers, within=within)
 
 
-def places(coarse: Shape, fine: Shape, time_scale: float) -> Axes:
-    """Where coarse tokens stand along each axis of the fine ones: three increasing float64 vectors."""
+def places(coarse: Shape, fine: Within, time_scale: float) -> Axes:
+    """Where tokens of a coarse video of all of `fine.shape` stand along each axis of the fine ones: three increasing float64 vectors."""
     time = torch.arange(coarse[0], dtype=torch.float64) * time_scale
-    rows, columns = ((torch.arange(few, dtype=torch.float64) + 0.5) * many / few - 0.5 for few, many in zip(coarse[1:], fine[1:]))
-    return time, rows, columns
+    rows, columns = ((torch.arange(few, dtype=torch.float64) + 0.5) * many / few - 0.5 for few, many in zip(coarse[1:], fine.shape[1:]))
+    return tuple(axis - start for axis, start in zip((time, rows, columns), fine.origin))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

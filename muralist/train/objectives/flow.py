@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from muralist.nn.attention import Within
 from muralist.nn.rope import RopeScale
 from muralist.nn.transformer import Graft
 from muralist.sampling import flow
@@ -30,7 +31,8 @@ class Batch:
 
     `first` and `stride` are the latent frames' places in the full clip, `spacing` the distance of neighbouring tokens in a frame, in tokens of the
     base's own size; `shift` multiplies that of the noise levels. `proxy` [B, C, F', h', w'], for objectives that use it, is the same clip on a
-    coarse grid. `skip_share`: of a schedule's steps, those that the proxy, on the grid of `x`, replaces as a guide (`from_guide`).
+    coarse grid; `within`: where each clip lies in what its proxy shows, if that is more. `skip_share`: of a schedule's steps, those that the
+    proxy, on the grid of `x`, replaces as a guide (`from_guide`).
     """
 
     x: torch.Tensor
@@ -41,6 +43,7 @@ class Batch:
     spacing: float = 1.0
     shift: float = 1.0
     proxy: torch.Tensor | None = None
+    within: Sequence[Within] | None = None
     skip_share: float = 0.0
 
 
