@@ -1,7 +1,8 @@
 """`branched`: what a base learns to paint a large video from noise at once (Hu et al., arXiv 2510.18775).
 
 Trained together on whole videos, as many frames of each size as fit a number of tokens: the compressed branches of every block, and a low-rank
-adapter on every projection. The paper trains the whole model; its change fits an adapter here, so that one base serves all recipes.
+adapter on every projection. The paper trains the whole model; its change fits an adapter here, so that one base serves all recipes. It starts as
+the base's adapter `uhr`, if there is one: a window of a large video shows what that one's crops do.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from muralist.store.parts import save_part
 from muralist.train.loop import Report, begin
 from muralist.train.objectives.flow import FlowConfig, FlowMatching
 from muralist.train.trainee import Crops, Trainee, VideoData, fit_adapter, give_adapter
+from muralist.train.uhr import ADAPTER as UHR
 from muralist.types import Grid
 
 BRANCHED = "branched"  # the adapter
@@ -64,7 +66,7 @@ def train_branched(
     trainee, data = Trainee(model, device), (data or VideoData()).settled(HEIGHTS, CLIPS)
     branches, attention = (config or BranchedConfig()).of(trainee)
     pools = trainee.encoded([_pool(trainee, height, data.clips, attention) for height in data.heights], data, folder, report)
-    give_adapter(trainee, BRANCHED)
+    give_adapter(trainee, BRANCHED, like=UHR)
     attached = _attached(trainee, branches).to(device).requires_grad_(True)
     flow = FlowConfig(prediction=trainee.info.prediction, shift=SHIFT, graft=Graft(attention=attention))
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Crops(pools, batch=BATCH), flow, device)
