@@ -123,6 +123,11 @@ def tile_boxes(height: int, width: int, tile: int, multiple: int = 1) -> tuple[B
     return tuple(Box(y, x) for y in split(height, tile, multiple) for x in columns)
 
 
+def latent_boxes(height: int, width: int, tile: int, factor: int) -> tuple[Box, ...]:
+    """Disjoint boxes of latents, `factor` pixels wide, that cover a frame of [height, width] of them in tiles of at most `tile` pixels."""
+    return tile_boxes(height, width, max(tile // factor, 1))
+
+
 def overlapping(size: int, tile: int, overlap: int) -> tuple[Span, ...]:
     """The fewest spans of length min(tile, size) that cover [0, size), neighbours sharing at least `overlap` positions.
 

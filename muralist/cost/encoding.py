@@ -15,7 +15,7 @@ from muralist.nn.decoder_blocks import Attention, ConvIn, ResidualBlock
 from muralist.nn.decoder_conv import HISTORY, CausalConv
 from muralist.nn.decoder_memory import SLACK
 from muralist.nn.encoder import StreamingEncoder
-from muralist.tiling import Box, tile_boxes
+from muralist.tiling import Box, latent_boxes
 
 Size = tuple[int, int]
 RESULTS = 4  # tensors beside the buffers of two convolutions: the two that residual blocks take turns in, one with its border, what is made of them
@@ -35,7 +35,7 @@ def encode(config: Mapping[str, Any], num_frames: int, size: Size, tile: int, *,
     encoder = _encoder(vae.empty(config, "float32" if quick else "bfloat16"))
     frames = (num_frames - 1) // encoder.temporal_factor + 1
     height, width = (side // encoder.spatial_factor for side in size)
-    tiles = tile_boxes(height, width, max(tile // encoder.spatial_factor, 1))
+    tiles = latent_boxes(height, width, tile, encoder.spatial_factor)
     walks = [encoder.boxes(box, size) for box in tiles]
     kinds: dict[tuple[Size, ...], list[list[Box]]] = {}
     for boxes in walks:

@@ -189,21 +189,23 @@ def _coarse(vae: AutoencoderKLWan, config: PoolConfig, drawn: list[Drawn], rng: 
     if config.damage is not None:
         whole = [_damaged(make, config.damage, np.random.default_rng(rng.integers(2**63))) for make in whole]
     if config.guide_scale is not None:
-        return {"proxy": torch.cat([_guide(vae, config, make(), d.place) for make, d in zip(whole, drawn)])}
+        encoder, decoder = StreamingEncoder(vae), StreamingDecoder(vae)
+        return {"proxy": torch.cat([_guide(encoder, decoder, config, make(), d.place) for make, d in zip(whole, drawn)])}
     places = torch.tensor([d.place for d in drawn], dtype=torch.float32)
     return {"proxy": _encode_all(vae, whole), "places": places}
 
 
-def _guide(vae: AutoencoderKLWan, config: PoolConfig, video: torch.Tensor, place: tuple[float, float, float, float]) -> torch.Tensor:
+def _guide(
+    encoder: StreamingEncoder, decoder: StreamingDecoder, config: PoolConfig, video: torch.Tensor, place: tuple[float, float, float, float]
+) -> torch.Tensor:
     """What `PixelInterpolation` makes of a small video where a crop lies: [1, C, F, h, w] in half precision."""
     size = tuple(round(side / config.guide_scale) for side in (config.grid.height, config.grid.width))
-    pixels = EnlargedPixels(decode(vae, encode(vae, video[None])), size, "bicubic", vae.device)
+    pixels = EnlargedPixels(_decode(decoder, _encode(encoder, video)), size, "bicubic", encoder.device)
     side = tuple(round(length / config.guide_scale) for length in config.crop)
     top, left = (round(start * length) for start, length in zip(place, size))
     box = Box(Span(top, top + side[0]), Span(left, left + side[1]))
-    unit = vae.config.scale_factor_spatial
-    z = encode(vae, pixels(range(len(video)), box)[None])
-    return enlarged(z, tuple(length // unit for length in config.crop), "bicubic").half().cpu()
+    z = _encode(encoder, pixels(range(len(video)), box))
+    return enlarged(z, tuple(length // encoder.spatial_factor for length in config.crop), "bicubic").half().cpu()
 
 
 def _damaged(make: Callable[[], torch.Tensor], damage: AnchorDamage, rng: np.random.Generator) -> Callable[[], torch.Tensor]:
@@ -235,7 +237,11 @@ def _encode(encoder: StreamingEncoder, video: torch.Tensor) -> torch.Tensor:
 
 def decode(vae: AutoencoderKLWan, z: torch.Tensor) -> torch.Tensor:
     """The inverse for small videos: [1, C, F, h, w] -> [T, H, W, 3] in [0, 1], equal to diffusers' (`nn.decoder`)."""
-    decoder, first_caches, caches = StreamingDecoder(vae), {}, {}
+    return _decode(StreamingDecoder(vae), z)
+
+
+def _decode(decoder: StreamingDecoder, z: torch.Tensor) -> torch.Tensor:
+    first_caches, caches = {}, {}
     frame = Box.whole(*(side * decoder.spatial_factor for side in z.shape[-2:]))
     video = []
     for f, latent in enumerate(z.split(1, dim=2)):

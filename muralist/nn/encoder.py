@@ -16,7 +16,7 @@ from muralist.nn.decoder import frames_of, middle
 from muralist.nn.decoder_blocks import Caches, ConvIn, Operator, Patch, ResidualBlock
 from muralist.nn.decoder_conv import Pool
 from muralist.nn.encoder_blocks import DownBlock, Resample, Tail, patchify
-from muralist.tiling import Box, tile_boxes
+from muralist.tiling import Box, latent_boxes
 
 Pixels = Callable[[range, Box], torch.Tensor]  # frames, a box in pixels -> [t, rows, columns, 3] in [0, 1]
 
@@ -85,7 +85,7 @@ class StreamingEncoder:
         """
         latent_frames = 1 + (num_frames - 1) // self.temporal_factor
         height, width = (side // self.spatial_factor for side in size)
-        tiles = tile_boxes(height, width, max(tile // self.spatial_factor, 1))
+        tiles = latent_boxes(height, width, tile, self.spatial_factor)
         features: torch.Tensor | None = None
         for number, box in enumerate(tiles):
             boxes, caches = self.boxes(box, size), {}

@@ -12,7 +12,7 @@ import torch
 from muralist.errors import UserError
 from muralist.nn.enlarge import EnlargedPixels, enlarged
 from muralist.stages.decode_options import DecodeOptions
-from muralist.tiling import tile_boxes
+from muralist.tiling import latent_boxes
 from muralist.types import Geometry, Grid, LatentVideo
 
 if TYPE_CHECKING:
@@ -118,9 +118,8 @@ def pieces(method: Upsampling, proxy: Grid, target: Grid, geometry: Geometry) ->
         case LatentInterpolation():
             return 1
         case PixelInterpolation():
-            unit = max(method.tile // geometry.spatial_factor, 1)
             size = method.size(geometry.latent_shape(proxy)[2:], geometry.latent_shape(target)[2:])
-            return len(tile_boxes(*size, unit))
+            return len(latent_boxes(*size, method.tile, geometry.spatial_factor))
         case LearnedUpsampling():
             from muralist.nn.latent_upsampler.tiles import pieces as cut
 

@@ -22,6 +22,8 @@ from muralist.data.latents import PairConfig, PoolConfig
 from muralist.data.sharpen import Unsharp
 from muralist.data.sources import Footage, World, read_footage
 from muralist.errors import UserError
+from muralist.nn.decoder import StreamingDecoder
+from muralist.nn.encoder import StreamingEncoder
 from muralist.nn.kinds import hierarchical
 from muralist.sampling import flow
 from muralist.stages import prompt
@@ -286,7 +288,8 @@ def test_a_guide_of_training_is_the_guide_of_refinement(tiny22):
     base = Base(inspect_base(str(tiny22)), CPU, torch.float32)
     video = torch.rand(5, small.height, small.width, 3)
     config = PoolConfig(name="p", count=1, grid=large, crop=(large.height, large.width), proxy=small, guide_scale=LATENT_SCALE)
-    trained = latents._guide(base.vae(), config, video, (0.0, 0.0, 1.0, 1.0)).float()
+    vae = base.vae()
+    trained = latents._guide(StreamingEncoder(vae), StreamingDecoder(vae), config, video, (0.0, 0.0, 1.0, 1.0)).float()
     refined = upsample(LatentVideo(latents.encode(base.vae(), video[None]), small), large, base, PixelInterpolation(latent_scale=LATENT_SCALE)).z
     assert trained.shape == refined.shape and (trained - refined).abs().max() < 0.01 * refined.std()
 
