@@ -18,7 +18,7 @@ from muralist.cli._options import Debug, Json, VideoOptions, takes_video_options
 from muralist.errors import UserError
 
 if TYPE_CHECKING:
-    from muralist.compare.grid import Cell, Outcome
+    from muralist.compare.grid import Cell, Outcome, Side
     from muralist.compare.report import Comparison, Ruler
     from muralist.eval.source import Source
 
@@ -30,6 +30,10 @@ def command(
     video: VideoOptions,
     files: Annotated[list[str] | None, typer.Argument(help="Videos, or folders of them, to compare as they are.")] = None,
     recipes: Annotated[str | None, typer.Option("--recipes", metavar="A,B", help="Recipes to run; see `muralist recipes`.")] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option("--variant", metavar="'NAME: RECIPE SETTING=VALUE ...'", help="A recipe with settings as of --set, under a name of its own. Repeatable."),
+    ] = None,
     prompts: Annotated[str | None, typer.Option("--prompts", metavar="FILE", help="Text file, one prompt a line.")] = None,
     seeds: Annotated[str, typer.Option("--seeds", help="Such as 0,1 or 0-3; the same for every recipe.")] = "0",
     output: Annotated[str, typer.Option("--output", "-o", help="Directory of the runs, results.json, results.csv and report.html.")] = "compare",
@@ -43,35 +47,37 @@ def command(
     from muralist.base import pick_device
     from muralist.cli.eval import given_weights
     from muralist.compare import quality
+    from muralist.compare.grid import read_sides
     from muralist.compare.report import Ruler
     from muralist.eval.registry import Setup
     from muralist.store.paths import typed_path
 
-    if files and (recipes is not None or prompts is not None):
+    named = recipes is not None or bool(variant)
+    if files and (named or prompts is not None):
         raise UserError("files and recipes are given", where="files", fix="compare either files or recipes")
-    if not files and (recipes is None or prompts is None):
-        raise UserError("nothing to compare", where="files", fix="name files, or give --recipes and --prompts")
+    if not files and (not named or prompts is None):
+        raise UserError("nothing to compare", where="files", fix="name files, or give --recipes or --variant, and --prompts")
     root, chosen = typed_path(output, "output"), quality.pick(metrics, reference=reference is not None)
-    subject = _sources(files) if files else cells(recipes, prompts, seeds, video)
+    subject = _sources(files) if files else cells(read_sides(recipes, variant or ()), prompts, seeds, video)
     ruler = Ruler(
         tuple(chosen), Setup(weights=given_weights(weights or []), device=pick_device(video.device)), tuple(_sources([reference]) if reference else ())
     )
     return _execute(subject, root, ruler, video.model, json=json)
 
 
-def cells(recipes: str, prompts: str, seeds: str, video: VideoOptions) -> list[Cell]:
-    """The grid in the order in which it runs: all recipes of a scene one after another, so that an early stop leaves whole scenes."""
+def cells(sides: Sequence[Side], prompts: str, seeds: str, video: VideoOptions) -> list[Cell]:
+    """The grid in the order in which it runs: all sides of a scene one after another, so that an early stop leaves whole scenes."""
     from muralist.cli.generate import prepare
-    from muralist.compare.grid import Cell, read_prompts, read_recipes, read_seeds
+    from muralist.compare.grid import Cell, read_prompts, read_seeds
     from muralist.store.paths import typed_path
 
-    names, texts, numbers = read_recipes(recipes), read_prompts(typed_path(prompts, "prompts")), read_seeds(seeds)
+    texts, numbers = read_prompts(typed_path(prompts, "prompts")), read_seeds(seeds)
     found = []
     for prompt in texts:
         for seed in numbers:
-            for recipe in names:
-                options = replace(video, recipe=recipe, seed=seed)
-                found.append(Cell(prepare(prompt, options, None).request, tuple(words(options))))
+            for side in sides:
+                options = replace(video, recipe=side.recipe, seed=seed, settings=[*(video.settings or ()), *side.settings])
+                found.append(Cell(side.name, prepare(prompt, options, None).request, tuple(words(options))))
     _options.notes[:] = dict.fromkeys(_options.notes)  # the same for every cell
     return found
 
@@ -129,11 +135,11 @@ def _tell_cell(total: int, json: bool, number: int, outcome: Outcome) -> None:
     """One line a cell, the moment it is finished or found finished."""
     request = outcome.cell.request
     if json:
-        facts = {"recipe": request.recipe, "prompt": request.prompt, "seed": request.seed, "failure": outcome.failure}
+        facts = {"side": outcome.cell.side, "recipe": request.recipe, "prompt": request.prompt, "seed": request.seed, "failure": outcome.failure}
         _show.emit({"event": "cell", "number": number + 1, "total": total, "seconds": round(outcome.costs.seconds, 3), **facts})
         return
     what = f"failed: {outcome.failure}" if outcome.failure else _show.span(outcome.costs.seconds)
-    print(_show.plain(f"[{number + 1}/{total}] {request.recipe} | {request.prompt[:60]} | seed {request.seed}: {what}"), file=sys.stderr, flush=True)
+    print(_show.plain(f"[{number + 1}/{total}] {outcome.cell.side} | {request.prompt[:60]} | seed {request.seed}: {what}"), file=sys.stderr, flush=True)
 
 
 def _tell_measured(json: bool, what: str) -> None:

@@ -34,9 +34,19 @@ _LARGEST = 4 << 20  # bytes of a file of prompts
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
-    """One run: the complete request, and `options`, the words of `muralist generate` that ask for it besides prompt and output."""
+class Side:
+    """A column of the report: a recipe as it is, or with settings (`NAME=VALUE`) under a name of its own."""
 
+    name: str
+    recipe: str
+    settings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run: the side that it belongs to, the complete request, and the words of `muralist generate` that ask for it besides prompt and output."""
+
+    side: str
     request: Request
     options: tuple[str, ...] = ()
 
@@ -154,6 +164,24 @@ def read_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(seeds))
 
 
-def read_recipes(text: str) -> list[str]:
-    """Names of recipes, separated by commas; whether they exist is for the registry to say."""
-    return list(dict.fromkeys(name.strip() for name in text.split(",")))
+def read_sides(recipes: str | None, variants: Sequence[str]) -> list[Side]:
+    """Recipes, separated by commas, and variants; whether a recipe exists is for the registry to say."""
+    names = [] if recipes is None else dict.fromkeys(name.strip() for name in recipes.split(","))
+    sides = [Side(name, name) for name in names] + [_variant(text) for text in variants]
+    for number, side in enumerate(sides):
+        if side.name in [earlier.name for earlier in sides[:number]]:
+            raise UserError(f"{side.name!r} is named twice", where="variant", fix="give each a name of its own")
+    return sides
+
+
+def _variant(text: str) -> Side:
+    """`NAME: RECIPE` and settings after it, separated by spaces; a setting with spaces stands between quotation marks."""
+    name, colon, rest = text.partition(":")
+    try:
+        words = shlex.split(rest)
+    except ValueError:
+        words = []
+    if not (colon and name.strip() and name.isprintable() and words and all("=" in word for word in words[1:])):
+        fix = "write NAME: RECIPE SETTING=VALUE ..., such as '2 steps: pixelwizard refine.num_inference_steps=2'"
+        raise UserError(f"{text!r:.80} is no variant", where="variant", fix=fix)
+    return Side(name.strip(), words[0], tuple(words[1:]))

@@ -41,12 +41,12 @@ class Comparison:
 
 
 def of_runs(outcomes: Sequence[grid.Outcome], root: Path, model: str) -> Comparison:
-    """The cells of a grid: a recipe is a side, a prompt with a seed is a scene. A video that cannot be read counts as a failure."""
+    """The cells of a grid: a recipe or a variant of one is a side, a prompt with a seed is a scene. A video that cannot be read counts as a failure."""
     scenes = list(dict.fromkeys(Scene(o.cell.request.prompt, o.cell.request.seed) for o in outcomes))
     entries, sources = [], {}
     for number, outcome in enumerate(outcomes):
         request, record = outcome.cell.request, outcome.cell.record()
-        entry = Entry(side=request.recipe, scene=scenes.index(Scene(request.prompt, request.seed)), command=record["command"])
+        entry = Entry(side=outcome.cell.side, scene=scenes.index(Scene(request.prompt, request.seed)), command=record["command"])
         entry.path, entry.failure, entry.costs = outcome.folder.relative_to(root).as_posix(), outcome.failure, outcome.costs
         if not entry.failure:
             try:

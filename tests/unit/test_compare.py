@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import shutil
@@ -90,6 +91,27 @@ def test_the_grid_holds_every_recipe_on_every_scene(grid_folder):
         assert cell["values"]["seconds"] == pytest.approx(sum(stage["seconds"] for stage in cell["stages"]))
         assert (grid_folder[0] / cell["path"] / "run" / "request.json").is_file()
     assert results["summary"]["direct"]["seconds"]["n"] == 2 and results["best"]["seconds"]["sides"]
+
+
+def test_variants_are_columns_of_their_own(tiny22, tmp_path, monkeypatch):
+    import shlex
+
+    monkeypatch.setattr(child, "run", inside.run)
+    (tmp_path / "p.txt").write_text("a red ball\n")
+    variants = (
+        "--variant",
+        "fewer steps: direct refine.num_inference_steps=2",
+        "--variant",
+        "guided: direct refine.num_inference_steps=2 refine.guidance_scale=4",
+    )
+    answer = compare("--recipes", "direct", *variants, "--prompts", tmp_path / "p.txt", "--model", tiny22, *SIZE, "--output", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["sides"] == ["direct", "fewer steps", "guided"]
+    words = [shlex.split(cell["command"]) for cell in results["cells"]]
+    settings = [[b for a, b in itertools.pairwise(line) if a == "--set"] for line in words]
+    assert settings == [[], ["refine.num_inference_steps=2"], ["refine.num_inference_steps=2", "refine.guidance_scale=4"]]
+    assert len({cell["path"] for cell in results["cells"]}) == 3
 
 
 def test_the_command_of_a_cell_makes_its_video_again(grid_folder, tmp_path, monkeypatch):
@@ -404,6 +426,8 @@ MISTAKES = [
     *(["--recipes", "direct", "--prompts", name] for name in ("empty", "comments", "binary", "control", "long", "missing", "folder", "/dev/zero", "x" * 5000)),
     *(["--recipes", "direct", "--prompts", "good", "--seeds", text] for text in ("", "-1", "1.5", "a", "3-1", "0-99999", "1" * 40, "99999999999999999999")),
     *(["--recipes", "direct", "--prompts", "good", "--output", name] for name in ("good", "used", "good/x", "/dev/null/x", "/proc/x", "x" * 5000)),
+    *(["--variant", text, "--prompts", "good"] for text in ("", "a", "a:", ": direct", "a: direct 3", "a: 'direct", "a\n: direct", "a: nonsense")),
+    *(["--recipes", "direct", "--variant", text, "--prompts", "good"] for text in ("direct: direct", "a: direct nonsense=3", "a: direct refine.skip_steps=x")),
     *(["--recipes", "direct", "--prompts", "good", *more] for more in (["--metrics", "nonsense"], ["--size", "0x0"], ["--model", "nowhere"], ["--seed", "1"])),
     [], ["--recipes", "direct"], ["--prompts", "good"], ["good"], ["missing.mp4"], ["folder"], ["good", "--recipes", "direct"], ["--reference", "folder"],
     ["--recipes", "direct", "--prompts", "good", "--reference", "folder"],
@@ -414,7 +438,7 @@ MISTAKES = [
 def test_mistakes_are_one_line(arguments, typed, tiny22, monkeypatch):
     monkeypatch.chdir(typed)
     monkeypatch.setattr(child, "run", lambda *_: pytest.fail("a run was started"))
-    model = [] if "--model" in arguments or "--recipes" not in arguments else ["--model", tiny22]
+    model = [] if "--model" in arguments or not {"--recipes", "--variant"} & set(arguments) else ["--model", tiny22]
     assert compare(*arguments, *model).error
     assert not (typed / "compare").exists() and sorted(path.name for path in (typed / "used").iterdir()) == ["letter.txt"]
 

@@ -23,7 +23,7 @@ from muralist.stages.refine import Refine, Windows, refine
 from muralist.stages.upsample import LatentInterpolation, upsample
 from muralist.store.run import RunDirectory
 from muralist.types import Grid, LatentVideo, TextCond
-from tests.unit.test_plan import counter
+from tests.unit.test_plan import WAN_1_3B, WAN_21, base, counter
 
 CPU = torch.device("cpu")
 
@@ -41,6 +41,16 @@ def test_the_flops_of_a_recipe_are_those_counted(recipe, settings, tiny_base, tm
         denoise(request, Base(info, CPU, torch.float32), run, Silent())
     stages = {stage.stage: stage.flops for stage in said.stages if stage.stage in ("prompt", "proxy", "upsample", "refine")}
     assert 0.98 <= counted.get_total_flops() / sum(stages.values()) <= 1.02, stages
+
+
+@pytest.mark.parametrize(("size", "frames", "saved"), [((3840, 2160), 161, 1100), ((7680, 4320), 29, 850), ((2560, 1440), 321, 950)])
+def test_a_query_in_sight_of_a_proxy_sees_about_a_thousand_keys_at_any_size(size, frames, saved):
+    """The paper's three examples and its factors, on the geometry that it has them for."""
+    info = replace(base(WAN_1_3B, WAN_21, trained=Grid(num_frames=81, height=480, width=832)), adapters=("proxy", "detail"))
+    asked = Asked(prompt="a fox", recipe="atlasvid", width=size[0], height=size[1], num_frames=frames, seed=0)
+    made = plan(make_request(asked, info, note=lambda text: None), info, Machine.of("140GB"))
+    (found,) = (stage for stage in made.stages if stage.stage == "refine")
+    assert found.keys_per_query <= 1100 and found.attention_saving >= saved
 
 
 @pytest.mark.parametrize("frames, latent", [(29, 3), (113, 8), (321, 21), (5, 2), (1, 1)])
