@@ -88,12 +88,13 @@ def _channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
 def train_vae(folder: Path, *, minutes: float, device: torch.device, resume: bool, init: Path | None = None, report: Callable[[str], None] = print) -> Path:
     """`miniature-vae`: reconstruction of world crops at all scales; writes `folder/vae` in diffusers layout.
 
-    `init`: a model folder whose VAE it starts from instead of a fresh one.
+    `init`: a model folder whose VAE it starts from instead of a fresh one, and to whose latents at the base's own size it is held.
     """
-    vae = new_vae() if init is None else load_vae(init / "vae")
-    vae = _fit_vae(vae, folder, minutes, device, resume, report, begun=init is not None)
-    mean, std = _latent_statistics(vae, device)
-    vae.register_to_config(latents_mean=mean, latents_std=std)
+    vae, earlier = (new_vae(), None) if init is None else (load_vae(init / "vae"), load_vae(init / "vae"))
+    vae = _fit_vae(vae, folder, minutes, device, resume, report, begun=init is not None, earlier=earlier)
+    if init is None:
+        mean, std = _latent_statistics(vae, device)
+        vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.save_pretrained(folder / "vae")
     draw_curve(folder)
     return folder / "vae"
@@ -121,11 +122,19 @@ def train_decoder(
 
 
 def _fit_vae(
-    vae: AutoencoderKLWan, folder: Path, minutes: float, device: torch.device, resume: bool, report: Callable[[str], None], *, begun: bool
+    vae: AutoencoderKLWan,
+    folder: Path,
+    minutes: float,
+    device: torch.device,
+    resume: bool,
+    report: Callable[[str], None],
+    *,
+    begun: bool,
+    earlier: AutoencoderKLWan | None = None,
 ) -> AutoencoderKLWan:
     """`begun`: weights that are gone on with have had their single frames."""
     config = ReconstructionConfig(single_share=0.0, band_from=0.0) if begun else ReconstructionConfig()
-    objective = Reconstruction(_trainable(vae).to(device), config, device)
+    objective = Reconstruction(_trainable(vae).to(device), config, device, None if earlier is None else earlier.to(device).requires_grad_(False))
     return fit(objective, Schedule(minutes=minutes, learning_rate=1e-3, decay=0.6), folder, resume=resume, report=report)
 
 
@@ -193,6 +202,9 @@ PHASES = (
 )
 
 
+FURTHER = (Phase(until=0.6, single=0.2, small=0.4, sparse=0.1, whole=0.3), PHASES[-1])  # for weights that know the words and shapes
+
+
 @dataclass(frozen=True, slots=True)
 class Curriculum:
     """Appearance and words on single frames, then motion on clips of half the size, on three latent frames at their true places, and on whole clips.
@@ -248,7 +260,7 @@ def train_base(
 ) -> Path:
     """`miniature-base`: transformer and text encoder on latents of `vae`; writes a whole diffusers folder, `folder/model`.
 
-    `init`: a model folder whose transformer and text encoder it starts from instead of fresh ones.
+    `init`: a model folder whose transformer and text encoder it starts from instead of fresh ones; they are moved less, and see clips from the start.
     """
     begin(folder, resume=resume)
     autoencoder = load_vae(vae).to(device).eval()
@@ -260,8 +272,9 @@ def train_base(
     single = latents.build_pool(autoencoder, latents.PoolConfig(name="frames", count=frames, grid=GRID, frames=1, seed=1), pools, report)
     whole = latents.build_pool(autoencoder, latents.PoolConfig(name="clips", count=clips, grid=GRID, seed=2), pools, report)
     small = latents.build_pool(autoencoder, latents.PoolConfig(name="small", count=small_clips, grid=SMALL_GRID, seed=3), pools, report)
-    objective = FlowMatching(model, model.transformer, model.embed, Curriculum(single, whole, small), FlowConfig(), device)
-    fit(objective, Schedule(minutes=minutes, learning_rate=1.5e-3, muon=True), folder, resume=resume, report=report)
+    source = Curriculum(single, whole, small, PHASES if init is None else FURTHER)
+    objective = FlowMatching(model, model.transformer, model.embed, source, FlowConfig(), device)
+    fit(objective, Schedule(minutes=minutes, learning_rate=1.5e-3 if init is None else 5e-4, muon=True), folder, resume=resume, report=report)
     made = save_model(model, autoencoder, folder / "model")
     draw_curve(folder)
     return made

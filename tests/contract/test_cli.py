@@ -33,7 +33,7 @@ OPTIONS = {
     "eval": "files --metrics --reference --output -o --weights --list --device --json --debug",
     "diagnose": "file --proxy --tile --html --json --debug",
     "recipes": "--json",
-    "compare": f"files {COMMON} --recipes --prompts --seeds --output -o --metrics --reference --weights --json --debug",
+    "compare": f"files {COMMON} --recipes --variant --prompts --seeds --output -o --metrics --reference --weights --json --debug",
     "bench": "what --only --quick --width --minutes --device --output -o --debug",
     "doctor": "--device --json --debug",
     "train": "name --minutes --device --from --init --data --height --min-score --clips --resume --output -o --debug",

@@ -20,7 +20,8 @@ from muralist.train import state
 from muralist.train.experts import train_experts
 from muralist.train.latent_upsampler import train_latent_upsampler
 from muralist.train.loop import Schedule, draw_curve, fit
-from muralist.train.miniature import PHASES, Curriculum, TextToVideo, new_tokenizer, new_vae, train_base, train_decoder
+from muralist.train.miniature import FURTHER, PHASES, Curriculum, TextToVideo, new_tokenizer, new_vae, train_base, train_decoder
+from muralist.train.objectives import reconstruction
 from muralist.train.objectives.flow import FOCUS, Batch, FlowConfig, FlowMatching
 from muralist.train.objectives.reconstruction import Reconstruction, ReconstructionConfig, band_error
 from muralist.train.uhr import train_uhr
@@ -172,6 +173,20 @@ def test_reconstruction_gives_gradients_to_every_trained_parameter(progress):
     assert missing == []
 
 
+def test_a_vae_that_goes_on_is_held_to_its_earlier_latents_at_the_bases_own_scale_alone(monkeypatch):
+    config = ReconstructionConfig(side=32, batch_clip=2, frames=5, single_share=0.0)
+
+    def loss(vae, earlier):
+        return Reconstruction(vae, config, torch.device("cpu"), earlier).loss(1, 0.5)[0].item()
+
+    vae, same, other = new_vae(0), new_vae(0), new_vae(1)
+    video = 2 * torch.rand(2, 3, 5, 32, 32) - 1
+    for height, held in ((256, True), (2176, False)):
+        monkeypatch.setattr(reconstruction, "_batch", lambda *given, height=height: (video, torch.full((2,), height)))
+        assert loss(vae, same) == pytest.approx(loss(vae, None), abs=1e-5)
+        assert (loss(vae, other) > loss(vae, None) + 1e-3) == held
+
+
 def test_band_error_sees_blur_and_not_phase():
     torch.manual_seed(0)
     sharp = torch.randn(2, 3, 1, 64, 64)
@@ -230,7 +245,7 @@ def test_the_curriculum_keeps_true_places():
     assert kinds == {0.0: {(1, 1)}, 0.6: {(1, 1), (3, 1), (8, 1), (8, 2)}, 0.9: {(1, 1), (8, 1), (8, 2)}}
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", PHASES + FURTHER)
 def test_the_shares_of_a_phase_add_up(phase):
     assert phase.single + phase.small + phase.sparse + phase.whole == pytest.approx(1)
 

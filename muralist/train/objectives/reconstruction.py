@@ -5,6 +5,9 @@ Beside L1, squared and gradient losses there are three terms that the later stag
 - scale agreement (EQ-VAE, arXiv 2502.09509, eq. 5): a latent shrunk by interpolation decodes to the shrunk frames, so that a
   latent enlarged by interpolation is a sensible start for refinement;
 - band energy: the finest two octaves carry as much power as the original, whatever their phase, so that frames are not smooth.
+
+A VAE that goes on learning can be held to its earlier latents at the base's own size: what was trained on those latents there goes on working, while
+what moves fast in large videos finds a place in them.
 """
 
 from __future__ import annotations
@@ -41,20 +44,25 @@ class ReconstructionConfig:
     band: float = 0.02
     band_from: float = 0.3
     scale_every: int = 4
+    held: float = 10.0
     seed: int = 0
 
 
 class Reconstruction:
-    """Objective of `miniature-vae` and, where the encoder is frozen, of `miniature-decoder`; `module` is a diffusers AutoencoderKLWan."""
+    """Objective of `miniature-vae` and, where the encoder is frozen, of `miniature-decoder`; `module` is a diffusers AutoencoderKLWan.
 
-    def __init__(self, vae: AutoencoderKLWan, config: ReconstructionConfig, device: torch.device):
-        self.module, self.config, self.device = vae, config, device
+    `earlier`: a VAE to whose latents of crops at the base's own scale those of `module` are held.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan, config: ReconstructionConfig, device: torch.device, earlier: AutoencoderKLWan | None = None):
+        self.module, self.config, self.device, self.earlier = vae, config, device, earlier
 
     def loss(self, step: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
         c = self.config
         single = progress < c.single_share
         rng = np.random.Generator(np.random.Philox(key=[c.seed, step]))
-        video = _batch(rng, c.batch_single if single else c.batch_clip, 1 if single else c.frames, c.side).to(self.device)
+        video, heights = _batch(rng, c.batch_single if single else c.batch_clip, 1 if single else c.frames, c.side)
+        video = video.to(self.device)
         generator = torch.Generator(self.device).manual_seed(c.seed * 1_000_003 + step)
         with single_frame_convolutions() if single else nullcontext():
             with torch.set_grad_enabled(any(p.requires_grad for p in self.module.encoder.parameters())):
@@ -76,13 +84,21 @@ class Reconstruction:
         }
         if progress >= c.band_from:
             terms["band"] = c.band * band_error(rebuilt, target)
+        if self.earlier is not None and (own := heights == min(HEIGHTS)).any():
+            terms["held"] = c.held * own.float().mean() * self._drift(video[own], posterior.mean[own])
         psnr = -10 * torch.log10((error.detach().clamp(-2, 2) ** 2).mean() / 4)
         return sum(terms.values()), {"psnr": psnr.item(), "rms_z": posterior.mean.detach().pow(2).mean().sqrt().item()}
 
+    def _drift(self, video: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """Mean square difference from the earlier latents."""
+        with torch.no_grad():
+            earlier = self.earlier.encode(video).latent_dist.mean
+        return (z - earlier).square().mean()
 
-def _batch(rng: np.random.Generator, count: int, frames: int, side: int) -> torch.Tensor:
-    """[B, 3, T, side, side] in [-1, 1]: crops of random scenes at random scales, two thirds of them at the object."""
-    clips = []
+
+def _batch(rng: np.random.Generator, count: int, frames: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, 3, T, side, side] in [-1, 1] and heights of their frames [B]: crops of random scenes at random scales, two thirds of them at the object."""
+    clips, heights = [], []
     for _ in range(count):
         height = int(rng.choice(HEIGHTS))
         grid = Grid(num_frames=29, height=height, width=height * 7 // 4)
@@ -90,7 +106,8 @@ def _batch(rng: np.random.Generator, count: int, frames: int, side: int) -> torc
         first = int(rng.integers(29 - frames + 1))
         crop = _crop_at(rng, scene, grid, (first + rng.uniform(0, frames - 1)) / 29, side)  # else what moves fast is there in the first frames alone
         clips.append(render_clip(scene, grid, crop=crop, frames=range(first, first + frames)))
-    return rearrange(torch.stack(clips), "b t h w c -> b c t h w") * 2 - 1
+        heights.append(height)
+    return rearrange(torch.stack(clips), "b t h w c -> b c t h w") * 2 - 1, torch.tensor(heights)
 
 
 def _crop_at(rng: np.random.Generator, scene, grid: Grid, moment: float, side: int) -> Crop:
