@@ -1,0 +1,264 @@
+"""Training ablations of the papers on the embedded base: every variant is trained with one budget on the same clips and judged on the same scenes.
+
+    python benchmarks/studies.py shortcut --minutes 20      # PixelWizard, Table 9.3: what few steps need
+    python benchmarks/studies.py injector --minutes 20      # PixelWizard, Table 4: what the anchor's way in brings
+    python benchmarks/studies.py branches --minutes 40      # UltraGen, Table 4: branches and windows
+    python benchmarks/studies.py experts --minutes 20       # LUVE, Table 6: the frequency experts
+
+Stopped at any time, the same command goes on with the variant that it was at. Results go to results/study-NAME.{json,md}; the runs stay in --folder.
+The metrics are not the papers': adherence is the share of colour, shape, motion and "one object" that `muralist.data.score` finds right, spectral distance
+(dB) is to a true render of the same caption. What can be compared is the order of the variants.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import write
+
+import muralist
+from muralist.base_info import inspect_base
+from muralist.compare.ablation import Budget, Measured, Study, Variant, held_out, run
+from muralist.data import world
+from muralist.data.score import score
+from muralist.eval.metrics.spectrum import SpectralDistance
+from muralist.nn.filters import RadialFilter
+from muralist.nn.kinds import InjectorConfig, hierarchical
+from muralist.train.anchored import AnchoredConfig, train_anchored
+from muralist.train.branched import BranchedConfig, train_branched
+from muralist.train.experts import LESSONS, Lesson, train_experts
+from muralist.train.trainee import VideoData
+from muralist.types import Grid
+
+CPU = torch.device("cpu")
+ADHERENCE = Measured("adherence", "higher", paper="quality")
+DISTANCE = Measured("spectral_distance", "lower", paper="quality", paper_better="higher")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What a study is about: its variants, how one is trained, what the base must not have yet, and how what was trained paints.
+
+    `paper`: the metric that the variants' `quality` is, higher being better.
+    """
+
+    base: Any
+    variants: Sequence[Variant]
+    train: Callable[..., Path]
+    without: Sequence[str]
+    recipe: str
+    paper: str
+    settings: Callable[[Any], tuple[str, ...]] = lambda config: ()
+    budget: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expertise:
+    """The experts that are trained, by name; none: refinement with the adapter alone."""
+
+    lessons: Mapping[str, Lesson] = field(default_factory=lambda: LESSONS)
+
+
+def subjects(model: Path) -> dict[str, Subject]:
+    info = inspect_base(str(model))
+    channels, width, layers = info.geometry.channels, info.width, info.transformer_config["num_layers"]
+    full = AnchoredConfig(injector=InjectorConfig(channels=channels, dim=width))
+    anchored = {"train": train_anchored, "without": ("adapters/anchored", "parts/injector", "parts/step_size"), "recipe": "pixelwizard"}
+    return {
+        "shortcut": Subject(
+            **anchored,
+            base=full,
+            paper="Tech. of Table 9.3",
+            variants=[
+                Variant("flow matching alone", {"shortcut.rate": 0.0}, {"quality": 12.98}),
+                Variant("uniform", {"shortcut.beta": 0.0, "shortcut.power": 0.0}, {"quality": 13.31}),
+                Variant("exponential", {"shortcut.power": 0.0}, {"quality": 13.88}),
+                Variant("exponential, calibrated", {}, {"quality": 14.31}),
+            ],
+        ),
+        "injector": Subject(
+            **anchored,
+            base=full,
+            paper="Tech. of Table 4",
+            settings=lambda config: ("proxy=null", "refine.anchor=none") if config.injector is None else (),
+            variants=[
+                Variant("no anchor", {"injector": None}),
+                Variant("added without an injector", {"injector.refined": False, "injector.gate": "none"}, {"quality": 12.51}),
+                Variant("no gate", {"injector.gate": "none"}, {"quality": 13.47}),
+                Variant("full", {}, {"quality": 14.31}),
+            ],
+        ),
+        "branches": Subject(
+            base=BranchedConfig(branches=hierarchical(width, layers)),
+            train=train_branched,
+            without=("adapters/branched", "parts/branches"),
+            recipe="ultragen",
+            paper="the mean of Table 4, by the order in its text",
+            settings=lambda config: tuple(branch_settings(config)),
+            variants=[
+                Variant("full", {}, {"quality": 2.0}),
+                Variant("no global", {"names": ("coarse",)}, {"quality": 0.0}),
+                Variant("no hierarchical", {"names": ("whole",)}, {"quality": 1.0}),
+                Variant("rank 1", {"branches.rank": 1}, {"quality": 1.0}),
+                Variant("no cross-window", {"odd": "same"}, {"quality": 0.0}),
+                Variant("Swin windows", {"odd": "shifted"}, {"quality": 1.0}),
+            ],
+        ),
+        "experts": Subject(
+            base=Expertise(),
+            train=train_lessons,
+            without=("parts/experts",),
+            recipe="luve",
+            paper="-FID-patch of Table 6",
+            # from a noise level above that at which the experts change places, so that both have work
+            settings=lambda config: (f"refine.experts={list_of(config.lessons)}", "refine.skip_steps=2"),
+            variants=[
+                Variant("no experts", {"lessons": {}}, {"quality": -46.48}),
+                Variant("no low", {"lessons": only("high")}, {"quality": -43.86}),
+                Variant("no high", {"lessons": only("low")}, {"quality": -44.44}),
+                Variant("LoRA experts", {"lessons": unfiltered()}, {"quality": -47.03}),
+                Variant("no sharpening", {"lessons": unsharpened()}, {"quality": -42.96}),
+                Variant("full", {}, {"quality": -41.03}),
+            ],
+        ),
+    }
+
+
+def branch_settings(config: BranchedConfig) -> list[str]:
+    names = list_of(config.names or tuple(config.branches.branches))
+    return [f"refine.attention.odd={config.odd}", f"refine.attention.branches={names}"]
+
+
+def list_of(names: Sequence[str] | Mapping[str, Any]) -> str:
+    return "[" + ", ".join(f'"{name}"' for name in names) + "]"
+
+
+def only(name: str) -> dict[str, Lesson]:
+    return {name: LESSONS[name]}
+
+
+def unfiltered() -> dict[str, Lesson]:
+    """Plain LoRA in the experts' places: a filter that lets everything through."""
+    open_filter = RadialFilter(band="low", cutoff=1.5, edge=0.0)
+    return {name: replace(lesson, expert=replace(lesson.expert, band=open_filter)) for name, lesson in LESSONS.items()}
+
+
+def unsharpened() -> dict[str, Lesson]:
+    return {name: replace(lesson, sharpen=None) for name, lesson in LESSONS.items()}
+
+
+def train_lessons(folder: Path, *, config: Expertise, minutes: float, **options: Any) -> Path:
+    """Each expert has half of the minutes, whether it has a neighbour or not."""
+    if not config.lessons:
+        return folder
+    return train_experts(folder, lessons=dict(config.lessons), minutes=minutes * len(config.lessons) / len(LESSONS), **options)
+
+
+def main() -> None:
+    options = arguments()
+    base = inspect_base(options.model).folder
+    subject = subjects(base)[options.name]
+    folder = (options.folder / options.name).absolute()
+    model = stripped(base, folder / "base", subject.without)
+    (folder / "latents").mkdir(parents=True, exist_ok=True)
+
+    def train(config: Any, budget: Budget, directory: Path) -> tuple[Path, Any]:
+        run_folder = directory / "run"
+        run_folder.mkdir(exist_ok=True)
+        if not (run_folder / "latents").exists():
+            (run_folder / "latents").symlink_to(folder / "latents")  # the same clips for all
+        begun = any(run_folder.rglob("checkpoints"))
+        data = VideoData(clips=options.clips)
+        subject.train(run_folder, minutes=budget.minutes, device=CPU, resume=begun, model=model, data=data, config=config)
+        return with_results(model, run_folder, directory / "model"), config
+
+    def evaluate(trained: tuple[Path, Any], scenes: Sequence[world.Scene]) -> dict[str, list[float]]:
+        painter = muralist.load(str(trained[0]), recipe=subject.recipe)
+        judged = [judge(painter, scene, options, subject.settings(trained[1])) for scene in scenes]
+        return {name: [values[name] for values in judged] for name in judged[0]}
+
+    study = Study(
+        name=f"{options.name} ({subject.paper})", base=subject.base, variants=subject.variants, measures=(ADHERENCE, DISTANCE), train=train, evaluate=evaluate,
+        budget=Budget(minutes=options.minutes), scenes=held_out(options.scenes),
+    )  # fmt: skip
+    outcomes = run(study, folder)
+    rows = [
+        {
+            "variant": o.variant.name,
+            **{f"{m.name}": o.mean(m.name) for m in study.measures},
+            **{f"{m.name} error": o.error(m.name) for m in study.measures},
+            "steps": steps(folder / o.variant.name),
+            f"paper: {subject.paper}": o.variant.paper.get("quality"),
+            "failure": o.failure,
+        }
+        for o in outcomes
+    ]
+    judged = f"{options.scenes} held-out scenes at {options.size} x {options.num_frames}"
+    write(f"study-{options.name}", rows, note=f"{options.minutes:g} minutes a variant, {options.clips} clips of each size; {judged}")
+
+
+def stripped(base: Path, folder: Path, without: Sequence[str]) -> Path:
+    """A copy of the base without what the study trains."""
+    if not folder.is_dir():
+        with tempfile.TemporaryDirectory(dir=_made(folder.parent)) as temporary:
+            copy = shutil.copytree(base, Path(temporary) / "base")
+            for part in without:
+                shutil.rmtree(copy / part, ignore_errors=True)
+            copy.rename(folder)
+    return folder
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def with_results(model: Path, results: Path, folder: Path) -> Path:
+    """The base together with the adapters and parts that a variant has learned."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(model, folder)
+    for kind in ("adapters", "parts"):
+        if (results / kind).is_dir():
+            shutil.copytree(results / kind, folder / kind, dirs_exist_ok=True)
+    return folder
+
+
+def judge(painter: muralist.api.Pipeline, scene: world.Scene, options: argparse.Namespace, settings: tuple[str, ...]) -> dict[str, float]:
+    width, height = (int(side) for side in options.size.split("x"))
+    with painter(world.caption(scene), width=width, height=height, num_frames=options.num_frames, seed=scene.seed, settings=settings) as video:
+        frames = torch.cat([chunk.frames for chunk in video])
+    found = score(frames, scene)
+    distance = SpectralDistance(len(frames))
+    for frame, true in zip(frames, world.render(scene, Grid(num_frames=options.num_frames, height=height, width=width))):
+        distance.add(frame, true)
+    right = (found.colour, found.shape, found.motion, found.num_objects == 1)
+    return {"adherence": sum(map(bool, right)) / len(right), "spectral_distance": distance.result()["spectral_distance"]}
+
+
+def steps(folder: Path) -> str:
+    """Steps that a variant had, of each of its trainings."""
+    return ", ".join(curve.read_text().splitlines()[-1].split(",")[0] for curve in sorted(folder.rglob("curve.csv")))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=("shortcut", "injector", "branches", "experts"))
+    parser.add_argument("--model", default="miniature")
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--clips", type=int, default=120)
+    parser.add_argument("--scenes", type=int, default=6)
+    parser.add_argument("--size", default="1920x1080")
+    parser.add_argument("--num-frames", type=int, default=9)
+    parser.add_argument("--folder", type=Path, default=Path("runs/studies"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
