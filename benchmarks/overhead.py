@@ -1,4 +1,4 @@
-"""How much of a whole run is neither transformer nor decoder: a miniature video of 1920x1080, 29 frames, in a process of its own.
+"""How much of a whole run is neither transformer nor VAE: a miniature video of 1920x1080, 29 frames, in a process of its own.
 
     python benchmarks/overhead.py [--ahead 0 8]     minutes; frames decoded while others are compressed
 
@@ -49,13 +49,19 @@ def child(ahead: int, folder: Path) -> dict[str, Any]:
     """One video, painted by the command's own way."""
     from muralist import load, pipeline
     from muralist.nn.decoder import StreamingDecoder
+    from muralist.nn.encoder import StreamingEncoder
     from muralist.nn.transformer import MuralTransformer
+    from muralist.store.video_write import SegmentEncoder
 
     watch, device = Watch(), load().base.device.type
     for owner, method, name in (
         (MuralTransformer, "forward", "transformer"),
         (StreamingDecoder, "first_part", "decode"),
         (StreamingDecoder, "second_part", "decode"),
+        (StreamingEncoder, "first_part", "vae_encode"),
+        (StreamingEncoder, "second_part", "vae_encode"),
+        (SegmentEncoder, "add_planes", "compress"),
+        (SegmentEncoder, "finish", "compress"),
     ):
         watch.over(owner, method, name)
     pipeline.AHEAD[device] = ahead
@@ -77,7 +83,9 @@ def main() -> None:
         started = time.perf_counter()
         done = subprocess.run([sys.executable, __file__, "--child", str(ahead)], check=True, stdout=subprocess.PIPE, text=True)
         wall, row = time.perf_counter() - started, json.loads(done.stdout.splitlines()[-1])
-        rows.append(row | {"wall_s": wall, "wall / (transformer + decode)": wall / (row["transformer_s"] + row["decode_s"])})
+        networks = row["transformer_s"] + row["decode_s"]
+        ratios = {"wall / (transformer + decode)": wall / networks, "wall / (transformer + VAE)": wall / (networks + row["vae_encode_s"])}
+        rows.append(row | {"wall_s": wall} | ratios)
         print(rows[-1], flush=True)
     from common import write
 
