@@ -23,6 +23,7 @@ from muralist.errors import UserError
 from muralist.nn.transformer import MuralTransformer
 from muralist.train.loop import Schedule, begin, draw_curve, fit
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
+from muralist.train.objectives.reconstruction import FURTHER as FURTHER_HEIGHTS
 from muralist.train.objectives.reconstruction import Reconstruction, ReconstructionConfig
 from muralist.types import Grid
 
@@ -133,7 +134,7 @@ def _fit_vae(
     earlier: AutoencoderKLWan | None = None,
 ) -> AutoencoderKLWan:
     """`begun`: weights that are gone on with have had their single frames."""
-    config = ReconstructionConfig(single_share=0.0, band_from=0.0) if begun else ReconstructionConfig()
+    config = ReconstructionConfig(heights=FURTHER_HEIGHTS, single_share=0.0, band_from=0.0) if begun else ReconstructionConfig()
     objective = Reconstruction(_trainable(vae).to(device), config, device, None if earlier is None else earlier.to(device).requires_grad_(False))
     return fit(objective, Schedule(minutes=minutes, learning_rate=1e-3, decay=0.6), folder, resume=resume, report=report)
 

@@ -26,12 +26,15 @@ from muralist.nn.single_frame import single_frame_convolutions
 from muralist.types import Grid
 
 HEIGHTS = (256, 256, 544, 1088, 2176, 2176)  # a third of the crops at the base's own scale, and as many where things cross a crop in two frames
+FURTHER = (256, 1088, 2176, 2176)  # for weights that know their own scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReconstructionConfig:
-    """Crop side in pixels; batch of single frames and of clips; share of the budget spent on single frames; loss weights."""
+    """Heights of the frames, one of which a crop is from; its side in pixels; batch of single frames and of clips; share of the budget spent on single
+    frames; loss weights."""
 
+    heights: tuple[int, ...] = HEIGHTS
     side: int = 96
     frames: int = 9
     batch_single: int = 16
@@ -61,7 +64,7 @@ class Reconstruction:
         c = self.config
         single = progress < c.single_share
         rng = np.random.Generator(np.random.Philox(key=[c.seed, step]))
-        video, heights = _batch(rng, c.batch_single if single else c.batch_clip, 1 if single else c.frames, c.side)
+        video, heights = _batch(rng, c.heights, c.batch_single if single else c.batch_clip, 1 if single else c.frames, c.side)
         video = video.to(self.device)
         generator = torch.Generator(self.device).manual_seed(c.seed * 1_000_003 + step)
         with single_frame_convolutions() if single else nullcontext():
@@ -96,11 +99,11 @@ class Reconstruction:
         return (z - earlier).square().mean()
 
 
-def _batch(rng: np.random.Generator, count: int, frames: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _batch(rng: np.random.Generator, choice: tuple[int, ...], count: int, frames: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, 3, T, side, side] in [-1, 1] and heights of their frames [B]: crops of random scenes at random scales, two thirds of them at the object."""
     clips, heights = [], []
     for _ in range(count):
-        height = int(rng.choice(HEIGHTS))
+        height = int(rng.choice(choice))
         grid = Grid(num_frames=29, height=height, width=height * 7 // 4)
         scene = sample_scene(rng)
         first = int(rng.integers(29 - frames + 1))
