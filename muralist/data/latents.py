@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from muralist.data.sources import Drawn, Source, World
 from muralist.errors import UserError
 from muralist.nn.decoder import StreamingDecoder
 from muralist.nn.encoder import StreamingEncoder
-from muralist.nn.enlarge import EnlargedPixels, enlarged
+from muralist.nn.enlarge import MODE, EnlargedPixels, between, sampled
 from muralist.store import weights
 from muralist.store.tensors import load_tensors, save_tensors
 from muralist.tiling import Box, Span
@@ -106,11 +107,12 @@ class PairConfig:
 def stamp(vae: AutoencoderKLWan, config: PoolConfig | PairConfig, source: Source) -> dict[str, str]:
     """What a shard's header says of its origin: `encoder`, a sha256, and `config`, JSON.
 
-    The hash covers the encoder, `quant_conv` and the statistics that normalise the latents; the decoder makes no latents. `name` and
-    `count` are left out of the configuration: a pool may grow.
+    The hash covers the encoder, `quant_conv` and the statistics that normalise the latents; the decoder as well where guides are made, which go
+    through its pixels. `name` and `count` are left out of the configuration: a pool may grow.
     """
     digest = hashlib.sha256(json.dumps([list(vae.config.latents_mean), list(vae.config.latents_std), str(vae.dtype)]).encode())
-    for part in ("encoder", "quant_conv"):
+    guides = isinstance(config, PoolConfig) and config.guide_scale is not None
+    for part in ("encoder", "quant_conv", *(("decoder", "post_quant_conv") if guides else ())):
         for name, tensor in sorted(getattr(vae, part).state_dict().items()):
             digest.update(f"{part}.{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -198,14 +200,23 @@ def _coarse(vae: AutoencoderKLWan, config: PoolConfig, drawn: list[Drawn], rng: 
 def _guide(
     encoder: StreamingEncoder, decoder: StreamingDecoder, config: PoolConfig, video: torch.Tensor, place: tuple[float, float, float, float]
 ) -> torch.Tensor:
-    """What `PixelInterpolation` makes of a small video where a crop lies: [1, C, F, h, w] in half precision."""
-    size = tuple(round(side / config.guide_scale) for side in (config.grid.height, config.grid.width))
-    pixels = EnlargedPixels(_decode(decoder, _encode(encoder, video)), size, "bicubic", encoder.device)
-    side = tuple(round(length / config.guide_scale) for length in config.crop)
-    top, left = (round(start * length) for start, length in zip(place, size))
-    box = Box(Span(top, top + side[0]), Span(left, left + side[1]))
-    z = _encode(encoder, pixels(range(len(video)), box))
-    return enlarged(z, tuple(length // encoder.spatial_factor for length in config.crop), "bicubic").half().cpu()
+    """What `PixelInterpolation` makes of a small video where a crop lies: [1, C, F, h, w] in half precision.
+
+    The whole frame's size follows from the crop's and its share of it: footage may be a little smaller than the grid.
+    """
+    unit, crop, (first, share) = encoder.spatial_factor, [side // encoder.spatial_factor for side in config.crop], (place[:2], place[2:])
+    target = [length / part for length, part in zip(crop, share)]  # latents of the whole frame, not always a whole number
+    encoded = [between(side // unit, round(large), config.guide_scale) for side, large in zip(video.shape[1:3], target)]
+    pixels = EnlargedPixels(_decode(decoder, _encode(encoder, video)), tuple(side * unit for side in encoded), MODE, encoder.device)
+    spans = [_covering(start * side, part * side, side) for start, part, side in zip(first, share, encoded)]
+    z = _encode(encoder, pixels(range(len(video)), Box(*spans).times(unit)))
+    starts = [start * side - span.start for start, side, span in zip(first, encoded, spans)]
+    return sampled(z, starts, [part * side for part, side in zip(share, encoded)], crop).half().cpu()
+
+
+def _covering(start: float, length: float, side: int) -> Span:
+    """The whole latents that cover `length` of them from `start`, of an axis of `side`: encoded as they are in the whole frame."""
+    return Span(max(math.floor(start + 1e-6), 0), min(math.ceil(start + length - 1e-6), side))
 
 
 def _damaged(make: Callable[[], torch.Tensor], damage: AnchorDamage, rng: np.random.Generator) -> Callable[[], torch.Tensor]:

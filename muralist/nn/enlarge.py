@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -9,6 +12,7 @@ from einops import rearrange
 from muralist.tiling import Box, Span
 
 STRIP = 64  # enlarged rows or columns interpolated in one product
+MODE = "bicubic"  # unless another one is asked for
 
 
 def enlarged(z: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
@@ -17,6 +21,23 @@ def enlarged(z: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
         return z
     images = F.interpolate(rearrange(z, "1 c f h w -> f c h w"), size=size, mode=mode, align_corners=False)
     return rearrange(images, "f c h w -> 1 c f h w")
+
+
+def sampled(z: torch.Tensor, start: Sequence[float], length: Sequence[float], size: Sequence[int]) -> torch.Tensor:
+    """`enlarged`, bicubic, of a part of the rows and columns alone: `length` of them from `start`, both whole or not -> [1, C, F, H, W] of `size`."""
+    axes = [
+        (2 * (first + (torch.arange(count, device=z.device) + 0.5) * (part / count)) / side - 1)
+        for first, part, count, side in zip(start, length, size, z.shape[-2:])
+    ]
+    grid = torch.stack(torch.meshgrid(axes[0], axes[1], indexing="ij")[::-1], dim=-1)
+    images = rearrange(z, "1 c f h w -> f c h w")
+    images = F.grid_sample(images, grid.to(z.dtype).expand(len(images), *grid.shape), mode=MODE, padding_mode="border", align_corners=False)
+    return rearrange(images, "f c h w -> 1 c f h w")
+
+
+def between(small: int, large: int, scale: float) -> int:
+    """Rows or columns of latents that are encoded on the way from `small` to `large`: `large` over `scale`, at least `small`."""
+    return min(max(math.ceil(large / scale), small), large)
 
 
 class EnlargedPixels:

@@ -53,20 +53,20 @@ class Clips:
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Batches of some latent frames of crops, one size a batch, with the whole videos as proxies. `shapes`: the whole videos' token grids."""
+    """Batches of some latent frames of crops, one size a batch, with the whole videos as proxies. `crop`: a crop's token grid."""
 
     pools: tuple[LatentPool, ...]
-    shapes: tuple[tuple[int, int, int], ...]
+    crop: tuple[int, int, int]
     batch: int = 8
 
     def __call__(self, rng: np.random.Generator, progress: float) -> Batch:
-        number = rng.integers(len(self.pools))
-        pool, (frames, rows, columns) = self.pools[number], self.shapes[number]
+        pool, (frames, rows, columns) = self.pools[rng.integers(len(self.pools))], self.crop
         index = rng.integers(len(pool.captions), size=self.batch)
         z, captions, near_object = pool.take(index)
         first = int(rng.integers(max(frames - PIECE, 0) + 1))
         kept, chosen = slice(first, first + PIECE), torch.from_numpy(index)
-        within = [Within((frames, rows, columns), (float(first), top * rows, left * columns)) for top, left, *_ in pool.places[chosen].tolist()]
+        places = ((top, left, rows / height, columns / width) for top, left, height, width in pool.places[chosen].tolist())
+        within = [Within((frames, tall, wide), (float(first), top * tall, left * wide)) for top, left, tall, wide in places]
         near_object = None if near_object is None else near_object[:, kept]
         return Batch(z[:, :, kept], captions, near_object, proxy=pool.proxy[chosen].float(), within=within)
 
@@ -109,9 +109,9 @@ def train_detail_uhr(
     configs = [_sighted_pool(trainee, height, data) for height in data.heights]
     pools = trainee.encoded(configs, data, folder, report)
     give_adapter(trainee, DETAIL_UHR, like=DETAIL)
-    shape = trainee.info.geometry.token_shape
-    config = replace(_config(trainee), graft=training_windows(trainee).graft(shape(trainee.own_grid)))
-    objective = InSightOfProxy(trainee, Pieces(pools, tuple(shape(c.grid) for c in configs)), config, DETAIL_UHR)
+    own = trainee.info.geometry.token_shape(trainee.own_grid)
+    config = replace(_config(trainee), graft=training_windows(trainee).graft(own))
+    objective = InSightOfProxy(trainee, Pieces(pools, own), config, DETAIL_UHR)
     return fit_adapter(trainee, DETAIL_UHR, objective, folder, minutes, resume, trainee.origin(data), report)
 
 

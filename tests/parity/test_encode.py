@@ -76,17 +76,20 @@ def test_a_tile_is_read_with_no_more_around_it_than_its_layers_need():
     encoder, size = StreamingEncoder(vae), (HEIGHT, WIDTH)
     boxes = encoder.boxes(Box(Span(2, 3), Span(4, 5)), size)
     read = boxes[0].times(encoder.patch)
-    video, other = pixels(), pixels().clone()
     y, x = read.inside(Box.whole(*size))
-    outside = torch.ones(HEIGHT, WIDTH, dtype=torch.bool)
-    outside[y, x] = False
-    other[:, outside] = torch.rand(FRAMES, int(outside.sum()), 3)
-    assert bool(outside.any()), "the tile reads everything: nothing is tested"
 
     def first(video):
         return encoder.first_part(reader(video)(range(1), read), boxes, size, first=True, caches={})
 
-    assert torch.equal(first(video), first(other))
+    edges = {"top": (slice(y.start, y.start + encoder.patch), x), "bottom": (slice(y.stop - encoder.patch, y.stop), x)}
+    edges |= {"left": (y, slice(x.start, x.start + encoder.patch)), "right": (y, slice(x.stop - encoder.patch, x.stop))}
+    inner = {"top": y.start > 0, "bottom": y.stop < HEIGHT, "left": x.start > 0, "right": x.stop < WIDTH}
+    assert any(inner.values()), "the tile reads everything: nothing is tested"
+    expected = first(pixels())
+    for name in (name for name, true in inner.items() if true):
+        other = pixels().clone()
+        other[:, edges[name][0], edges[name][1]] += 10
+        assert not torch.equal(first(other), expected), f"nothing depends on the {name} of what is read"
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])

@@ -287,7 +287,7 @@ def test_a_latent_pool_is_made_once_and_is_the_same_again(tmp_path, monkeypatch)
     vae = new_vae().eval()
     first = build_pool(vae, config, tmp_path / "a", report=lambda line: None)
     second = build_pool(vae, config, tmp_path / "b", report=lambda line: None)
-    monkeypatch.setattr("muralist.data.latents.encode", lambda *a: pytest.fail("encoded again"))
+    monkeypatch.setattr("muralist.data.latents._encode", lambda *a: pytest.fail("encoded again"))
     again = build_pool(vae, config, tmp_path / "a", report=lambda line: None)
     assert first.z.shape == (3, 48, 1, 4, 7) and len(first.captions) == 3 and first.near_object.shape == (3, 1, 4, 7)
     assert torch.equal(first.z, second.z) and torch.equal(first.z, again.z) and first.captions == again.captions

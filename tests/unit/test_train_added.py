@@ -24,6 +24,7 @@ from muralist.data.sources import Footage, World, read_footage
 from muralist.errors import UserError
 from muralist.nn.decoder import StreamingDecoder
 from muralist.nn.encoder import StreamingEncoder
+from muralist.nn.enlarge import EnlargedPixels, enlarged
 from muralist.nn.kinds import hierarchical
 from muralist.sampling import flow
 from muralist.stages import prompt
@@ -32,6 +33,7 @@ from muralist.stages.prompt import encode_prompt
 from muralist.stages.upsample import LATENT_SCALE, PixelInterpolation, upsample
 from muralist.store import prompt_cache, weights
 from muralist.store.video_write import EncodeOptions
+from muralist.tiling import Box
 from muralist.train.anchored import train_anchored
 from muralist.train.branched import BranchedConfig, train_branched
 from muralist.train.experts import LESSONS, train_experts
@@ -221,8 +223,10 @@ def test_a_crop_in_sight_of_the_whole_starts_as_detail_and_knows_its_place(tiny2
     stored = load_file(shard)
     assert batch.proxy.shape[-2:] == stored["proxy"].shape[-2:] and len(batch.within) == len(batch.x)
     large = objective.module.info.geometry.token_shape(objective.module.crop_pool(96, VideoData(clips=2)).grid)
-    tops = {round(top * large[1], 4) for top in stored["places"][:, 0].tolist()}
-    assert all(w.shape == large and round(w.origin[1], 4) in tops and w.origin[1] == round(w.origin[1]) for w in batch.within)
+    assert all(within.shape == pytest.approx(large, abs=1e-4) for within in batch.within)
+    corners = {(round(top * large[1], 3), round(left * large[2], 3)) for top, left, *_ in stored["places"].tolist()}
+    assert {tuple(round(place, 3) for place in within.origin[1:]) for within in batch.within} <= corners
+    assert all(place == pytest.approx(round(place), abs=1e-4) for corner in corners for place in corner)
 
 
 def test_detail_training_looks_at_a_clean_proxy_as_the_proxy_was_painted(tiny22, tmp_path, small_shards, monkeypatch):
@@ -292,6 +296,33 @@ def test_a_guide_of_training_is_the_guide_of_refinement(tiny22):
     trained = latents._guide(StreamingEncoder(vae), StreamingDecoder(vae), config, video, (0.0, 0.0, 1.0, 1.0)).float()
     refined = upsample(LatentVideo(latents.encode(base.vae(), video[None]), small), large, base, PixelInterpolation(latent_scale=LATENT_SCALE)).z
     assert trained.shape == refined.shape and (trained - refined).abs().max() < 0.01 * refined.std()
+
+
+@pytest.mark.parametrize("large", [(768, 1024), (320, 448)], ids=["over twice its own size", "less"])
+@pytest.mark.parametrize("named", [1.0, 1.07], ids=["", "footage that is smaller than the grid"])
+def test_the_guide_of_a_crop_is_that_part_of_the_guide_of_the_whole(large, named, tiny22, monkeypatch):
+    vae = Base(inspect_base(str(tiny22)), CPU, torch.float32).vae()
+    video = torch.rand(5, 192, 256, 3)
+
+    def pooled(encoder, video):  # an encoder that looks at nothing beside its latents: what is left is where they lie
+        return torch.nn.functional.avg_pool2d(video.permute(0, 3, 1, 2), 16).permute(1, 0, 2, 3)[None]
+
+    monkeypatch.setattr(latents, "_encode", pooled)
+    monkeypatch.setattr(latents, "_decode", lambda decoder, z: video)
+    target = tuple(side // 16 for side in large)
+    encoded = PixelInterpolation(latent_scale=LATENT_SCALE).size((12, 16), target)
+    pixels = EnlargedPixels(video, tuple(16 * side for side in encoded), "bicubic", CPU)
+    whole = enlarged(pooled(None, pixels(range(5), Box.whole(*(16 * side for side in encoded)))), target, "bicubic")
+
+    top, left, side = 64, 128, 192
+    place = (top / large[0], left / large[1], side / large[0], side / large[1])
+    grid = Grid(num_frames=5, height=round(large[0] * named), width=round(large[1] * named))
+    config = PoolConfig(name="p", count=1, grid=grid, crop=(side, side), guide_scale=LATENT_SCALE)
+    guide = latents._guide(StreamingEncoder(vae), StreamingDecoder(vae), config, video, place).float()
+    part = whole[..., top // 16 : (top + side) // 16, left // 16 : (left + side) // 16]
+    inner = (..., slice(4, -4), slice(4, -4))  # interpolation looks beyond the crop, where its guide has nothing
+    assert guide.shape == part.shape and (guide - part)[inner].abs().max() < 0.03 * part.std() + 2e-3
+    assert (guide - part.roll(1, dims=-1))[inner].abs().max() > 0.1 * part.std()
 
 
 def test_training_from_a_guide_follows_refinement():

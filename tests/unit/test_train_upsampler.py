@@ -33,11 +33,11 @@ def network():
 def test_a_pair_shows_the_same_part_of_the_scene_at_two_sizes(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(latents, "SHARD", 2)
-    monkeypatch.setattr(latents, "encode", lambda vae, video: seen.append(video[0]) or torch.zeros(1, 48, 1, 1, 1))
+    monkeypatch.setattr(latents, "_encode", lambda encoder, video: seen.append(video) or torch.zeros(1, 48, 1, 1, 1))
     config = PairConfig(name="p", count=2, low=GRID, scale=2.0, side=64, frames=5)
     vae = new_vae()
     pairs = build_pairs(vae, config, tmp_path, report=lambda line: None)
-    assert len(pairs.low) == len(pairs.high) == 2
+    assert len(pairs.low) == len(pairs.high) == 2 and len(seen) == 4
     for low, high in zip(seen[::2], seen[1::2]):
         assert low.shape == (5, 64, 64, 3) and high.shape == (5, 128, 128, 3)
         reduced = high.unflatten(1, (64, 2)).unflatten(3, (64, 2)).mean(dim=(2, 4))

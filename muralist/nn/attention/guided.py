@@ -72,9 +72,9 @@ class GuidedWindows:
 
 @dataclass(frozen=True, slots=True)
 class Within:
-    """Where a fine video lies in a larger one of the token grid `shape`: its first token's place there, in tokens, whole ones or not."""
+    """Where a fine video lies in a larger one of `shape` tokens (f, y, x): its first token's place there; both whole numbers or not."""
 
-    shape: Shape
+    shape: tuple[float, float, float]
     origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
