@@ -334,6 +334,8 @@ def _geometry(transformer: dict[str, Any], vae: dict[str, Any]) -> Geometry:
     for name, value in (("z_dim", vae.get("z_dim", 16)), *((f"scale_factor_{axis}", vae.get(f"scale_factor_{axis}") or 8) for axis in ("spatial", "temporal"))):
         if not _is_whole(value, 1024):
             raise UserError(f"the VAE's {name} is {value!r:.40}", where="model", fix="restore its config.json")
+    if vae.get("attn_scales"):  # attention of whole frames between layers that are computed in tiles; no Wan VAE has it
+        raise UserError(f"the VAE has attention at scales {vae['attn_scales']!r:.40}", where="model", fix="give a Wan VAE, whose attn_scales are empty")
     channels = vae.get("z_dim", 16)
     for name in ("latents_mean", "latents_std"):
         if name in vae and (not isinstance(vae[name], list) or len(vae[name]) != channels):

@@ -21,7 +21,9 @@ from muralist.base_info import CLASSES, inspect_base
 from muralist.data import latents, world
 from muralist.errors import UserError
 from muralist.nn.transformer import MuralTransformer
-from muralist.train.loop import Schedule, begin, draw_curve, fit
+from muralist.store import weights
+from muralist.train import state
+from muralist.train.loop import CHECKPOINTS, Schedule, begin, draw_curve, fit
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
 from muralist.train.objectives.reconstruction import FURTHER as FURTHER_HEIGHTS
 from muralist.train.objectives.reconstruction import Reconstruction, ReconstructionConfig
@@ -92,7 +94,7 @@ def train_vae(folder: Path, *, minutes: float, device: torch.device, resume: boo
     `init`: a model folder whose VAE it starts from instead of a fresh one, and to whose latents at the base's own size it is held.
     """
     vae, earlier = (new_vae(), None) if init is None else (load_vae(init / "vae"), load_vae(init / "vae"))
-    vae = _fit_vae(vae, folder, minutes, device, resume, report, begun=init is not None, earlier=earlier)
+    vae = _fit_vae(vae, folder, minutes, device, resume, report, init, earlier)
     if init is None:
         mean, std = _latent_statistics(vae, device)
         vae.register_to_config(latents_mean=mean, latents_std=std)
@@ -117,7 +119,7 @@ def train_decoder(
             raise UserError(f"the encoder of {vae} has other layers", where="from", fix="give the folder of a VAE trained here") from None
         getattr(new, part).requires_grad_(False)
     new.register_to_config(latents_mean=old.config.latents_mean, latents_std=old.config.latents_std)
-    _fit_vae(new, folder, minutes, device, resume, report, begun=init is not None).save_pretrained(folder / "vae")
+    _fit_vae(new, folder, minutes, device, resume, report, init).save_pretrained(folder / "vae")
     draw_curve(folder)
     return folder / "vae"
 
@@ -129,14 +131,19 @@ def _fit_vae(
     device: torch.device,
     resume: bool,
     report: Callable[[str], None],
-    *,
-    begun: bool,
+    init: Path | None,
     earlier: AutoencoderKLWan | None = None,
 ) -> AutoencoderKLWan:
-    """`begun`: weights that are gone on with have had their single frames."""
-    config = ReconstructionConfig(heights=FURTHER_HEIGHTS, single_share=0.0, band_from=0.0) if begun else ReconstructionConfig()
+    """Weights that are gone on with have had their single frames."""
+    config = ReconstructionConfig() if init is None else ReconstructionConfig(heights=FURTHER_HEIGHTS, single_share=0.0, band_from=0.0)
     objective = Reconstruction(_trainable(vae).to(device), config, device, None if earlier is None else earlier.to(device).requires_grad_(False))
-    return fit(objective, Schedule(minutes=minutes, learning_rate=1e-3, decay=0.6), folder, resume=resume, report=report)
+    schedule = Schedule(minutes=minutes, learning_rate=1e-3, decay=0.6)
+    return fit(objective, schedule, folder, resume=resume, origin=_origin(init, "vae"), report=report)
+
+
+def _origin(init: Path | None, part: str) -> dict[str, str]:
+    """What a training started from: without the same `--init` a resume would go on by the plan for fresh weights."""
+    return {"--init": "nothing" if init is None else weights.fingerprint(init / part)}
 
 
 def _latent_statistics(vae: AutoencoderKLWan, device: torch.device, clips: int = 16) -> tuple[list[float], list[float]]:
@@ -264,6 +271,8 @@ def train_base(
     `init`: a model folder whose transformer and text encoder it starts from instead of fresh ones; they are moved less, and see clips from the start.
     """
     begin(folder, resume=resume)
+    origin = _origin(init, "transformer")
+    state.require_origin(folder / CHECKPOINTS, origin)
     autoencoder = load_vae(vae).to(device).eval()
     made_for = (autoencoder.config.z_dim, autoencoder.config.scale_factor_spatial, autoencoder.config.scale_factor_temporal)
     if made_for != (TRANSFORMER_CONFIG["in_channels"], VAE_CONFIG["scale_factor_spatial"], VAE_CONFIG["scale_factor_temporal"]):
@@ -275,7 +284,8 @@ def train_base(
     small = latents.build_pool(autoencoder, latents.PoolConfig(name="small", count=small_clips, grid=SMALL_GRID, seed=3), pools, report)
     source = Curriculum(single, whole, small, PHASES if init is None else FURTHER)
     objective = FlowMatching(model, model.transformer, model.embed, source, FlowConfig(), device)
-    fit(objective, Schedule(minutes=minutes, learning_rate=1.5e-3 if init is None else 5e-4, muon=True), folder, resume=resume, report=report)
+    schedule = Schedule(minutes=minutes, learning_rate=1.5e-3 if init is None else 5e-4, muon=True)
+    fit(objective, schedule, folder, resume=resume, origin=origin, report=report)
     made = save_model(model, autoencoder, folder / "model")
     draw_curve(folder)
     return made

@@ -222,6 +222,7 @@ DAMAGES = {
     "no text encoder": lambda f: shutil.rmtree(f / "text_encoder"),
     "no tokenizer": lambda f: shutil.rmtree(f / "tokenizer"),
     "other transformer": lambda f: _edit(f / "transformer/config.json", _class_name="FluxTransformer2DModel"),
+    "VAE with attention": lambda f: _edit(f / "vae/config.json", attn_scales=[0.5]),
     "other VAE": lambda f: _edit(f / "vae/config.json", _class_name="AutoencoderKL"),
     "tensor missing": lambda f: _retensor(f / WEIGHTS, lambda t: t.pop("blocks.0.attn1.to_q.weight")),
     "VAE tensor missing": lambda f: _retensor(f / "vae/diffusion_pytorch_model.safetensors", lambda t: t.pop("decoder.conv_out.bias")),

@@ -20,7 +20,7 @@ from muralist.train import state
 from muralist.train.experts import train_experts
 from muralist.train.latent_upsampler import train_latent_upsampler
 from muralist.train.loop import Schedule, draw_curve, fit
-from muralist.train.miniature import FURTHER, PHASES, Curriculum, TextToVideo, new_tokenizer, new_vae, train_base, train_decoder
+from muralist.train.miniature import FURTHER, PHASES, Curriculum, TextToVideo, new_tokenizer, new_vae, train_base, train_decoder, train_vae
 from muralist.train.objectives import reconstruction
 from muralist.train.objectives.flow import FOCUS, Batch, FlowConfig, FlowMatching
 from muralist.train.objectives.reconstruction import Reconstruction, ReconstructionConfig, band_error
@@ -361,3 +361,18 @@ def test_a_new_decoder_keeps_the_encoder_and_its_statistics(tmp_path):
     assert new.config.latents_mean == [0.5] * 48 and new.config.latents_std == [2.0] * 48
     assert all(torch.equal(p, new.encoder.state_dict()[name]) for name, p in old.encoder.state_dict().items())
     assert not torch.equal(old.decoder.conv_out.weight, new.decoder.conv_out.weight)
+
+
+def test_what_started_from_a_model_goes_on_with_that_model_alone(tmp_path):
+    new_vae().save_pretrained(tmp_path / "a" / "vae")
+    new_vae(seed=1).save_pretrained(tmp_path / "b" / "vae")
+
+    def train(init, resume=True):
+        return train_vae(tmp_path / "run", minutes=0.01, device=torch.device("cpu"), resume=resume, init=init, report=lambda line: None)
+
+    made = AutoencoderKLWan.from_pretrained(train(tmp_path / "a", resume=False))
+    assert made.config.latents_mean == new_vae().config.latents_mean  # latents of the base's own size stay, and so does what normalises them
+    for other in (None, tmp_path / "b"):
+        with pytest.raises(UserError, match="stand on another --init"):
+            train(other)
+    train(tmp_path / "a")
