@@ -1,6 +1,6 @@
-"""Peak memory of a forward and of a decode against what the plan says, each case in a process of its own.
+"""Peak memory of a forward, of a decode and of an enlargement through pixels against what the plan says, each case in a process of its own.
 
-    python benchmarks/plan_memory.py            # about four minutes on one core
+    python benchmarks/plan_memory.py            # about seven minutes on one core
     python benchmarks/plan_memory.py --only 3   # every third case
 
 Measured is the highest resident memory less that before the model was made (libraries imported and warm). The plan's figure is that of its stage less
@@ -14,8 +14,9 @@ import ctypes
 import gc
 import multiprocessing
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,11 +24,14 @@ from common import write
 from diffusers import AutoencoderKLWan
 
 from muralist.cost import transformer
+from muralist.cost.machine import Machine
+from muralist.cost.stages import through_pixels
 from muralist.nn.attention import WindowAttention
 from muralist.nn.heap import return_large_blocks
 from muralist.nn.transformer import Graft, MuralTransformer
 from muralist.stages.decode import TileMajor, TimeMajor, decode, decode_bytes
-from muralist.types import Grid, LatentVideo
+from muralist.stages.upsample import PixelInterpolation, upsample
+from muralist.types import Geometry, Grid, LatentVideo
 
 GRAFTS = {
     "stock": {},
@@ -45,11 +49,15 @@ DECODES = [  # flavour, base width, frames, width, height, order, tile
     ("2.1", 48, 5, 448, 256, "tile", 256), ("2.2", 32, 5, 640, 384, "time", 1024), ("2.2", 32, 5, 960, 512, "time", 512),
     ("2.2", 32, 9, 640, 384, "tile", 256), ("2.2", 64, 5, 448, 256, "tile", 256),
 ]  # fmt: skip
+ENLARGEMENTS = [  # flavour, base width, frames, the proxy's width and height, times larger, tile
+    ("2.1", 32, 5, 320, 192, 2, 768), ("2.1", 32, 5, 320, 192, 2, 256), ("2.1", 96, 5, 224, 128, 2, 256), ("2.1", 16, 9, 448, 256, 2, 64),
+    ("2.2", 32, 5, 448, 256, 2, 768), ("2.2", 32, 5, 448, 256, 2, 256), ("2.2", 96, 5, 256, 128, 2, 256), ("2.2", 16, 29, 640, 384, 2, 128),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """A forward or a decode, by its place in the lists above."""
+    """A forward, a decode or an enlargement, by its place in the lists above."""
 
     kind: str
     number: int
@@ -57,7 +65,7 @@ class Case:
     def measure(self) -> dict[str, Any]:
         """In this process: the row of the case."""
         return_large_blocks()
-        return (_forward if self.kind == "forward" else _decode)(self.number)
+        return {"forward": _forward, "decode": _decode, "upsample": _upsample}[self.kind](self.number)
 
     def apart(self) -> dict[str, Any]:
         """In a process of its own: what another case has left would count as there already. Forked, so that libraries are imported once."""
@@ -66,7 +74,7 @@ class Case:
             return pool.apply(self.measure)
 
 
-CASES = [*(Case("forward", n) for n in range(len(FORWARDS))), *(Case("decode", n) for n in range(len(DECODES)))]
+CASES = [Case(kind, n) for kind, cases in (("forward", FORWARDS), ("decode", DECODES), ("upsample", ENLARGEMENTS)) for n in range(len(cases))]
 
 
 class Growth:
@@ -112,9 +120,7 @@ def _forward(number: int) -> dict[str, Any]:
 
 def _decode(number: int) -> dict[str, Any]:
     flavour, base, frames, width, height, order, tile = DECODES[number]
-    config = {"base_dim": base, "z_dim": 16, "scale_factor_spatial": 8}
-    if flavour == "2.2":
-        config |= {"decoder_base_dim": base, "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
+    config = _vae_config(flavour, base)
     plan = (TimeMajor if order == "time" else TileMajor)(tile=tile)
 
     def run(grid: Grid) -> int:
@@ -131,6 +137,36 @@ def _decode(number: int) -> dict[str, Any]:
     with Growth() as growth:
         said = run(Grid(num_frames=frames, height=height, width=width))
     return _row("decode", f"Wan{flavour}, {base} wide, {width}x{height} x{frames}, {order}, tile {tile}", said, growth.bytes, time.monotonic() - started)
+
+
+def _upsample(number: int) -> dict[str, Any]:
+    """The stage in full: the proxy is decoded, its enlarged pixels are encoded."""
+    flavour, base, frames, width, height, times, tile = ENLARGEMENTS[number]
+    config, part = _vae_config(flavour, base), PixelInterpolation(tile=tile)
+    machine = replace(Machine.of("24GB"), device_bytes=None, dtype="float32")
+
+    def run(small: Grid) -> int:
+        vae = AutoencoderKLWan(**config).eval().requires_grad_(False)
+        geometry = Geometry(spatial_factor=config["scale_factor_spatial"], temporal_factor=4, channels=16, patch=(1, 2, 2))
+        large = replace(small, height=small.height * times, width=small.width * times)
+        proxy = LatentVideo(torch.zeros(1, *geometry.latent_shape(small)), small)
+        with torch.inference_mode():
+            z = upsample(proxy, large, SimpleNamespace(info=SimpleNamespace(geometry=geometry), vae=lambda: vae), part).z
+        return through_pixels(dict(vae.config), small, (large.height, large.width), part, machine).memory_bytes + z.nbytes
+
+    run(Grid(num_frames=5, height=64, width=64))
+    started = time.monotonic()
+    with Growth() as growth:
+        said = run(Grid(num_frames=frames, height=height, width=width))
+    case = f"Wan{flavour}, {base} wide, {width}x{height} x{frames} enlarged {times} times, tile {tile}"
+    return _row("upsample", case, said, growth.bytes, time.monotonic() - started)
+
+
+def _vae_config(flavour: str, base: int) -> dict[str, Any]:
+    config = {"base_dim": base, "z_dim": 16, "scale_factor_spatial": 8}
+    if flavour == "2.2":
+        config |= {"decoder_base_dim": base, "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
+    return config
 
 
 def _row(kind: str, case: str, said: int, measured: int, seconds: float) -> dict[str, Any]:

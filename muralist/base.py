@@ -6,6 +6,7 @@ At no moment do text encoder, transformer and VAE stand in memory together unles
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import re
 import warnings
@@ -299,8 +300,24 @@ def several_adapters() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _without_others(name: str) -> Iterator[None]:
+    """diffusers counts the weights of adapters that are loaded already, and whose names contain this one's, as missing ones of it."""
+
+    def of_this_one(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "missing keys" not in text or f".{name}." in text
+
+    logger = logging.getLogger("diffusers.utils.peft_utils")
+    logger.addFilter(of_this_one)
+    try:
+        yield
+    finally:
+        logger.removeFilter(of_this_one)
+
+
 def _load_adapter(transformer: MuralTransformer, name: str, folder: Path) -> None:
-    with several_adapters():
+    with several_adapters(), _without_others(name):
         # without both names diffusers falls back to a pickle
         transformer.load_lora_adapter(str(folder), prefix=None, adapter_name=name, weight_name=ADAPTER_FILE, use_safetensors=True)
 

@@ -17,7 +17,7 @@ from muralist.base import Base
 from muralist.base_info import UPSAMPLER
 from muralist.config import Request
 from muralist.cost.levels import in_small_chunks
-from muralist.errors import Note
+from muralist.errors import Note, UserError
 from muralist.nn import heap
 from muralist.nn.block_cache import FirstBlockCache
 from muralist.nn.kernels import Kernels
@@ -32,7 +32,7 @@ from muralist.stages.proxy import make_proxy
 from muralist.stages.refine import refine, sight
 from muralist.stages.upsample import pieces, upsample
 from muralist.store.run import RunDirectory
-from muralist.types import FrameChunk, LatentVideo, TextCond
+from muralist.types import FrameChunk, Grid, LatentVideo, TextCond
 
 AHEAD = {"cpu": 0, "cuda": 8}  # frames that are decoded while others are compressed; on a CPU both want the same cores
 DENOISED = ("proxy", "refine")  # stages
@@ -80,9 +80,26 @@ def _proxy(text: TextCond, request: Request, base: Base, run: RunDirectory, obse
     if not run.has("proxy"):
         with measured(observer, "proxy", config.num_inference_steps):
             steps, computed = _steps(request, base, run, "proxy", config.cache, observer)
+            _require_fit(steps["saved"] and steps["saved"][1], "proxy", grid, base, run)
             latent = make_proxy(base, text, config, request.grid, seed=request.seed, **steps)
             _finish(run, "proxy", latent, computed)
-    return LatentVideo(run.load("proxy")[0]["latent"].to(base.device), grid)
+    return _stored("proxy", grid, base, run)
+
+
+def _stored(stage: str, grid: Grid, base: Base, run: RunDirectory) -> LatentVideo:
+    """A finished stage's result on its grid."""
+    latent = run.load(stage)[0]["latent"]
+    _require_fit(latent, stage, grid, base, run)
+    return LatentVideo(latent.to(base.device), grid)
+
+
+def _require_fit(stored: torch.Tensor | None, stage: str, grid: Grid, base: Base, run: RunDirectory) -> None:
+    """UserError if a stored latent is not of the grid that the request asks for: the record was changed after the start."""
+    wanted = (1, *base.info.geometry.latent_shape(grid))
+    if stored is not None and stored.shape != wanted:
+        found, needed = ("x".join(map(str, shape)) for shape in (stored.shape, wanted))
+        what = f"the run directory is damaged: its {stage} is a latent of {found}, its request needs {needed}"
+        raise UserError(what, where=str(run.root), fix="start anew: remove it, or choose another run directory")
 
 
 def _guide(proxy: LatentVideo | None, request: Request, base: Base, run: RunDirectory, observer: Observer) -> LatentVideo | None:
@@ -90,11 +107,17 @@ def _guide(proxy: LatentVideo | None, request: Request, base: Base, run: RunDire
     if proxy is None or config is None:
         return None
     if not run.has("upsample"):
-        with measured(observer, "upsample", pieces(config, replace(proxy.grid, num_frames=grid.num_frames), grid, base.info.geometry)):
-            latent = upsample(proxy, grid, base, config, on_piece=lambda done, total: observer.advance("upsample", done))
+        count = pieces(config, replace(proxy.grid, num_frames=grid.num_frames), grid, base.info.geometry)
+
+        def on_piece(done: int, total: int) -> None:
+            observer.advance("upsample", done * count // total)  # there are more of them after memory has run out
+
+        with measured(observer, "upsample", count):
+            latent = upsample(proxy, grid, base, config, on_piece, scratch=run.scratch("upsample"))
             _finish(run, "upsample", latent)
         base.release(UPSAMPLER, "vae")
-    return LatentVideo(run.load("upsample")[0]["latent"].to(base.device), grid)
+    run.drop_scratch("upsample")
+    return _stored("upsample", grid, base, run)
 
 
 def _refine(
@@ -104,11 +127,12 @@ def _refine(
     if not run.has("refine"):
         with measured(observer, "refine", config.num_inference_steps):
             steps, computed = _steps(request, base, run, "refine", config.cache, observer)
+            _require_fit(steps["saved"] and steps["saved"][1], "refine", grid, base, run)
             seen = sight(config, request.config.proxy, proxy, seed=request.seed)
             latent = refine(base, text, guide, grid, config, sight=seen, seed=request.seed, **steps)
             _finish(run, "refine", latent, computed)
     base.release("transformer", "transformer_2")
-    return LatentVideo(run.load("refine")[0]["latent"].to(base.device), grid)
+    return _stored("refine", grid, base, run)
 
 
 def _kernels(request: Request, base: Base) -> Kernels:

@@ -208,12 +208,37 @@ def _value(text: str) -> Any:
 
 def _place(record: dict[str, Any], name: str, value: Any) -> None:
     *path, last = name.split(".")
+    hint: Any = Config
     for part in path:
-        record = record.get(part) if isinstance(record, dict) else None
+        hint, record = _hints(hint, record).get(part), record.get(part) if isinstance(record, dict) else None
     if not isinstance(record, dict) or last not in record or last == "kind":
         known = ", ".join(field for field in record if field != "kind") if isinstance(record, dict) else "the names of its parts"
         raise UserError(f"the configuration has no {name!r:.60}", where="set", fix=f"use one of {known}")
-    record[last] = float(value) if type(record[last]) is float and type(value) is int and abs(value) < 2**53 else value  # else 3 and 3.0 are two runs
+    record[last] = _with_points(_hints(hint, record).get(last), value)
+
+
+def _with_points(hint: Any, value: Any) -> Any:
+    """A typed JSON value with its whole numbers as floats where `hint` says so, else 3 and 3.0 are two runs; what does not fit stays, to be refused."""
+    if isinstance(value, dict):
+        hints = _hints(hint, value)
+        return {name: _with_points(hints[name], item) if name in hints else item for name, item in value.items()}
+    if isinstance(value, list):
+        kinds = next((typing.get_args(member) for member in _members(hint) if typing.get_origin(member) is tuple), ())
+        kinds = kinds[:1] * len(value) if kinds[1:] == (...,) else kinds
+        return [_with_points(kind, item) for kind, item in zip(kinds, value)] + value[len(kinds) :]
+    return float(value) if float in _members(hint) and type(value) is int and abs(value) < 2**53 else value
+
+
+def _hints(hint: Any, value: Any) -> dict[str, Any]:
+    """Types of the fields of the part that a JSON object is, by its kind; empty where it is none that `hint` allows."""
+    known = {member.__name__: member for member in _members(hint) if is_dataclass(member)}
+    part = known.get(str(value.get("kind"))) if isinstance(value, dict) else None
+    return typing.get_type_hints(part) if part else {}
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """Those of a union, else the type alone."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
 def _with_skip(refine: Any, values: dict[str, Any]) -> dict[str, Any]:

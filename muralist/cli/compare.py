@@ -84,13 +84,15 @@ def cells(sides: Sequence[Side], prompts: str, seeds: str, video: VideoOptions) 
 
 def words(video: VideoOptions) -> Iterator[str]:
     """The options as they are typed; those that were left out stay out. A model's folder is named absolutely: each run has a directory of its own."""
+    from muralist.store.weights import folder_of
+
     for field in fields(VideoOptions):
         value = getattr(video, field.name)
         if field.name == "settings":
             yield from itertools.chain.from_iterable(("--set", setting) for setting in value or ())
             continue
-        if field.name == "model" and Path(value).expanduser().is_dir():
-            value = str(Path(value).expanduser().absolute())
+        if field.name == "model":
+            value = folder_of(value) or value
         if value is not None and (value != field.default or field.name in NOT_COMMON):
             name = "--" + field.name.replace("_", "-")
             yield from (f"{name}={value}",) if str(value).startswith("-") else (name, str(value))

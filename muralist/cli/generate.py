@@ -80,6 +80,7 @@ def prepare(prompt: str, video: VideoOptions, run_dir: Path | None) -> Job:
     from muralist.base_info import inspect_base
     from muralist.cost.budget import Budget
     from muralist.request import check_prompt, make_request, tell_of_kernels
+    from muralist.store.weights import folder_of
 
     check_prompt(prompt)  # all of this before a model is searched, or even downloaded
     budget = Budget(video.memory, video.vram_limit)
@@ -89,8 +90,7 @@ def prepare(prompt: str, video: VideoOptions, run_dir: Path | None) -> Job:
     info = inspect_base(video.model, video.revision)
     request = make_request(asked, info, note)
     tell_of_kernels(request, info, device, note)
-    folder = Path(request.model).expanduser()
-    return Job(request, info, device, budget, str(folder.absolute()) if folder.is_dir() else None)
+    return Job(request, info, device, budget, folder_of(request.model))
 
 
 def ask(prompt: str, video: VideoOptions, run_dir: Path | None):

@@ -1,8 +1,12 @@
-"""FLOPs and live memory of the streaming encoder, from the VAE's configuration alone: `nn/encoder.py` walked on the meta device, tile by tile."""
+"""FLOPs and live memory of the streaming encoder, from the VAE's configuration alone: `nn/encoder.py` walked on the meta device, tile by tile.
+
+Memory is counted as the decoder's is (`nn/decoder_memory.py`): the pool of work tensors and whatever else is alive at the worst moment of each operator.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -11,48 +15,80 @@ from diffusers import AutoencoderKLWan
 
 from muralist.cost import vae
 from muralist.nn import encoder_blocks as blocks
-from muralist.nn.decoder_blocks import Attention, ConvIn, ResidualBlock
-from muralist.nn.decoder_conv import HISTORY, CausalConv
-from muralist.nn.decoder_memory import SLACK
+from muralist.nn.decoder_blocks import Attention, ConvIn, Operator, ResidualBlock
+from muralist.nn.decoder_conv import HISTORY, STRIP_BYTES, uses_time_mix
+from muralist.nn.decoder_memory import SLACK, _convs, _Walk
 from muralist.nn.encoder import StreamingEncoder
-from muralist.tiling import Box, latent_boxes
+from muralist.tiling import Box, Span, latent_boxes
 
 Size = tuple[int, int]
-RESULTS = 4  # tensors beside the buffers of two convolutions: the two that residual blocks take turns in, one with its border, what is made of them
+FLOAT = 4  # bytes of a number of the pixels that are read and of the latents
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeNeed:
-    """The boxes of pixels that are read, one a tile, FLOPs of all tiles and of the middle, and bytes alive at once, features of the whole video included."""
+    """`read`: the box of pixels that one tile of each kind reads, and how many such tiles there are; FLOPs of all tiles and of the middle.
 
-    read: tuple[Box, ...]
+    `live_bytes`: alive at once, weights of the whole VAE and features of the whole video included; `weight_bytes`: diffusers' weights of the encoder.
+    """
+
+    read: tuple[tuple[Box, int], ...]
     cost: vae.Cost
     live_bytes: int
+    weight_bytes: int
+
+    @property
+    def tiles(self) -> int:
+        return sum(count for _, count in self.read)
 
 
 def encode(config: Mapping[str, Any], num_frames: int, size: Size, tile: int, *, quick: bool) -> EncodeNeed:
     """A video of `num_frames` of `size` [H, W] pixels in tiles of `tile` pixels; `quick`: float32 on a CPU (`decoder_conv`)."""
-    encoder = _encoder(vae.empty(config, "float32" if quick else "bfloat16"))
+    return _encode(json.dumps(dict(config), sort_keys=True), num_frames, size, tile, quick)
+
+
+@lru_cache(maxsize=32)  # a plan asks for the same one several times
+def _encode(config_json: str, num_frames: int, size: Size, tile: int, quick: bool) -> EncodeNeed:
+    model = vae.empty(json.loads(config_json), "float32" if quick else "bfloat16")
+    encoder = _encoder(model)
     frames = (num_frames - 1) // encoder.temporal_factor + 1
     height, width = (side // encoder.spatial_factor for side in size)
-    tiles = latent_boxes(height, width, tile, encoder.spatial_factor)
-    walks = [encoder.boxes(box, size) for box in tiles]
-    kinds: dict[tuple[Size, ...], list[list[Box]]] = {}
-    for boxes in walks:
-        kinds.setdefault(tuple(b.shape for b in boxes), []).append(boxes)
+    kinds = _kinds(encoder, latent_boxes(height, width, tile, encoder.spatial_factor), (height, width))
+    walks = [(encoder.boxes(box, size), count) for box, count in kinds.items()]
     total = _middle(encoder, (height, width)) * frames
-    for same in kinds.values():
+    for boxes, count in walks:
         for first, times in ((True, 1), (False, frames - 1)):
-            total = total + _tile(encoder, same[0], size, first) * (times * len(same))
-    itemsize = 4 if quick else 2
-    features = frames * height * width * encoder.whole[-1].conv.in_channels
-    live = features + max(_live(encoder, same[0]) for same in kinds.values())
-    return EncodeNeed(tuple(boxes[0].times(encoder.patch) for boxes in walks), total, round(itemsize * live * SLACK))
+            total = total + _tile(encoder, boxes, size, first) * (times * count)
+    read = tuple((boxes[0].times(encoder.patch), count) for boxes, count in walks)
+    live = _live_bytes(encoder, [boxes for boxes, _ in walks], size, frames)
+    weights = _bytes(p for part in (model.encoder, model.quant_conv) for p in part.parameters())
+    return EncodeNeed(read, total, live + _bytes(model.parameters()) + _copies(encoder), weights)
 
 
 @lru_cache(maxsize=8)
 def _encoder(model: AutoencoderKLWan) -> StreamingEncoder:
     return StreamingEncoder(model)
+
+
+def _kinds(encoder: StreamingEncoder, tiles: Iterable[Box], size: Size) -> dict[Box, int]:
+    """One of each kind of the boxes of latents `tiles` of a frame of `size` [h, w] of them, and how many there are (as `StreamingDecoder.kinds`)."""
+    height, width = size
+    reach, kinds = _reach(encoder), {}
+    for tile in tiles:
+        gaps = (tile.y.start, height - tile.y.stop, tile.x.start, width - tile.x.stop)
+        kinds.setdefault((*tile.shape, *(min(gap, reach) for gap in gaps)), []).append(tile)
+    return {same[0]: len(same) for same in kinds.values()}
+
+
+def _reach(encoder: StreamingEncoder) -> int:
+    """Latents that the halo of a tile reaches at most, in whole ones."""
+    middle, unit = 1 << 11, encoder.spatial_factor // encoder.patch
+    one = Span(middle, middle + 1)
+    rows = encoder.boxes(Box(one, one), (2 * middle * encoder.spatial_factor,) * 2)[0].y.over(unit)
+    return max(middle - rows.start, rows.stop - middle - 1)
+
+
+# -- FLOPs --
 
 
 def _tile(encoder: StreamingEncoder, boxes: list[Box], size: Size, first: bool) -> vae.Cost:
@@ -99,24 +135,93 @@ _COSTS: dict[type, Callable[[Any, Box, Size, int, bool], vae.Cost]] = {
 }
 
 
-def _live(encoder: StreamingEncoder, boxes: list[Box]) -> int:
-    """Elements alive in the widest layer of a tile: its pixels, two convolutions with their borders, results, and the history of every layer."""
-    frames, history, widest = encoder.temporal_factor, 0, 0
-    for operator, have in zip(encoder.tiled, boxes):
-        convolutions = _convolutions(operator)
-        history += sum(HISTORY * conv.in_channels * have.grow(1).area for conv in convolutions)
-        channels = max((c for conv in convolutions for c in (conv.in_channels, conv.out_channels)), default=0)
-        widest = max(widest, channels * have.grow(1).area * (2 * (frames + HISTORY) + RESULTS * frames))
-        frames = _frames_after(operator, frames, False)
-    return history + widest + 2 * 3 * encoder.temporal_factor * boxes[0].area * encoder.patch**2
+# -- Memory --
 
 
-def _convolutions(operator: Any) -> list[CausalConv]:
-    match operator:
-        case ConvIn():
-            return [operator.conv]
-        case ResidualBlock():
-            return [operator.conv1, operator.conv2]
-        case blocks.DownBlock():
-            return [conv for resnet in operator.resnets for conv in _convolutions(resnet)]
-    return []
+class _Down(_Walk):
+    """The same count for the layers of an encoder: what goes through gets smaller."""
+
+    def through(self, operator: Operator, box: Box, out: Box) -> None:
+        """One operator from input `box` to output `out`."""
+        match operator:
+            case ConvIn():
+                self._conv_in(operator, box, out)
+            case blocks.DownBlock():
+                self._down(operator, box, out)
+            case blocks.Resample():
+                self._resample(operator, box, out)
+            case blocks.Tail():
+                buffer, result = self._conv(operator.conv, out)
+                self.pooled(conv1=buffer)
+                self.alive(box.area * self.channels * self.frames, result, result)
+            case Attention() if uses_time_mix(operator.qkv[0]):  # on a CPU, whose kernel holds no scores
+                area = out.area * self.channels
+                self.alive(area * self.frames, area, area, 3 * area)
+            case _:
+                super().through(operator, box, out)
+        self.size = (self.size[0] // operator.scale, self.size[1] // operator.scale)
+
+    def _conv_in(self, operator: ConvIn, box: Box, out: Box) -> None:
+        """All rows of the result at once, and as many of what is mixed over time to make it."""
+        buffer, result = self._conv(operator.conv, out)
+        mixed = result // self.frames * (self.frames + HISTORY) if self.frames in operator.conv.mixed else 0
+        self.pooled(conv1=buffer, results=mixed)
+        self.alive(box.area * self.channels * self.frames, result)
+        self.channels = operator.conv.out_channels
+
+    def _down(self, block: blocks.DownBlock, box: Box, out: Box) -> None:
+        inner, given = block.inner(out, self.size), box.area * self.channels * self.frames
+        around = out.area * block.resnets[-1].conv2.out_channels * (self.frames // block.frame_scale)
+        self.alive(given, around, around)
+        held = given + around
+        for left, resnet in zip(reversed(range(len(block.resnets))), block.resnets):
+            target = inner.grow(2 * left).clip(*self.size)
+            self._residual(resnet, box, target, held)
+            box = target
+        if block.resample:
+            self._resample(block.resample, box, out, held)
+        self.alive(held, around, around)
+
+    def _resample(self, operator: blocks.Resample, box: Box, out: Box, held: int = 0) -> None:
+        """`held`: elements that an enclosing block keeps meanwhile."""
+        padded, area = out.times(2).grow(1).area * self.channels * self.frames, out.area * self.channels
+        self.alive(held, padded if box.shape < out.times(2).grow(1).shape else 0, area * self.frames)
+        if operator.time:
+            self.caches += area
+            self.alive(held, area * self.frames, area * (self.frames + 1), area, 3 * area * self.frames // 2)
+            self.frames //= 2
+
+
+def _live_bytes(encoder: StreamingEncoder, walks: list[list[Box]], size: Size, frames: int) -> int:
+    """Without weights: the widest of the tiles `walks`, or the middle, beside the pixels of a tile, the features and latents of the whole video."""
+    tiles = [_tile_walk(encoder, boxes, size) for boxes in walks]
+    (height, width), channels = (side // encoder.spatial_factor for side in size), tiles[0].channels
+    middle = _Down(1, (height, width), channels)
+    for operator in encoder.whole:
+        middle.through(operator, Box.whole(height, width), Box.whole(height, width))
+    everything = [*tiles, middle]
+    slots = {slot for walk in everything for slot in walk.slots}
+    pool = sum(max(walk.slots.get(slot, 0) for walk in everything) for slot in slots)
+    work = pool + max(walk.worst + walk.caches for walk in everything)
+    itemsize = encoder.whole[-1].conv.weight.element_size()
+    pixels = max(boxes[0].area for boxes in walks) * encoder.patch**2 * 3 * encoder.temporal_factor
+    held = frames * height * width * (channels * itemsize + encoder.mean.numel() * FLOAT)
+    return round(SLACK * (work * itemsize + pixels * FLOAT)) + held + 8 * STRIP_BYTES
+
+
+def _tile_walk(encoder: StreamingEncoder, boxes: list[Box], size: Size) -> _Down:
+    walk = _Down(encoder.temporal_factor, (size[0] // encoder.patch, size[1] // encoder.patch), 3 * encoder.patch**2)
+    for operator, box, out in zip(encoder.tiled, boxes, boxes[1:]):
+        walk.through(operator, box, out)
+    return walk
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _copies(encoder: StreamingEncoder) -> int:
+    """Bytes of the convolutions' weights in this layout and of the kernels mixed over time (3 + 4 + 6 planes instead of 3)."""
+    flat = [part for operator in encoder.tiled + encoder.whole for part in getattr(operator, "resnets", [operator])]
+    convs = [*_convs(flat), encoder.whole[-1].conv]
+    return sum(int(_bytes([conv.weight]) * (1 + (13 / 3 if conv.mixed else 0))) for conv in convs)

@@ -6,8 +6,8 @@ Disk counts the most a stage ever has of its own files (a step is published befo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ import torch
 from muralist.base_info import UPSAMPLER, BaseInfo
 from muralist.cost import decoding, denoising, encoding, text, upsampling
 from muralist.cost.decoding import DecodeNeed
+from muralist.cost.encoding import EncodeNeed
+from muralist.cost.machine import Machine
 from muralist.cost.setting import FLOAT, PROCESS_BYTES, Setting, StagePlan, size_text
 from muralist.errors import UserError
 from muralist.nn.enlarge import EnlargedPixels
@@ -106,26 +108,47 @@ def _learned_upsampling(part: LearnedUpsampling, setting: Setting) -> StagePlan:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class ThroughPixels:
+    """A proxy decoded and encoded again, larger. `memory_bytes`: the most that either takes where the models compute; `held_bytes`: of the decoded proxy,
+    in main memory, which on a CPU is the same and counted in both."""
+
+    decoded: DecodeNeed
+    encoded: EncodeNeed
+    memory_bytes: int
+    held_bytes: int
+
+
+def through_pixels(config: Mapping[str, Any], small: Grid, size: tuple[int, int], part: PixelInterpolation, machine: Machine) -> ThroughPixels:
+    """What `stages.upsample` needs for the proxy on the grid `small` and `size` [H, W] of pixels that are encoded."""
+    decoded = decoding.decode_need(config, small, small, machine, PROXY_DECODE)
+    encoded = encoding.encode(config, small.num_frames, size, part.tile, quick=machine.on_cpu and machine.dtype == "float32")
+    held = 3 * small.pixels * torch.half.itemsize
+    # the decoder's count leaves out the weights of the encoder, which wait beside it
+    most = max(decoded.memory_bytes + encoded.weight_bytes, encoded.live_bytes)
+    return ThroughPixels(decoded, encoded, most + (held if machine.on_cpu else 0), held)
+
+
 def _pixel_interpolation(part: PixelInterpolation, setting: Setting) -> StagePlan:
     info, machine, target = setting.info, setting.machine, setting.grid
-    small = _proxy_in_time(setting)
-    decoded = decoding.decode_need(info.vae_config, small, small, machine, PROXY_DECODE)
-    size = part.size(info.geometry.latent_shape(small)[2:], info.geometry.latent_shape(target)[2:])
-    height, width = (side * info.geometry.spatial_factor for side in size)
-    quick = machine.on_cpu and machine.dtype == "float32"
-    encoded = encoding.encode(info.vae_config, small.num_frames, (height, width), part.tile, quick=quick)
-    pixels = EnlargedPixels(torch.empty(0, small.height, small.width, 3), (height, width), part.mode, torch.device("cpu"))
-    interpolated = small.num_frames * sum(pixels.flops(box) for box in encoded.read)
-    channels, held = info.vae_config.get("base_dim", 96), 3 * small.pixels * torch.half.itemsize
+    small, (resident, host) = _proxy_in_time(setting), denoising.held_bytes(setting)
+    latents = part.size(info.geometry.latent_shape(small)[2:], info.geometry.latent_shape(target)[2:])
+    height, width = size = tuple(side * info.geometry.spatial_factor for side in latents)
+    need = through_pixels(info.vae_config, small, size, part, machine)
+    decoded, encoded, latent = need.decoded, need.encoded, setting.latent_bytes(target)
+    pixels = EnlargedPixels(torch.empty(0, small.height, small.width, 3), size, part.mode, torch.device("cpu"))
+    interpolated = small.num_frames * sum(pixels.flops(box) * count for box, count in encoded.read)
+    channels = info.vae_config.get("base_dim", 96)
     return StagePlan(
         stage="upsample",
         work=f"decode, {part.mode}, encode",
         flops=decoded.cost.flops + encoded.cost.flops + interpolated,
         attention_flops=decoded.cost.attention + encoded.cost.attention,
-        memory_bytes=PROCESS_BYTES + denoising.held_bytes(setting)[0] + max(decoded.memory_bytes, held + encoded.live_bytes) + 2 * setting.latent_bytes(target),
-        disk_bytes=setting.latent_bytes(target),
+        memory_bytes=PROCESS_BYTES + resident + need.memory_bytes + 2 * latent,
+        host_bytes=0 if machine.on_cpu else host + need.held_bytes,
+        disk_bytes=latent + decoded.disk_bytes,
         seconds=decoded.seconds + machine.convolution_seconds(encoded.cost.flops + interpolated, channels=channels),
-        action=f"to {width}x{height} through pixels in {len(encoded.read)} tiles" + _rest(setting, height),
+        action=f"to {width}x{height} through pixels in {encoded.tiles} tiles" + _rest(setting, height),
     )
 
 

@@ -35,7 +35,8 @@ def atlasvid(base: BaseInfo) -> Config:
     for name in (PROXY, detail):
         base.require_adapter(name)
     d = base.defaults
-    trained = ProxyWindows.trained(base.geometry.token_shape(base.geometry.legal(d.grid)))
+    own = base.geometry.token_shape(base.geometry.legal(d.grid))
+    trained = ProxyWindows.of_crops(own) if detail == DETAIL_UHR else ProxyWindows.trained(own)
     windows = ProxyWindows(tokens=min(TOKENS, trained.tokens), max_frames=min(MAX_FRAMES, trained.max_frames))
     return Config(
         proxy=LowFrameRateProxy(height=d.grid.height, width=d.grid.width, adapter=PROXY, **d.sampling),

@@ -61,8 +61,14 @@ class ProxyWindows(Windows):
 
     @classmethod
     def trained(cls, own: tuple[int, int, int]) -> ProxyWindows:
-        """Those that a base of the token grid `own` (f, y, x) is trained in: an eighth of its tokens, half of its frames."""
+        """Those that a base of the token grid `own` (f, y, x) is trained in at its own resolution: an eighth of its tokens, half of its frames."""
         return cls(tokens=max(math.prod(own) // 8, 8), max_frames=max(own[0] // 2, 1))
+
+    @classmethod
+    def of_crops(cls, own: tuple[int, int, int]) -> ProxyWindows:
+        """Those of crops of large videos: half of the base's tokens, as whole frames."""
+        frames = max(own[0] // 2, 1)
+        return cls(tokens=max(frames * own[1] * own[2], 8), max_frames=frames)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from muralist.errors import UserError
 from muralist.nn.enlarge import EnlargedPixels, enlarged
+from muralist.nn.out_of_memory import give_back, ran_out
 from muralist.stages.decode_options import DecodeOptions
 from muralist.tiling import latent_boxes
 from muralist.types import Geometry, Grid, LatentVideo
@@ -20,8 +23,10 @@ if TYPE_CHECKING:
 
     from muralist.base import Base
 
+log = logging.getLogger("muralist")
 Progress = Callable[[int, int], object]
 PROXY_DECODE = DecodeOptions(order="tile", tile=256, memory_bytes=1 << 40)  # a proxy is small: in tiles, one after another, it takes little at any level
+NARROWEST = 64  # pixels: the smallest tile that is encoded
 LATENT_SCALE = 2.0  # of the guide that `cascade` makes and its adapter is trained on: encoding then costs a quarter, and outlines stay as smooth
 
 
@@ -58,8 +63,8 @@ class PixelInterpolation:
     latent_scale: float = 1.0
 
     def __post_init__(self):
-        if self.tile < 64 or self.tile % 64:
-            raise UserError(f"tile {self.tile}", where="upsample", fix="use a multiple of 64 pixels, such as 768")
+        if self.tile < NARROWEST or self.tile % NARROWEST:
+            raise UserError(f"tile {self.tile}", where="upsample", fix=f"use a multiple of {NARROWEST} pixels, such as 768")
         if not 1 <= self.latent_scale <= 64:
             raise UserError(f"latent_scale {self.latent_scale}", where="upsample", fix="use a number from 1, all by pixels, such as 2")
 
@@ -71,8 +76,13 @@ class PixelInterpolation:
 Upsampling = LatentInterpolation | LearnedUpsampling | PixelInterpolation
 
 
-def upsample(proxy: LatentVideo, to: Grid, base: Base, method: Upsampling, on_piece: Progress = lambda done, total: None) -> LatentVideo:
-    """[1, C, F, h, w] -> [1, C, F', H', W'] of the legal grid `to`; samples stand at pixel centres, latent frames at their times."""
+def upsample(
+    proxy: LatentVideo, to: Grid, base: Base, method: Upsampling, on_piece: Progress = lambda done, total: None, *, scratch: Path | None = None
+) -> LatentVideo:
+    """[1, C, F, h, w] -> [1, C, F', H', W'] of the legal grid `to`; samples stand at pixel centres, latent frames at their times.
+
+    `scratch`: a folder for what a killed process has decoded; without one, a temporary folder serves until the call ends.
+    """
     _, frames, height, width = base.info.geometry.latent_shape(to)
     proxy = _in_time(proxy, frames, to.fps)
     match method:
@@ -83,7 +93,7 @@ def upsample(proxy: LatentVideo, to: Grid, base: Base, method: Upsampling, on_pi
 
             return LatentVideo(upsample_in_tiles(base.latent_upsampler(), proxy.z.float(), (height, width), method.tile, method.overlap, on_piece), to)
         case PixelInterpolation():
-            z = _through_pixels(base.vae(), proxy, method.size(proxy.z.shape[-2:], (height, width)), method, on_piece)
+            z = _through_pixels(base.vae(), proxy, method.size(proxy.z.shape[-2:], (height, width)), method, on_piece, scratch)
             return LatentVideo(enlarged(z, (height, width), method.mode), to)
 
 
@@ -99,17 +109,52 @@ def _in_time(proxy: LatentVideo, frames: int, fps: float) -> LatentVideo:
     return LatentVideo(z, replace(proxy.grid, num_frames=(frames - 1) * ((proxy.grid.num_frames - 1) // max(proxy.z.shape[2] - 1, 1)) + 1, fps=fps))
 
 
-def _through_pixels(vae: AutoencoderKLWan, proxy: LatentVideo, size: tuple[int, int], method: PixelInterpolation, on_piece: Progress) -> torch.Tensor:
+def _through_pixels(
+    vae: AutoencoderKLWan, proxy: LatentVideo, size: tuple[int, int], method: PixelInterpolation, on_piece: Progress, scratch: Path | None
+) -> torch.Tensor:
     """[1, C, F, h, w] -> [1, C, F, H, W] of `size`; the decoded proxy is held, the enlarged one never."""
-    from muralist.nn.encoder import StreamingEncoder
+    pixels = tuple(side * vae.config.scale_factor_spatial for side in size)
+    video = EnlargedPixels(_decoded(vae, proxy, scratch), pixels, method.mode, vae.device)
+    return _encoded_in_less(vae, video, pixels, method.tile, on_piece)
+
+
+def _decoded(vae: AutoencoderKLWan, proxy: LatentVideo, scratch: Path | None) -> torch.Tensor:
+    """[T, h, w, 3] in half precision, which is finer than a file's ten bits."""
     from muralist.stages.decode import plan_decode
     from muralist.stages.decode_in_less import decode_in_less
 
-    chunks = decode_in_less(proxy, vae, plan_decode(vae.config, proxy.grid, PROXY_DECODE, dtype=vae.dtype))
-    small = torch.cat([chunk.frames.half() for chunk in chunks])  # half precision is finer than a file's ten bits
-    encoder = StreamingEncoder(vae)
-    pixels = tuple(side * encoder.spatial_factor for side in size)
-    return encoder.encode(EnlargedPixels(small, pixels, method.mode, vae.device), len(small), pixels, method.tile, on_piece)
+    grid = proxy.grid
+    video = torch.empty(grid.num_frames, grid.height, grid.width, 3, dtype=torch.half)
+    for chunk in decode_in_less(proxy, vae, plan_decode(vae.config, grid, PROXY_DECODE, dtype=vae.dtype), scratch=scratch):
+        video[chunk.start : chunk.start + len(chunk.frames)] = chunk.frames
+    return video
+
+
+def _encoded_in_less(vae: AutoencoderKLWan, video: EnlargedPixels, size: tuple[int, int], tile: int, on_piece: Progress) -> torch.Tensor:
+    """The latents of `video`, of `size` [H, W] pixels; again in tiles of half the size whenever memory runs out: tiles are exact, so these stay the same.
+
+    Raises:
+        UserError: there is too little memory for the smallest tiles.
+    """
+    from muralist.nn.encoder import StreamingEncoder
+
+    while True:
+        try:
+            return StreamingEncoder(vae).encode(video, len(video.video), size, tile, on_piece)
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+        # outside of `except`: until its end the exception holds the frames, and these the tensors
+        tile = _smaller(min(tile, max(size)))
+        log.warning("muralist: note: memory ran out in encoding; again in tiles of %d pixels", tile)
+        give_back()
+
+
+def _smaller(tile: int) -> int:
+    if tile <= NARROWEST:
+        fix = "use --memory low, a smaller --size, or end what else uses the device"
+        raise UserError(f"too little for tiles of {tile} pixels", where="memory, upsample", fix=fix)
+    return max(tile // 2, NARROWEST)
 
 
 def pieces(method: Upsampling, proxy: Grid, target: Grid, geometry: Geometry) -> int:

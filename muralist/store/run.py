@@ -69,6 +69,8 @@ class RunDirectory:
                 atomic.write_json(path / _REQUEST, {"format": FORMAT, "options": wanted, "versions": atomic.versions()})
             stored = _read_request(path)
             _require_same(path, stored["options"], wanted)
+            if stored.get("versions") != atomic.versions():
+                _log.warning("%s was started with other package versions; the result may differ in the last bits", path)
         except BaseException:
             os.close(lock)
             raise
@@ -218,14 +220,14 @@ def _read_request(root: Path) -> dict[str, Any]:
     stored = atomic.read_json(root / _REQUEST)
     if not isinstance(stored, dict) or not isinstance(stored.get("options"), dict) or stored.get("format") != FORMAT:
         raise UserError("request.json is not a request of this version", where=str(root), fix="choose another run directory")
-    if stored.get("versions") != atomic.versions():
-        _log.warning("%s was started with other package versions; the result may differ in the last bits", root)
     return stored
 
 
 def _require_same(root: Path, stored: Any, wanted: Any) -> None:
-    """Options are told by their own names, without those of the records that hold them."""
+    """Options are told by their own names, without those of the records that hold them. Where the model lies is none: its weights are compared."""
     for name, old, new in _differences(stored, wanted):
+        if name == "folder":
+            continue
         if name == "weights":
             fix = "bring the earlier weights back, or choose another run directory"
             raise UserError("the model's weights have changed since this run was started", where=str(root), fix=fix)
@@ -241,7 +243,7 @@ def _differences(stored: Any, wanted: Any, name: str = "") -> Iterator[tuple[str
     if isinstance(stored, dict) and isinstance(wanted, dict):
         for key in sorted(stored.keys() | wanted.keys(), key=lambda key: (key == SETTLED, key != TYPED or key not in stored or key not in wanted, key)):
             yield from _differences(stored.get(key), wanted.get(key), f"{name}.{key}" if name else key)
-    elif stored != wanted or type(stored) is not type(wanted):
+    elif stored != wanted or (type(stored) is not type(wanted) and {type(stored), type(wanted)} != {int, float}):  # 16 and 16.0 are one number, 1 and true not
         yield name or "request", json.dumps(stored)[:60], json.dumps(wanted)[:60]
 
 

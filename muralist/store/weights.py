@@ -45,6 +45,12 @@ def locate(model: str, revision: str | None = None) -> Path:
     return _download(model, revision)
 
 
+def folder_of(model: str) -> str | None:
+    """The folder that a model is named by, from the root; None for what has the same name everywhere, though a folder here may be called so."""
+    path = Path(model).expanduser()
+    return str(path.absolute()) if model not in EMBEDDED and path.is_dir() else None
+
+
 def _download(model: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

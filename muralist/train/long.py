@@ -7,7 +7,7 @@ above the base's own size is needed (the paper trains at 720p alone).
 
 `detail-uhr` goes on from `detail` on crops of large videos, each in sight of the whole one as a proxy of the base's size (the paper's optional
 fine-tuning at 4K). A small base needs it: what it calls an object is a few tokens wide, at 4K half a hundred. Crops, their sizes and the share of
-them that lie on the object are ours.
+them that lie on the object are ours. Its windows are as large as a crop, since there the task need not be scaled down.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ PROXY, DETAIL, DETAIL_UHR = "proxy", "detail", "detail_uhr"  # adapters
 EVERY = 4  # latent frames
 SHRINK = 2  # the proxy of a training clip has the clip's sides divided by this
 DAMAGE = AnchorDamage(factor=(1.0, 8.0), blur=(0.0, 2.0))  # a painted proxy is no clean one
-PIECE = 4  # latent frames of a crop that are denoised at once
 AIMED = 0.5  # the share of crops that lie on the object: at 4K most of the picture is bare ground
 
 
@@ -63,8 +62,9 @@ class Pieces:
         pool, (frames, rows, columns) = self.pools[rng.integers(len(self.pools))], self.crop
         index = rng.integers(len(pool.captions), size=self.batch)
         z, captions, near_object = pool.take(index)
-        first = int(rng.integers(max(frames - PIECE, 0) + 1))
-        kept, chosen = slice(first, first + PIECE), torch.from_numpy(index)
+        piece = max(frames // 2, 1)
+        first = int(rng.integers(frames - piece + 1))
+        kept, chosen = slice(first, first + piece), torch.from_numpy(index)
         places = ((top, left, rows / height, columns / width) for top, left, height, width in pool.places[chosen].tolist())
         within = [Within((frames, tall, wide), (float(first), top * tall, left * wide)) for top, left, tall, wide in places]
         near_object = None if near_object is None else near_object[:, kept]
@@ -103,14 +103,14 @@ def train_detail(
 def train_detail_uhr(
     folder: Path, *, minutes: float, device: torch.device, resume: bool, model: Path, data: VideoData | None = None, report: Report = print
 ) -> Path:
-    """LoRA on crops of large videos in the same windows, in sight of the whole; starts as `detail` if there is one. Writes `folder/adapters/detail_uhr`."""
+    """LoRA on crops of large videos, each a window, in sight of the whole; starts as `detail` if there is one. Writes `folder/adapters/detail_uhr`."""
     begin(folder, resume=resume)
     trainee, data = Trainee(model, device), (data or VideoData()).settled()
     configs = [_sighted_pool(trainee, height, data) for height in data.heights]
     pools = trainee.encoded(configs, data, folder, report)
     give_adapter(trainee, DETAIL_UHR, like=DETAIL)
     own = trainee.info.geometry.token_shape(trainee.own_grid)
-    config = replace(_config(trainee), graft=training_windows(trainee).graft(own))
+    config = replace(_config(trainee), graft=_refine(ProxyWindows.of_crops(own)).graft(own))
     objective = InSightOfProxy(trainee, Pieces(pools, own), config, DETAIL_UHR)
     return fit_adapter(trainee, DETAIL_UHR, objective, folder, minutes, resume, trainee.origin(data), report)
 
@@ -146,8 +146,11 @@ class InSightOfProxy(FlowMatching):
 
 
 def training_windows(trainee: Trainee) -> Refine:
-    """The windows of training."""
-    windows = ProxyWindows.trained(trainee.info.geometry.token_shape(trainee.own_grid))
+    """The windows of training at the base's own resolution."""
+    return _refine(ProxyWindows.trained(trainee.info.geometry.token_shape(trainee.own_grid)))
+
+
+def _refine(windows: ProxyWindows) -> Refine:
     return Refine(num_inference_steps=1, guidance_scale=1.0, flow_shift=1.0, attention=windows, token_chunk=None)
 
 

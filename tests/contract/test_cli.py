@@ -15,8 +15,12 @@ import av
 import pytest
 import typer
 
+from muralist.base_info import inspect_base
 from muralist.cli import _bars
 from muralist.cli.main import app
+from muralist.config import jsonable
+from muralist.recipes import RECIPES
+from muralist.request import changed
 from muralist.store import atomic
 from tests.shell import muralist
 
@@ -246,10 +250,32 @@ def test_a_record_at_odds_with_itself_is_refused(tiny22, tmp_path):
     assert "not a request of this version" in muralist("resume", f"{output}.run").error
 
 
-def test_a_number_is_the_same_written_with_and_without_a_point(tiny22, tmp_path):
-    output = tmp_path / "a.mp4"
-    assert generate(tiny22, output, "--keep-run", "--set", "refine.flow_shift=3").code == 0
-    answer = generate(tiny22, output, "--set", "refine.flow_shift=3.0")
+def part(kind, **values):
+    return json.dumps({"kind": kind} | values)
+
+
+REFINE = {"num_inference_steps": 3, "guidance_scale": 1.5, "skip_steps": 1}
+NUMBERS = {
+    "a field": ("refine.flow_shift=3", "refine.flow_shift=3.0"),
+    "a field of a part": ("upsample.latent_scale=2", "upsample.latent_scale=2.0"),
+    "a default without a point": ("encode.crf=20", "encode.crf=20.0"),
+    "a pair": ("refine.guidance_interval=[0,0.9]", "refine.guidance_interval=[0.0,0.9]"),
+    "a part": (f"upsample={part('PixelInterpolation', latent_scale=2)}", f"upsample={part('PixelInterpolation', latent_scale=2.0)}"),
+    "a stage": (f"refine={part('Refine', flow_shift=3, **REFINE)}", f"refine={part('Refine', flow_shift=3.0, **REFINE)}"),
+}
+
+
+@pytest.mark.parametrize("numbers", NUMBERS.values(), ids=NUMBERS.keys())
+def test_a_number_is_the_same_written_with_and_without_a_point(numbers):
+    config = RECIPES["cascade"](inspect_base("miniature"))
+    without, point = (json.dumps(jsonable(changed(config, [setting]))) for setting in numbers)
+    assert without == point
+
+
+def test_a_run_goes_on_with_numbers_written_with_and_without_a_point(tiny22, tmp_path):
+    output, crf = tmp_path / "a.mp4", ("--set", "encode.crf=16")  # the default, which has none
+    assert generate(tiny22, output, "--keep-run", "--set", "refine.flow_shift=3", "--set", "refine.guidance_interval=[0,1]").code == 0
+    answer = generate(tiny22, output, "--set", "refine.flow_shift=3.0", "--set", "refine.guidance_interval=[0,1.0]", *crf)
     assert answer.code == 0, answer.err
 
 

@@ -18,7 +18,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTH
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_grid_that_is_killed_at_random_times_ends_in_the_same_report(tiny22, tmp_path):
-    done = subprocess.run([sys.executable, SCRIPT, str(tiny22), str(tmp_path), "8", "5"], capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run([sys.executable, SCRIPT, str(tiny22), str(tmp_path), "5", "5"], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["same"] and result["kills"] >= 3

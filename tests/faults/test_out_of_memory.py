@@ -12,11 +12,13 @@ from muralist.errors import UserError
 from muralist.nn import out_of_memory
 from muralist.nn.attention import FullAttention, GuidedWindows, Near, WindowAttention
 from muralist.nn.decoder import StreamingDecoder
+from muralist.nn.encoder import StreamingEncoder
 from muralist.nn.kernels import Kernels
 from muralist.nn.transformer import Graft, MuralTransformer
 from muralist.sampling import flow
 from muralist.stages.decode import TILES, TileMajor, TimeMajor, decode
 from muralist.stages.decode_in_less import decode_in_less, smaller
+from muralist.stages.upsample import PixelInterpolation, upsample
 from muralist.types import Grid, LatentVideo, TextCond
 from tests.shell import muralist
 
@@ -142,3 +144,37 @@ def test_smaller_plans_end():
             plan = smaller(plan, grid)
             seen.append(plan.tile)
     assert seen == list(TILES)
+
+
+@pytest.fixture(scope="module")
+def proxy():
+    z = torch.randn(1, 48, 3, 6, 8, generator=torch.Generator().manual_seed(4))
+    return LatentVideo(z, Grid(num_frames=9, height=96, width=128))
+
+
+def enlarged(proxy: LatentVideo, base: Base, told: list[tuple[int, int]] | None = None) -> torch.Tensor:
+    on_piece = (lambda *count: told.append(count)) if told is not None else lambda done, total: None
+    return upsample(proxy, Grid(num_frames=9, height=192, width=256), base, PixelInterpolation(), on_piece).z
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+@pytest.mark.parametrize(("part", "calls"), [("first_part", (1,)), ("first_part", (2, 5)), ("second_part", (2, 3))])
+def test_encoding_goes_on_in_smaller_tiles(part, calls, error, proxy, base, monkeypatch, caplog):
+    expected, told = enlarged(proxy, base), []
+    monkeypatch.setattr(StreamingEncoder, part, Failing(getattr(StreamingEncoder, part), calls, error))
+    assert (enlarged(proxy, base, told) - expected).abs().max() < 1e-5
+    assert [record.args for record in caplog.records] == [(256 >> n,) for n in range(1, len(calls) + 1)]
+    assert told[-1][0] == told[-1][1] == (4 if len(calls) == 1 else 12)
+
+
+def test_too_little_for_the_smallest_tile_that_is_encoded_is_one_clear_line(proxy, base, monkeypatch):
+    monkeypatch.setattr(StreamingEncoder, "first_part", Failing(StreamingEncoder.first_part, range(100)))
+    with pytest.raises(UserError, match="memory, upsample: too little for tiles of 64 pixels"):
+        enlarged(proxy, base)
+
+
+def test_other_errors_of_encoding_pass(proxy, base, monkeypatch):
+    monkeypatch.setattr(StreamingEncoder, "first_part", Failing(StreamingEncoder.first_part, (1,), NotImplementedError))
+    monkeypatch.setattr("muralist.stages.upsample.ran_out", lambda error: False)
+    with pytest.raises(NotImplementedError):
+        enlarged(proxy, base)

@@ -55,6 +55,12 @@ def generate(base, tmp_path, *more):
 NUMBERS = ("--num-inference-steps", "--guidance-scale", "--flow-shift", "--skip-steps", "--num-frames", "--fps", "--seed", "--vram-limit")
 WORDS = ("ten", "", "1,5", "0x10", "1e", "--", "½", "nil", "NaN%", "1 000")
 INTERVALS = ("[0.5, 0.5]", "[0.9, 0.3]", "[-0.1, 1]", "[0, 1.1]", "[0.5]", "[0, 0.5, 1]", "0.5", "null", '["a", "b"]', "[NaN, 1]", "{}")
+SETTINGS = (
+    "refine", "nothing=1", "refine.nothing=1", "refine.kind=Refine", "refine.flow_shift.x=3", "refine.flow_shift=[3]", f"refine.flow_shift={10**400}",
+    'refine={"kind": "Refine", "flow_shift": 3}', 'refine={"flow_shift": 3}', "proxy=3", "upsample=[1]", 'upsample={"kind": [1], "latent_scale": 2}',
+    'upsample={"kind": "os.system", "latent_scale": 2}', 'upsample={"kind": "PixelInterpolation", "latent_scale": [2]}', "encode.crf=true", "encode.crf={}",
+    'upsample={"kind": "PixelInterpolation", "latent_scale": ' + "[" * 500 + "]" * 500 + "}",
+)  # fmt: skip
 OPTIONS = [
     *((name, word) for name in NUMBERS for word in WORDS),
     ("--fps", "0.0004"), ("--revision", "main"), ("--revision", "0" * 40),
@@ -75,6 +81,7 @@ OPTIONS = [
     *(("--set", f"{stage}.guidance_interval={value}") for stage in ("proxy", "refine") for value in INTERVALS),
     *(("--set", f"{stage}.token_chunk={value}") for stage in ("proxy", "refine") for value in (0, -1, 1.5, "many", "[]")),
     *(("--set", f"{stage}.cache={value}") for stage in ("proxy", "refine") for value in (0, 1, -0.1, "nan", "1e400", "true", "much", "[]", "{}")),
+    *(("--set", setting) for setting in SETTINGS),
     ("--no-such-option", "1"), ("--sise", "4k"), ("--output",), ("-z", "1"),
     ("--negative-prompt", "n" * 2**20),
 ]  # fmt: skip

@@ -8,10 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from muralist.cost import encoding
 from muralist.cost.vae import empty
 from muralist.data.latents import encode
+from muralist.nn.decoder_blocks import SCORES
 from muralist.nn.encoder import StreamingEncoder
 from muralist.nn.encoder_blocks import Average
 from muralist.nn.enlarge import EnlargedPixels
-from muralist.tiling import Box, Span
+from muralist.tiling import Box, Span, latent_boxes
 from tests.parity.test_decode import flavours, model
 
 TOLERANCE = 1e-5  # of latents of about unit size, fp32
@@ -116,3 +117,41 @@ def test_the_plan_counts_what_runs(flavour, tile):
     need = encoding.encode(config, FRAMES, (HEIGHT, WIDTH), tile, quick=True)
     assert 0.98 <= need.cost.flops / counter.get_total_flops() <= 1.02
     assert len(need.read) == (6 if tile == 64 else 1)
+
+
+@flavours
+@pytest.mark.parametrize("tile", [64, 128])
+def test_alike_tiles_are_counted_once_and_cost_the_same(flavour, tile):
+    config, size = dict(model(flavour).config), (736, 1056)
+    need = encoding.encode(config, FRAMES, size, tile, quick=True)
+    encoder = StreamingEncoder(empty(config, "float32"))
+    height, width = (side // encoder.spatial_factor for side in size)
+    boxes, frames = latent_boxes(height, width, tile, encoder.spatial_factor), (FRAMES - 1) // 4 + 1
+    one_by_one = encoding._middle(encoder, (height, width)) * frames
+    for box in boxes:
+        walk = encoder.boxes(box, size)
+        one_by_one = one_by_one + encoding._tile(encoder, walk, size, True) + encoding._tile(encoder, walk, size, False) * (frames - 1)
+    assert need.cost == one_by_one
+    assert len(need.read) < need.tiles == len(boxes)
+
+
+@flavours
+def test_a_frame_of_thousands_of_tiles_is_planned_from_a_few(flavour):
+    need = encoding.encode(dict(model(flavour).config), 161, (8192, 8192), 64, quick=False)
+    assert need.tiles == 128**2 and len(need.read) <= 49
+
+
+@flavours
+def test_planned_memory_holds_weights_their_copies_and_the_middle(flavour):
+    config = dict(model(flavour).config)
+    vae = empty(config, "float32")
+    encoder = StreamingEncoder(vae)
+    weights = sum(p.nbytes for p in vae.parameters())
+    convs = [operator.conv1 for operator in encoder.whole if hasattr(operator, "conv1")]
+    copies = sum(plane.nbytes for conv in convs for planes in (*conv.mixed.values(), [conv.weight]) for plane in planes)
+    small = encoding.encode(config, 5, (64, 64), 64, quick=True)
+    assert small.live_bytes > weights + copies and 0 < small.weight_bytes < weights
+    tokens, width = (2048 // vae.config.scale_factor_spatial) ** 2, encoder.whole[-1].conv.in_channels
+    for quick, held in ((True, 4 * 5 * width * tokens), (False, 2 * (5 * width * tokens + SCORES))):  # what goes in, comes out, is compared; scores on a GPU
+        small, large = (encoding.encode(config, 1, (side, side), 64, quick=quick) for side in (64, 2048))
+        assert large.live_bytes - small.live_bytes > held

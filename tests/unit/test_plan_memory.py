@@ -1,4 +1,4 @@
-"""The plan's memory of a forward against what a process really grows by: a few cases of `benchmarks/plan_memory.py`."""
+"""The plan's memory of a forward and of an enlargement against what a process really grows by: a few cases of `benchmarks/plan_memory.py`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_planned_memory_of_a_forward_is_that_of_a_process():
+@pytest.mark.parametrize(("kind", "numbers"), [("forward", (0, 2, 5, 7)), ("upsample", (1, 5))])
+def test_planned_memory_is_that_of_a_process(kind, numbers):
     """Started anew: a process that has run other tests has freed memory to use again."""
-    script = "import json; from plan_memory import Case; print(json.dumps([Case('forward', number).apart() for number in (0, 2, 5, 7)]))"
+    script = f"import json; from plan_memory import Case; print(json.dumps([Case({kind!r}, number).apart() for number in {numbers}]))"
     paths = os.pathsep.join((str(ROOT), str(ROOT / "benchmarks")))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
     assert done.returncode == 0, done.stderr[-2000:]

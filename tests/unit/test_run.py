@@ -157,6 +157,33 @@ def test_other_request_names_the_first_difference(tmp_path, change, message):
     RunDirectory.create(tmp_path / "r", REQUEST).close()  # the lock was released
 
 
+@pytest.mark.parametrize("change", [{"guidance_scale": 3.0}, {"folder": "/b/base"}, {"folder": None}], ids=str)
+def test_the_same_request_said_otherwise_goes_on(tmp_path, change):
+    """A number without a point, and another place of the same weights."""
+    request = REQUEST | {"guidance_scale": 3, "folder": "/a/base", "weights": "same"}
+    RunDirectory.create(tmp_path / "r", request).close()
+    RunDirectory.create(tmp_path / "r", request | change).close()
+    with pytest.raises(UserError, match="weights have changed"):
+        RunDirectory.create(tmp_path / "r", request | change | {"weights": "others"})
+
+
+def test_true_is_no_number(tmp_path):
+    RunDirectory.create(tmp_path / "r", {"seed": 1}).close()
+    with pytest.raises(UserError, match="seed = 1, now it is true"):
+        RunDirectory.create(tmp_path / "r", {"seed": True})
+
+
+def test_other_versions_are_told_to_who_goes_on_only(tmp_path, caplog):
+    RunDirectory.create(tmp_path / "r", REQUEST).close()
+    record = tmp_path / "r" / "request.json"
+    record.write_text(record.read_text().replace(atomic.versions()["torch"], "1.0"))
+    RunDirectory.stored(tmp_path / "r")
+    RunDirectory.open(tmp_path / "r").close()
+    assert not caplog.messages
+    RunDirectory.create(tmp_path / "r", REQUEST).close()
+    assert ["other package versions" in text for text in caplog.messages] == [True]
+
+
 def test_wrong_places_are_one_line(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import shutil
 from contextlib import suppress
 from dataclasses import replace
@@ -168,9 +169,24 @@ def test_detail_goes_on_from_itself_on_crops_of_large_videos_and_serves(source, 
     before, after = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (model / "adapters" / "detail", made))
     assert before.keys() == after.keys() and any((after[key].float() - before[key].float()).abs().max() > 0 for key in before)
     shutil.copytree(made, model / "adapters" / "detail_uhr")
-    shutil.rmtree(model / "adapters" / "detail")  # it serves alone
     command = ("generate", "a red ball", "--recipe", "atlasvid", "--model", model, "-o", tmp_path / "a.mp4", "--size", "160x96", "--num-frames", 17)
     assert muralist(*command).code == 0
+    shutil.rmtree(model / "adapters" / "detail")
+    assert muralist(*command[:-1], 9).code == 0, "it does not serve alone"
+
+
+def test_an_adapter_whose_name_is_a_part_of_anothers_is_loaded_without_a_complaint(tiny22, tmp_path):
+    model, said = shutil.copytree(tiny22, tmp_path / "model"), []
+    shutil.copytree(model / "adapters" / "detail", model / "adapters" / "a_detail")
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("diffusers.utils.peft_utils")
+    logger.addHandler(handler)
+    try:
+        names = dict(Base(inspect_base(str(model)), CPU, torch.float32).transformer().named_parameters())
+    finally:
+        logger.removeHandler(handler)
+    assert said == [] and all(any(f".{name}." in key for key in names) for name in ("detail", "a_detail"))
 
 
 def spied(monkeypatch, module, train, *arguments, **options):

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
+from dataclasses import replace
+
 import pytest
 import torch
 
 from muralist.base import Base
 from muralist.base_info import UPSAMPLER, inspect_base
+from muralist.bench.wan import SIZES
 from muralist.cost.upsampling import measure
+from muralist.cost.vae import empty
+from muralist.data.latents import decode
 from muralist.errors import UserError
+from muralist.nn.decoder import StreamingDecoder
+from muralist.nn.encoder import StreamingEncoder
 from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig
 from muralist.nn.latent_upsampler.tiles import upsample_in_tiles
+from muralist.plan import plan
+from muralist.recipes import find
 from muralist.stages.upsample import LatentInterpolation, LearnedUpsampling, PixelInterpolation, pieces, upsample
 from muralist.types import Grid, LatentVideo
+from tests.faults.test_out_of_memory import Failing
+from tests.shell import muralist
 from tests.tiny import save_pipeline
+from tests.unit.test_plan import ROOMY, request, stage
 
 SMALL, LARGE = Grid(num_frames=5, height=64, width=96), Grid(num_frames=5, height=128, width=224)
 
@@ -74,3 +88,54 @@ def test_a_damaged_part_is_found_before_any_weight_is_loaded(base, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(UserError, match="bytes instead of"):
         inspect_base(str(folder))
+
+
+@pytest.fixture
+def no_temporary_folder(monkeypatch):
+    def refuse(*given, **named):
+        raise AssertionError("a temporary folder is neither planned nor cleaned up after a kill")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
+
+
+def test_the_proxy_is_decoded_in_the_folder_that_is_given(base, tmp_path, no_temporary_folder, monkeypatch):
+    geometry, method = base.info.geometry, PixelInterpolation(tile=64)
+    proxy = LatentVideo(torch.randn(1, *geometry.latent_shape(SMALL)), SMALL)
+    guide = upsample(proxy, LARGE, base, method, scratch=tmp_path)
+    assert list(tmp_path.glob("decode-*/tile-*.u16"))
+    monkeypatch.setattr(StreamingDecoder, "second_part", None)  # what is decoded already is not decoded again
+    assert torch.equal(upsample(proxy, LARGE, base, method, scratch=tmp_path).z, guide.z)
+
+
+def test_the_decoded_proxy_is_held_once_in_half_precision(base, tmp_path):
+    from muralist.stages import upsample as stage
+
+    proxy = LatentVideo(torch.randn(1, *base.info.geometry.latent_shape(SMALL)), SMALL)
+    video = stage._decoded(base.vae(), proxy, tmp_path)
+    expected = decode(base.vae(), proxy.z)
+    assert video.dtype == torch.half and video.shape == expected.shape == (5, 64, 96, 3)
+    assert (video - expected).abs().max() < 1e-3
+
+
+def test_a_run_that_is_stopped_keeps_what_is_decoded_and_one_that_is_done_keeps_nothing(tiny22, tmp_path, no_temporary_folder, monkeypatch):
+    output, run = tmp_path / "a.mp4", tmp_path / "a.mp4.run"
+    words = ("generate", "a ball", "--model", tiny22, "--recipe", "cascade", "--size", "128x128", "--num-frames", 5, "-o", output, "--keep-run")
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamingEncoder, "encode", Failing(StreamingEncoder.encode, (1,), KeyboardInterrupt))
+        assert muralist(*words).code != 0
+    assert list(run.glob("scratch/upsample/decode-*/tile-*.u16"))
+    assert muralist("resume", run, "--keep-run").code == 0 and output.exists()
+    assert run.exists() and not (run / "scratch" / "upsample").exists()
+
+
+@pytest.mark.parametrize("machine", [ROOMY, replace(ROOMY, device_bytes=None), replace(ROOMY, dtype="bfloat16")], ids=["cuda", "cpu", "half"])
+def test_the_plan_counts_the_vae_the_decoded_proxy_and_its_files(machine):
+    info, grid = SIZES["1.3B"].info("1.3B"), Grid(num_frames=9, height=1024, width=1920)
+    asked = replace(request(grid), recipe="cascade", config=find("cascade")(info))
+    found = stage(plan(asked, info, machine), "upsample")
+    small = asked.config.proxy.grid(grid, info.geometry)
+    vae = machine.itemsize * sum(p.numel() for p in empty(info.vae_config, "bfloat16").parameters())
+    held, latent = 2 * 3 * small.pixels, 4 * math.prod(info.geometry.latent_shape(grid))
+    assert found.memory_bytes > vae + machine.itemsize * 1_400_000_000
+    assert found.disk_bytes >= latent + 2 * 3 * small.pixels  # tiles of 16 bits
+    assert found.host_bytes == (0 if machine.on_cpu else held)
