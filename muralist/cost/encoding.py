@@ -17,7 +17,7 @@ from muralist.cost import vae
 from muralist.nn import encoder_blocks as blocks
 from muralist.nn.decoder_blocks import Attention, ConvIn, Operator, ResidualBlock
 from muralist.nn.decoder_conv import HISTORY, STRIP_BYTES, uses_time_mix
-from muralist.nn.decoder_memory import SLACK, _convs, _Walk
+from muralist.nn.decoder_memory import SLACK, Walk, convolutions
 from muralist.nn.encoder import StreamingEncoder
 from muralist.tiling import Box, Span, latent_boxes
 
@@ -138,7 +138,7 @@ _COSTS: dict[type, Callable[[Any, Box, Size, int, bool], vae.Cost]] = {
 # -- Memory --
 
 
-class _Down(_Walk):
+class _Down(Walk):
     """The same count for the layers of an encoder: what goes through gets smaller."""
 
     def through(self, operator: Operator, box: Box, out: Box) -> None:
@@ -223,5 +223,5 @@ def _bytes(tensors: Iterable[Any]) -> int:
 def _copies(encoder: StreamingEncoder) -> int:
     """Bytes of the convolutions' weights in this layout and of the kernels mixed over time (3 + 4 + 6 planes instead of 3)."""
     flat = [part for operator in encoder.tiled + encoder.whole for part in getattr(operator, "resnets", [operator])]
-    convs = [*_convs(flat), encoder.whole[-1].conv]
+    convs = [*convolutions(flat), encoder.whole[-1].conv]
     return sum(int(_bytes([conv.weight]) * (1 + (13 / 3 if conv.mixed else 0))) for conv in convs)

@@ -39,7 +39,7 @@ class Saves:
 
 
 @dataclass(slots=True)
-class _Walk:
+class Walk:
     """Element counts while walking operators over one box: the flow's shape now, and what was needed so far."""
 
     frames: int
@@ -128,7 +128,7 @@ def measure(decoder: StreamingDecoder, frames: int, size: Size, tiles: Sequence[
     `saves`: time-major: the caches of all tiles exist at once, are saved now and then, and frames leave as they come. None: tile-major: those of
     one tile, and finished tiles and the first part's results go to disk.
     """
-    whole = _Walk(1, size, decoder.mean.numel())
+    whole = Walk(1, size, decoder.mean.numel())
     for operator in decoder.whole:
         height, width = whole.size
         whole.through(operator, Box.whole(height, width), Box.whole(height * operator.scale, width * operator.scale))
@@ -153,8 +153,8 @@ def measure(decoder: StreamingDecoder, frames: int, size: Size, tiles: Sequence[
     return DecodeMemory(peak, caches, tiles_and_first + 2 * first_caches, 2 * tiles_and_first + frames * first_caches, largest)
 
 
-def _tile(decoder: StreamingDecoder, whole: _Walk, tile: Box) -> _Walk:
-    walk = _Walk(whole.frames, whole.size, whole.channels)
+def _tile(decoder: StreamingDecoder, whole: Walk, tile: Box) -> Walk:
+    walk = Walk(whole.frames, whole.size, whole.channels)
     boxes = decoder.boxes(tile, whole.size)
     for operator, box, out in zip(decoder.tiled, boxes[:-1], boxes[1:]):
         walk.through(operator, box, out)
@@ -164,11 +164,11 @@ def _tile(decoder: StreamingDecoder, whole: _Walk, tile: Box) -> _Walk:
 
 def _weights(decoder: StreamingDecoder) -> int:
     """Bytes of diffusers' weights, of their copies in this layout and of the kernels mixed over time (3 + 4 + 6 planes instead of 3)."""
-    convs = [*_convs(decoder.whole + decoder.tiled), decoder.head.conv]
+    convs = [*convolutions(decoder.whole + decoder.tiled), decoder.head.conv]
     return sum(int(conv.weight.numel() * conv.weight.element_size() * (2 + (13 / 3 if conv.mixed else 0))) for conv in convs)
 
 
-def _convs(operators: Iterable[Operator]) -> Iterable[CausalConv]:
+def convolutions(operators: Iterable[Operator]) -> Iterable[CausalConv]:
     for operator in operators:
         match operator:
             case ConvIn():
@@ -176,4 +176,4 @@ def _convs(operators: Iterable[Operator]) -> Iterable[CausalConv]:
             case ResidualBlock():
                 yield from (operator.conv1, operator.conv2)
             case UpBlock():
-                yield from _convs(operator.resnets)
+                yield from convolutions(operator.resnets)

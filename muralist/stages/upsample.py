@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from muralist.errors import UserError
-from muralist.nn.enlarge import EnlargedPixels, enlarged
+from muralist.nn.enlarge import EnlargedPixels, between, enlarged
 from muralist.nn.out_of_memory import give_back, ran_out
 from muralist.stages.decode_options import DecodeOptions
 from muralist.tiling import latent_boxes
@@ -70,7 +69,7 @@ class PixelInterpolation:
 
     def size(self, proxy: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
         """Latent rows and columns that are encoded, for those of a proxy and of the target."""
-        return tuple(min(max(math.ceil(large / self.latent_scale), small), large) for small, large in zip(proxy, target))
+        return tuple(between(small, large, self.latent_scale) for small, large in zip(proxy, target))
 
 
 Upsampling = LatentInterpolation | LearnedUpsampling | PixelInterpolation
