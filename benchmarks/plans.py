@@ -24,7 +24,7 @@ memory, disk and time of each stage, what will be done about it, and what cannot
 - **FLOPs** of transformer, text encoder and decoder are those that PyTorch's counter finds (`benchmarks/results/flops.md`,
   `tests/unit/test_plan.py`); those of an adapter are taken from its file size.
 - **Memory** counts weights and the tensors that are alive together; a test compares the transformer's forward with what it really allocates
-  (within -10 and +20 %), and `benchmarks/results/plan_memory.md` forwards and decodes with the resident memory of a process: within 15 %,
+  (within -10 and +20 %), and `benchmarks/results/plan_memory.md` forwards, decodes and enlargements with the resident memory of a process: within 15 %,
   where freed memory goes back to the system. That is below level `high`: on a CPU at `high` the C library keeps freed chunks, 1.3 to 1.7 times what
   a narrow forward holds (`muralist/nn/heap.py`). **Disk** is what the files of all stages take; the size of the video file is a guess.
 - **Times** are estimates: FLOPs over a share of the matmul rate plus memory traffic over the copy rate. `muralist plan` measures both rates
