@@ -79,8 +79,7 @@ def _proxy(text: TextCond, request: Request, base: Base, run: RunDirectory, obse
     grid = config.grid(request.grid, base.info.geometry)
     if not run.has("proxy"):
         with measured(observer, "proxy", config.num_inference_steps):
-            steps, computed = _steps(request, base, run, "proxy", config.cache, observer)
-            _require_fit(steps["saved"] and steps["saved"][1], "proxy", grid, base, run)
+            steps, computed = _steps(request, base, run, "proxy", grid, config.cache, observer)
             latent = make_proxy(base, text, config, request.grid, seed=request.seed, **steps)
             _finish(run, "proxy", latent, computed)
     return _stored("proxy", grid, base, run)
@@ -93,10 +92,10 @@ def _stored(stage: str, grid: Grid, base: Base, run: RunDirectory) -> LatentVide
     return LatentVideo(latent.to(base.device), grid)
 
 
-def _require_fit(stored: torch.Tensor | None, stage: str, grid: Grid, base: Base, run: RunDirectory) -> None:
+def _require_fit(stored: torch.Tensor, stage: str, grid: Grid, base: Base, run: RunDirectory) -> None:
     """UserError if a stored latent is not of the grid that the request asks for: the record was changed after the start."""
     wanted = (1, *base.info.geometry.latent_shape(grid))
-    if stored is not None and stored.shape != wanted:
+    if stored.shape != wanted:
         found, needed = ("x".join(map(str, shape)) for shape in (stored.shape, wanted))
         what = f"the run directory is damaged: its {stage} is a latent of {found}, its request needs {needed}"
         raise UserError(what, where=str(run.root), fix="start anew: remove it, or choose another run directory")
@@ -126,8 +125,7 @@ def _refine(
     config, grid = request.config.refine, base.info.geometry.legal(request.grid)
     if not run.has("refine"):
         with measured(observer, "refine", config.num_inference_steps):
-            steps, computed = _steps(request, base, run, "refine", config.cache, observer)
-            _require_fit(steps["saved"] and steps["saved"][1], "refine", grid, base, run)
+            steps, computed = _steps(request, base, run, "refine", grid, config.cache, observer)
             seen = sight(config, request.config.proxy, proxy, seed=request.seed)
             latent = refine(base, text, guide, grid, config, sight=seen, seed=request.seed, **steps)
             _finish(run, "refine", latent, computed)
@@ -182,7 +180,9 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _steps(request: Request, base: Base, run: RunDirectory, stage: str, threshold: float | None, observer: Observer) -> tuple[dict[str, Any], dict[str, Any]]:
+def _steps(
+    request: Request, base: Base, run: RunDirectory, stage: str, grid: Grid, threshold: float | None, observer: Observer
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(how a stage's steps are taken, as options: where they go on, with what, and what is done after each; what its result says of its computing)
 
     After a step its latent is saved. But who goes on has nothing in a first-block cache: with one, a latent is saved once the step that begins with it
@@ -202,6 +202,8 @@ def _steps(request: Request, base: Base, run: RunDirectory, stage: str, threshol
         observer.advance(stage, step)
 
     saved = newest and (newest[0], newest[1]["latent"])
+    if saved:
+        _require_fit(saved[1], stage, grid, base, run)
     return {"saved": saved, "after_step": after_step, "kernels": kernels, "cache": cache}, computed
 
 

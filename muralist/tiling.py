@@ -9,7 +9,7 @@ position. Everything here is integers and small weight vectors; positions are wh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -126,6 +126,19 @@ def tile_boxes(height: int, width: int, tile: int, multiple: int = 1) -> tuple[B
 def latent_boxes(height: int, width: int, tile: int, factor: int) -> tuple[Box, ...]:
     """Disjoint boxes of latents, `factor` pixels wide, that cover a frame of [height, width] of them in tiles of at most `tile` pixels."""
     return tile_boxes(height, width, max(tile // factor, 1))
+
+
+def kinds(tiles: Iterable[Box], size: tuple[int, int], reach: int, unit: int = 1) -> dict[Box, int]:
+    """One of each kind of the boxes `tiles` of a frame of `size` [H, W], and how many there are: a 16K frame has thousands, of nine kinds.
+
+    Alike are boxes of equal sides, equally far from each border as far as their halo reaches: `reach`, in positions of which `unit` make one of those
+    that halos are counted in, so that borders inside such a unit matter too.
+    """
+    (height, width), found = size, {}
+    for tile in tiles:
+        gaps = (tile.y.start, height - tile.y.stop, tile.x.start, width - tile.x.stop)
+        found.setdefault((*tile.shape, *(min(gap, reach + gap % unit) for gap in gaps)), []).append(tile)
+    return {same[0]: len(same) for same in found.values()}
 
 
 def overlapping(size: int, tile: int, overlap: int) -> tuple[Span, ...]:

@@ -17,9 +17,9 @@ from muralist.cost import vae
 from muralist.nn import encoder_blocks as blocks
 from muralist.nn.decoder_blocks import Attention, ConvIn, Operator, ResidualBlock
 from muralist.nn.decoder_conv import HISTORY, STRIP_BYTES, uses_time_mix
-from muralist.nn.decoder_memory import SLACK, Walk, convolutions
+from muralist.nn.decoder_memory import SLACK, Walk, convolutions, copies, pool
 from muralist.nn.encoder import StreamingEncoder
-from muralist.tiling import Box, Span, latent_boxes
+from muralist.tiling import Box, Span, kinds, latent_boxes
 
 Size = tuple[int, int]
 FLOAT = 4  # bytes of a number of the pixels that are read and of the latents
@@ -53,8 +53,8 @@ def _encode(config_json: str, num_frames: int, size: Size, tile: int, quick: boo
     encoder = _encoder(model)
     frames = (num_frames - 1) // encoder.temporal_factor + 1
     height, width = (side // encoder.spatial_factor for side in size)
-    kinds = _kinds(encoder, latent_boxes(height, width, tile, encoder.spatial_factor), (height, width))
-    walks = [(encoder.boxes(box, size), count) for box, count in kinds.items()]
+    found = kinds(latent_boxes(height, width, tile, encoder.spatial_factor), (height, width), _reach(encoder))
+    walks = [(encoder.boxes(box, size), count) for box, count in found.items()]
     total = _middle(encoder, (height, width)) * frames
     for boxes, count in walks:
         for first, times in ((True, 1), (False, frames - 1)):
@@ -68,16 +68,6 @@ def _encode(config_json: str, num_frames: int, size: Size, tile: int, quick: boo
 @lru_cache(maxsize=8)
 def _encoder(model: AutoencoderKLWan) -> StreamingEncoder:
     return StreamingEncoder(model)
-
-
-def _kinds(encoder: StreamingEncoder, tiles: Iterable[Box], size: Size) -> dict[Box, int]:
-    """One of each kind of the boxes of latents `tiles` of a frame of `size` [h, w] of them, and how many there are (as `StreamingDecoder.kinds`)."""
-    height, width = size
-    reach, kinds = _reach(encoder), {}
-    for tile in tiles:
-        gaps = (tile.y.start, height - tile.y.stop, tile.x.start, width - tile.x.stop)
-        kinds.setdefault((*tile.shape, *(min(gap, reach) for gap in gaps)), []).append(tile)
-    return {same[0]: len(same) for same in kinds.values()}
 
 
 def _reach(encoder: StreamingEncoder) -> int:
@@ -200,9 +190,7 @@ def _live_bytes(encoder: StreamingEncoder, walks: list[list[Box]], size: Size, f
     for operator in encoder.whole:
         middle.through(operator, Box.whole(height, width), Box.whole(height, width))
     everything = [*tiles, middle]
-    slots = {slot for walk in everything for slot in walk.slots}
-    pool = sum(max(walk.slots.get(slot, 0) for walk in everything) for slot in slots)
-    work = pool + max(walk.worst + walk.caches for walk in everything)
+    work = pool(everything) + max(walk.worst + walk.caches for walk in everything)
     itemsize = encoder.whole[-1].conv.weight.element_size()
     pixels = max(boxes[0].area for boxes in walks) * encoder.patch**2 * 3 * encoder.temporal_factor
     held = frames * height * width * (channels * itemsize + encoder.mean.numel() * FLOAT)
@@ -221,7 +209,5 @@ def _bytes(tensors: Iterable[Any]) -> int:
 
 
 def _copies(encoder: StreamingEncoder) -> int:
-    """Bytes of the convolutions' weights in this layout and of the kernels mixed over time (3 + 4 + 6 planes instead of 3)."""
     flat = [part for operator in encoder.tiled + encoder.whole for part in getattr(operator, "resnets", [operator])]
-    convs = [*convolutions(flat), encoder.whole[-1].conv]
-    return sum(int(_bytes([conv.weight]) * (1 + (13 / 3 if conv.mixed else 0))) for conv in convs)
+    return copies([*convolutions(flat), encoder.whole[-1].conv])

@@ -210,8 +210,9 @@ def _guide(
     pixels = EnlargedPixels(_decode(decoder, _encode(encoder, video)), tuple(side * unit for side in encoded), MODE, encoder.device)
     spans = [_covering(start * side, part * side, side) for start, part, side in zip(first, share, encoded)]
     z = _encode(encoder, pixels(range(len(video)), Box(*spans).times(unit)))
-    starts = [start * side - span.start for start, side, span in zip(first, encoded, spans)]
-    return sampled(z, starts, [part * side for part, side in zip(share, encoded)], crop).half().cpu()
+    starts = [(start * side - span.start) / len(span) for start, side, span in zip(first, encoded, spans)]
+    sides = [part * side / len(span) for part, side, span in zip(share, encoded, spans)]
+    return sampled(z, torch.tensor([starts + sides]), crop, MODE).half().cpu()
 
 
 def _covering(start: float, length: float, side: int) -> Span:

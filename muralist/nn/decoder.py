@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLWan
 
 from muralist.nn.decoder_blocks import Attention, Caches, ConvIn, Head, Operator, Patch, ResidualBlock, UpBlock
 from muralist.nn.decoder_conv import Pool
-from muralist.tiling import Box, Span
+from muralist.tiling import Box, Span, kinds
 
 
 class StreamingDecoder:
@@ -100,18 +100,8 @@ class StreamingDecoder:
         return boxes[::-1]
 
     def kinds(self, tiles: Iterable[Box], size: tuple[int, int]) -> dict[Box, int]:
-        """One of each kind of the pixel boxes `tiles` of latents of `size` [h, w], and how many there are: a 16K frame has thousands, of nine kinds.
-
-        Alike are boxes of equal sides, equally far from each border as far as the halo reaches: their boxes in every layer are alike too.
-        """
-        height, width = (side * self.spatial_factor for side in size)
-        reach = self._reach()
-        kinds: dict[tuple[int, ...], list[Box]] = {}
-        for tile in tiles:
-            gaps = (tile.y.start, height - tile.y.stop, tile.x.start, width - tile.x.stop)
-            # borders inside a unit of the first tiled layer matter too: halos are counted in its positions
-            kinds.setdefault((*tile.shape, *(min(gap, reach + gap % self.spatial_factor) for gap in gaps)), []).append(tile)
-        return {same[0]: len(same) for same in kinds.values()}
+        """One of each kind of the pixel boxes `tiles` of latents of `size` [h, w], and how many there are: their boxes in every layer are alike too."""
+        return kinds(tiles, tuple(side * self.spatial_factor for side in size), self._reach(), self.spatial_factor)
 
     def _reach(self) -> int:
         """Pixels that the halo of a tile reaches at most, in whole latent positions."""

@@ -140,8 +140,7 @@ def measure(decoder: StreamingDecoder, frames: int, size: Size, tiles: Sequence[
     kept = sum(walk.caches * count for walk, count in kinds.values()) if saves else max(walk.caches for walk in walks)
     caches = (whole.caches + kept) * each
     everything = [whole, *walks]
-    pool = sum(max(walk.slots.get(slot, 0) for walk in everything) for slot in ("conv1", "conv2", "result0", "result1"))
-    work = (pool + max(walk.worst for walk in everything)) * each
+    work = (pool(everything) + max(walk.worst for walk in everything)) * each
     # The caller may still hold one chunk of frames while the next is made.
     peak = caches + int(SLACK * (work + between + 2 * decoder.temporal_factor * pixels * 4)) + 8 * STRIP_BYTES + _weights(decoder)
     largest = max(walk.largest for walk in everything)
@@ -162,10 +161,20 @@ def _tile(decoder: StreamingDecoder, whole: Walk, tile: Box) -> Walk:
     return walk
 
 
+def pool(walks: Sequence[Walk]) -> int:
+    """Elements of the work tensors that all these share, each as large as the largest of them needs it."""
+    return sum(max(walk.slots.get(slot, 0) for walk in walks) for slot in {slot for walk in walks for slot in walk.slots})
+
+
 def _weights(decoder: StreamingDecoder) -> int:
-    """Bytes of diffusers' weights, of their copies in this layout and of the kernels mixed over time (3 + 4 + 6 planes instead of 3)."""
+    """Bytes of diffusers' weights of the convolutions and of their copies."""
     convs = [*convolutions(decoder.whole + decoder.tiled), decoder.head.conv]
-    return sum(int(conv.weight.numel() * conv.weight.element_size() * (2 + (13 / 3 if conv.mixed else 0))) for conv in convs)
+    return sum(conv.weight.numel() * conv.weight.element_size() for conv in convs) + copies(convs)
+
+
+def copies(convs: Iterable[CausalConv]) -> int:
+    """Bytes of the convolutions' weights in this layout and of the kernels mixed over time (3 + 4 + 6 planes instead of 3)."""
+    return sum(int(conv.weight.numel() * conv.weight.element_size() * (1 + (13 / 3 if conv.mixed else 0))) for conv in convs)
 
 
 def convolutions(operators: Iterable[Operator]) -> Iterable[CausalConv]:

@@ -23,16 +23,18 @@ def enlarged(z: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
     return rearrange(images, "f c h w -> 1 c f h w")
 
 
-def sampled(z: torch.Tensor, start: Sequence[float], length: Sequence[float], size: Sequence[int]) -> torch.Tensor:
-    """`enlarged`, bicubic, of a part of the rows and columns alone: `length` of them from `start`, both whole or not -> [1, C, F, H, W] of `size`."""
-    axes = [
-        (2 * (first + (torch.arange(count, device=z.device) + 0.5) * (part / count)) / side - 1)
-        for first, part, count, side in zip(start, length, size, z.shape[-2:])
-    ]
-    grid = torch.stack(torch.meshgrid(axes[0], axes[1], indexing="ij")[::-1], dim=-1)
-    images = rearrange(z, "1 c f h w -> f c h w")
-    images = F.grid_sample(images, grid.to(z.dtype).expand(len(images), *grid.shape), mode=MODE, padding_mode="border", align_corners=False)
-    return rearrange(images, "f c h w -> 1 c f h w")
+def sampled(z: torch.Tensor, places: torch.Tensor, size: Sequence[int], mode: str) -> torch.Tensor:
+    """As `enlarged`, of a part of each video: [B, C, F, h, w] -> [B, C, F, *size].
+
+    `places` [B, 4]: top, left, height and width of each part as shares of the frame. Samples stand at the middles of the result's rows and columns.
+    """
+    frames, (y, x) = z.shape[2], ((torch.arange(n) + 0.5) / n for n in size)
+    top, left, height, width = (v[:, None] for v in places.unbind(1))
+    rows, columns = (2 * (start + side * axis) - 1 for start, side, axis in ((top, height, y), (left, width, x)))
+    grid = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), dim=-1).to(z)  # [B, *size, 2]
+    images = z.transpose(1, 2).flatten(0, 1)
+    part = F.grid_sample(images, grid.repeat_interleave(frames, dim=0), mode=mode, padding_mode="border", align_corners=False)
+    return part.unflatten(0, (-1, frames)).transpose(1, 2)
 
 
 def between(small: int, large: int, scale: float) -> int:

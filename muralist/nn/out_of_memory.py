@@ -11,7 +11,7 @@ import torch
 
 from muralist.errors import UserError
 
-T = TypeVar("T")
+S, T = TypeVar("S"), TypeVar("T")
 FLOOR = 256  # tokens: what a smaller chunk saves is below what a forward holds beside it
 log = logging.getLogger("muralist")
 
@@ -32,17 +32,12 @@ class Chunks:
         Raises:
             UserError: there is too little memory for the smallest chunk.
         """
-        while True:
-            chunk = asked if self.most is None else self.most
-            try:
-                return work(chunk)
-            except RuntimeError as error:
-                if not ran_out(error):
-                    raise
-                size = min(chunk or tokens, tokens)
-            # outside of `except`: until its end the exception holds the frames, and these the tensors
-            self.most = self._smaller(size)
-            give_back()
+
+        def smaller(chunk: int | None) -> int:
+            self.most = self._smaller(min(chunk or tokens, tokens))
+            return self.most
+
+        return in_less(work, asked if self.most is None else self.most, smaller)
 
     def _smaller(self, size: int) -> int:
         if size <= FLOOR:
@@ -51,6 +46,19 @@ class Chunks:
         smaller = max(size // 2, FLOOR)
         log.warning("muralist: note: memory ran out with %d tokens at a time; on with %d", size, smaller)
         return smaller
+
+
+def in_less(work: Callable[[S], T], size: S, smaller: Callable[[S], S]) -> T:
+    """work(size), again with `smaller` of it whenever memory runs out; `smaller` raises UserError after the smallest."""
+    while True:
+        try:
+            return work(size)
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+        # outside of `except`: until its end the exception holds the frames, and these the tensors
+        size = smaller(size)
+        give_back()
 
 
 def ran_out(error: BaseException) -> bool:

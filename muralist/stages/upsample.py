@@ -12,7 +12,7 @@ import torch
 
 from muralist.errors import UserError
 from muralist.nn.enlarge import EnlargedPixels, between, enlarged
-from muralist.nn.out_of_memory import give_back, ran_out
+from muralist.nn.out_of_memory import in_less
 from muralist.stages.decode_options import DecodeOptions
 from muralist.tiling import latent_boxes
 from muralist.types import Geometry, Grid, LatentVideo
@@ -137,23 +137,19 @@ def _encoded_in_less(vae: AutoencoderKLWan, video: EnlargedPixels, size: tuple[i
     """
     from muralist.nn.encoder import StreamingEncoder
 
-    while True:
-        try:
-            return StreamingEncoder(vae).encode(video, len(video.video), size, tile, on_piece)
-        except RuntimeError as error:
-            if not ran_out(error):
-                raise
-        # outside of `except`: until its end the exception holds the frames, and these the tensors
-        tile = _smaller(min(tile, max(size)))
-        log.warning("muralist: note: memory ran out in encoding; again in tiles of %d pixels", tile)
-        give_back()
+    def encode(tile: int) -> torch.Tensor:
+        return StreamingEncoder(vae).encode(video, len(video.video), size, tile, on_piece)
+
+    return in_less(encode, tile, lambda tile: _smaller(min(tile, max(size))))
 
 
 def _smaller(tile: int) -> int:
     if tile <= NARROWEST:
         fix = "use --memory low, a smaller --size, or end what else uses the device"
         raise UserError(f"too little for tiles of {tile} pixels", where="memory, upsample", fix=fix)
-    return max(tile // 2, NARROWEST)
+    smaller = max(tile // 2, NARROWEST)
+    log.warning("muralist: note: memory ran out in encoding; again in tiles of %d pixels", smaller)
+    return smaller
 
 
 def pieces(method: Upsampling, proxy: Grid, target: Grid, geometry: Geometry) -> int:

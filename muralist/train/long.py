@@ -19,20 +19,19 @@ import numpy as np
 import torch
 
 from muralist.base import select_adapter
-from muralist.data.degrade import AnchorDamage
 from muralist.data.latents import LatentPool, PoolConfig
 from muralist.nn.attention import ProxyMemory, Within
 from muralist.stages.proxy import LowFrameRateProxy
 from muralist.stages.refine import ProxyWindows, Refine
 from muralist.train.loop import Report, begin
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching, Source
-from muralist.train.trainee import Trainee, VideoData, fit_adapter, give_adapter
+from muralist.train.trainee import Trainee, VideoData, fit_adapter, give_adapter, train_alone
+from muralist.train.uhr import DAMAGE
 from muralist.types import Grid
 
 PROXY, DETAIL, DETAIL_UHR = "proxy", "detail", "detail_uhr"  # adapters
 EVERY = 4  # latent frames
 SHRINK = 2  # the proxy of a training clip has the clip's sides divided by this
-DAMAGE = AnchorDamage(factor=(1.0, 8.0), blur=(0.0, 2.0))  # a painted proxy is no clean one
 AIMED = 0.5  # the share of crops that lie on the object: at 4K most of the picture is bare ground
 
 
@@ -136,9 +135,7 @@ class InSightOfProxy(FlowMatching):
         with torch.no_grad():
             select_adapter(self.transformer, PROXY if PROXY in self.module.info.adapters else None)
             memory = self.transformer.remember(batch.proxy.to(self.device), torch.zeros_like(sigma), text, float(EVERY))
-        select_adapter(self.transformer, self.adapter)
-        for name, parameter in self.transformer.named_parameters():  # switching an adapter on makes it trainable and freezes the others
-            parameter.requires_grad_(f".{self.adapter}." in name)
+        train_alone(self.transformer, self.adapter)
         return memory
 
     def _seen(self, memory: ProxyMemory, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, **extra: torch.Tensor) -> torch.Tensor:

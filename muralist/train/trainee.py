@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig
 from torch import nn
 
@@ -22,6 +21,7 @@ from muralist.data.latents import LatentPool, PoolConfig
 from muralist.data.sharpen import Unsharp
 from muralist.data.sources import Source, World
 from muralist.errors import UserError
+from muralist.nn.enlarge import sampled
 from muralist.stages.prompt import embed
 from muralist.store import weights
 from muralist.train import state
@@ -154,14 +154,7 @@ def cut_to(whole: torch.Tensor, places: torch.Tensor, shape: tuple[int, int, int
 
     `places` [B, 4]: top, left, height and width of each crop as shares of the frame. Samples stand at the middles of the crop's latents.
     """
-    frames, rows, columns = shape
-    y, x = ((torch.arange(n) + 0.5) / n for n in (rows, columns))
-    top, left, height, width = (v[:, None] for v in places.unbind(1))
-    grid_y, grid_x = (2 * (start + side * axis) - 1 for start, side, axis in ((top, height, y), (left, width, x)))
-    grid = torch.stack(torch.broadcast_tensors(grid_x[:, None, :], grid_y[:, :, None]), dim=-1)  # [B, rows, columns, 2]
-    images = whole[:, :, :frames].transpose(1, 2).flatten(0, 1)
-    cut = F.grid_sample(images, grid.repeat_interleave(frames, dim=0), mode="bilinear", padding_mode="border", align_corners=False)
-    return cut.unflatten(0, (-1, frames)).transpose(1, 2)
+    return sampled(whole[:, :, : shape[0]], places, shape[1:], "bilinear")
 
 
 def give_adapter(trainee: Trainee, name: str, like: str | None = None) -> None:
@@ -178,9 +171,14 @@ def give_adapter(trainee: Trainee, name: str, like: str | None = None) -> None:
             transformer.add_adapter(config, adapter_name=name)
         if known:
             _copy_adapter(transformer, like, name)
-    select_adapter(transformer, name)
-    for parameter_name, parameter in trainee.transformer.named_parameters():
-        parameter.requires_grad_(f".{name}." in parameter_name)
+    train_alone(transformer, name)
+
+
+def train_alone(transformer: nn.Module, adapter: str) -> None:
+    """Switch an adapter on, and let nothing else be trained."""
+    select_adapter(transformer, adapter)
+    for name, parameter in transformer.named_parameters():  # switching one on makes it trainable and leaves what else was
+        parameter.requires_grad_(f".{adapter}." in name)
 
 
 def _copy_adapter(transformer: nn.Module, source: str, target: str) -> None:

@@ -175,6 +175,6 @@ def test_too_little_for_the_smallest_tile_that_is_encoded_is_one_clear_line(prox
 
 def test_other_errors_of_encoding_pass(proxy, base, monkeypatch):
     monkeypatch.setattr(StreamingEncoder, "first_part", Failing(StreamingEncoder.first_part, (1,), NotImplementedError))
-    monkeypatch.setattr("muralist.stages.upsample.ran_out", lambda error: False)
+    monkeypatch.setattr(out_of_memory, "ran_out", lambda error: False)
     with pytest.raises(NotImplementedError):
         enlarged(proxy, base)
