@@ -54,8 +54,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it in matrix units (CUDA; a CPU with AMX), else float32, which is then the faster of the two."""
-    if device.type == "cuda" or torch.cpu._is_amx_tile_supported():
+    """bfloat16 where the hardware multiplies it (CUDA; a CPU with AMX or AVX512_BF16), else float32, which is then the faster of the two."""
+    if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
     return torch.float32
 

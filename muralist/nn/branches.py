@@ -86,7 +86,9 @@ class CompressedBranch(nn.Module):
         images = F.interpolate(images, scale_factor=stride, mode="bilinear", align_corners=False)[:, :, :rows, :columns]
         # channels stay the fastest axis from the tokens to the tokens: nothing is laid out anew
         video = rearrange(images, "(b f) d y x -> b d f y x", f=frames)
-        tokens = rearrange(self.restoring(video), "b d f y x -> b (f y x) d")
+        with torch.autocast(video.device.type, enabled=False):
+            # in its weights' own type: oneDNN's bfloat16 gradient of depthwise weights reads memory nobody wrote where there are two frames (torch 2.13)
+            tokens = rearrange(self.restoring(video.to(self.restoring.weight.dtype)), "b d f y x -> b (f y x) d")
         return tokens if self.across is None else self.across(tokens)
 
 

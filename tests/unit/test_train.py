@@ -23,7 +23,7 @@ from muralist.train.loop import Schedule, draw_curve, fit
 from muralist.train.miniature import FURTHER, PHASES, Curriculum, TextToVideo, new_tokenizer, new_vae, train_base, train_decoder, train_vae
 from muralist.train.objectives import reconstruction
 from muralist.train.objectives.flow import FOCUS, Batch, FlowConfig, FlowMatching
-from muralist.train.objectives.reconstruction import Reconstruction, ReconstructionConfig, band_error
+from muralist.train.objectives.reconstruction import Reconstruction, ReconstructionConfig, band_error, still
 from muralist.train.uhr import train_uhr
 from muralist.types import Grid
 
@@ -173,18 +173,30 @@ def test_reconstruction_gives_gradients_to_every_trained_parameter(progress):
     assert missing == []
 
 
-def test_a_vae_that_goes_on_is_held_to_its_earlier_latents_at_the_bases_own_scale_alone(monkeypatch):
+def test_a_vae_that_goes_on_is_held_to_its_earlier_latents_at_the_bases_own_scale_and_where_nothing_moves(monkeypatch):
     config = ReconstructionConfig(side=32, batch_clip=2, frames=5, single_share=0.0)
-
-    def loss(vae, earlier):
-        return Reconstruction(vae, config, torch.device("cpu"), earlier).loss(1, 0.5)[0].item()
-
     vae, same, other = new_vae(0), new_vae(0), new_vae(1)
-    video = 2 * torch.rand(2, 3, 5, 32, 32) - 1
-    for height, held in ((256, True), (2176, False)):
-        monkeypatch.setattr(reconstruction, "_batch", lambda *given, height=height: (video, torch.full((2,), height)))
-        assert loss(vae, same) == pytest.approx(loss(vae, None), abs=1e-5)
-        assert (loss(vae, other) > loss(vae, None) + 1e-3) == held
+    moving = 2 * torch.rand(2, 3, 5, 32, 32) - 1
+
+    def pull(video, height):
+        """What holding adds to the loss, where the earlier VAE is another one."""
+        monkeypatch.setattr(reconstruction, "_batch", lambda *given: (video, torch.full((2,), height)))
+        one, alike, free = (Reconstruction(vae, config, torch.device("cpu"), earlier).loss(1, 0.5)[0].item() for earlier in (other, same, None))
+        assert alike == pytest.approx(free, abs=1e-5)
+        return one - free
+
+    frozen = moving[:, :, :1].expand_as(moving)
+    assert pull(frozen, 2176) == pytest.approx(pull(frozen, 256), rel=1e-3)
+    assert 0 < pull(moving, 2176) < 0.8 * pull(moving, 256)  # the first latent alone, a frame of its own
+
+
+def test_latents_are_still_but_for_those_whose_pictures_or_neighbours_move():
+    video = torch.zeros(1, 3, 9, 96, 96)
+    video[..., 6, 70:, 70:] = 1.0  # the last but two: in the second group of four
+    kept = still(video, (3, 6, 6))
+    assert kept[:, :2].all()
+    assert kept[0, 2].tolist() == [[not (row >= 3 and column >= 3) for column in range(6)] for row in range(6)]
+    assert still(video[:, :, :1], (1, 6, 6)).all()
 
 
 def test_band_error_sees_blur_and_not_phase():

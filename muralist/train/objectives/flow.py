@@ -7,6 +7,7 @@ the velocity follows as (x_sigma - x_0) / sigma ("Back to basics", arXiv 2511.13
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from muralist.base import pick_dtype
 from muralist.nn.attention import Within
 from muralist.nn.rope import RopeScale
 from muralist.nn.transformer import Graft
@@ -99,8 +101,10 @@ class FlowMatching:
 
     def _at(self, batch: Batch, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, **extra: torch.Tensor) -> torch.Tensor:
         """The network's answer in float32."""
-        # frozen weights may be large: on a GPU products are computed in bfloat16, the loss is not
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        # products are computed in bfloat16 where that is quicker, the loss is not
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=pick_dtype(self.device) is torch.bfloat16), warnings.catch_warnings():
+            # weights of norms stay in float32 there: torch says that it takes two kernels instead of one
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
             return self._predict(batch, noisy, sigma, text, **extra).float()
 
     def _predict(self, batch: Batch, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, **extra: torch.Tensor) -> torch.Tensor:

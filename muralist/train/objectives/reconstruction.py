@@ -6,8 +6,8 @@ Beside L1, squared and gradient losses there are three terms that the later stag
   latent enlarged by interpolation is a sensible start for refinement;
 - band energy: the finest two octaves carry as much power as the original, whatever their phase, so that frames are not smooth.
 
-A VAE that goes on learning can be held to its earlier latents at the base's own size: what was trained on those latents there goes on working, while
-what moves fast in large videos finds a place in them.
+A VAE that goes on learning can be held to its earlier latents at the base's own size and wherever nothing moves: what was trained on those latents goes on
+working, while what moves fast in large videos finds a place in them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from muralist.nn.single_frame import single_frame_convolutions
 from muralist.types import Grid
 
 HEIGHTS = (256, 256, 544, 1088, 2176, 2176)  # a third of the crops at the base's own scale, and as many where things cross a crop in two frames
+STILL = 0.01  # of [-1, 1]
 FURTHER = (256, 1088, 2176, 2176)  # for weights that know their own scale
 
 
@@ -54,7 +55,7 @@ class ReconstructionConfig:
 class Reconstruction:
     """Objective of `miniature-vae` and, where the encoder is frozen, of `miniature-decoder`; `module` is a diffusers AutoencoderKLWan.
 
-    `earlier`: a VAE to whose latents of crops at the base's own scale those of `module` are held.
+    `earlier`: a VAE to whose latents those of `module` are held in crops at the base's own scale, and where a crop is `still`.
     """
 
     def __init__(self, vae: AutoencoderKLWan, config: ReconstructionConfig, device: torch.device, earlier: AutoencoderKLWan | None = None):
@@ -87,16 +88,17 @@ class Reconstruction:
         }
         if progress >= c.band_from:
             terms["band"] = c.band * band_error(rebuilt, target)
-        if self.earlier is not None and (own := heights == min(HEIGHTS)).any():
-            terms["held"] = c.held * own.float().mean() * self._drift(video[own], posterior.mean[own])
+        if self.earlier is not None:
+            held = (heights == min(HEIGHTS)).view(-1, 1, 1, 1).to(self.device) | still(video, posterior.mean.shape[2:])
+            terms["held"] = c.held * (self._drift(video, posterior.mean) * held).mean()
         psnr = -10 * torch.log10((error.detach().clamp(-2, 2) ** 2).mean() / 4)
         return sum(terms.values()), {"psnr": psnr.item(), "rms_z": posterior.mean.detach().pow(2).mean().sqrt().item()}
 
     def _drift(self, video: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """Mean square difference from the earlier latents."""
+        """Mean square difference of each latent from the earlier one, [B, F, h, w]."""
         with torch.no_grad():
             earlier = self.earlier.encode(video).latent_dist.mean
-        return (z - earlier).square().mean()
+        return (z - earlier).square().mean(dim=1)
 
 
 def _batch(rng: np.random.Generator, choice: tuple[int, ...], count: int, frames: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,6 +124,21 @@ def _crop_at(rng: np.random.Generator, scene, grid: Grid, moment: float, side: i
     else:
         left, top = rng.uniform(0, grid.width - side), rng.uniform(0, grid.height - side)
     return Crop(int(np.clip(top, 0, grid.height - side)), int(np.clip(left, 0, grid.width - side)), side, side)
+
+
+def still(video: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Which latents stand for pictures that stay as they are: video [B, 3, T, H, W], in [-1, 1], and their shape (F, h, w) -> [B, F, h, w], bool.
+
+    A latent and its neighbours must change by less than STILL from each frame to the next, on average over the latent's pixels.
+    """
+    frames, height, width = shape
+    first = torch.ones(len(video), 1, height, width, dtype=torch.bool, device=video.device)  # a frame of its own
+    if frames == 1:
+        return first
+    change = F.avg_pool3d(video.diff(dim=2).abs().mean(dim=1, keepdim=True), (1, video.shape[3] // height, video.shape[4] // width))
+    every = change.shape[2] // (frames - 1)
+    moved = F.max_pool3d(change, (every, 3, 3), stride=(every, 1, 1), padding=(0, 1, 1))[:, 0]
+    return torch.cat([first, moved < STILL], dim=1)
 
 
 def _halved(x: torch.Tensor) -> torch.Tensor:
