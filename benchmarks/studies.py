@@ -31,6 +31,7 @@ from muralist.data.score import score
 from muralist.eval.metrics.spectrum import SpectralDistance
 from muralist.nn.filters import RadialFilter
 from muralist.nn.kinds import InjectorConfig, hierarchical
+from muralist.store.weights import fingerprint
 from muralist.train.anchored import AnchoredConfig, train_anchored
 from muralist.train.branched import BranchedConfig, train_branched
 from muralist.train.experts import LESSONS, Lesson, train_experts
@@ -187,6 +188,7 @@ def main() -> None:
     study = Study(
         name=f"{options.name} ({subject.paper})", base=subject.base, variants=subject.variants, measures=(ADHERENCE, DISTANCE), train=train, evaluate=evaluate,
         budget=Budget(minutes=options.minutes), scenes=held_out(options.scenes),
+        facts={"--model": fingerprint(model / "transformer"), "--clips": str(options.clips), "--size": options.size, "--num-frames": str(options.num_frames)},
     )  # fmt: skip
     outcomes = run(study, folder)
     rows = [
@@ -255,7 +257,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--clips", type=int, default=120)
     parser.add_argument("--scenes", type=int, default=6)
     parser.add_argument("--size", default="1920x1080")
-    parser.add_argument("--num-frames", type=int, default=9)
+    parser.add_argument("--num-frames", type=int, default=29)  # in fewer, scenes do not move far enough to be judged
     parser.add_argument("--folder", type=Path, default=Path("runs/studies"))
     return parser.parse_args()
 

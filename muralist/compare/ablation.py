@@ -85,6 +85,7 @@ class Study:
         train: (configuration, budget, directory) -> whatever `evaluate` wants. What it leaves in the directory is there again after a kill.
         evaluate: (what was trained, scenes) -> values by name: one number for all scenes, or a list with one for each, which gives an error.
         scenes: what is judged; by default `held_out(8)`.
+        facts: what else the results stand on, by name (a base, a size): results of other facts are refused.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Study:
     evaluate: Callable[[Any, Sequence[Scene]], Values]
     budget: Budget
     scenes: Sequence[Scene] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         names = [variant.name for variant in self.variants]
@@ -157,7 +159,7 @@ def run(study: Study, folder: Path, report: Callable[[str], object] = print) -> 
     """Train and judge every variant that has no result yet, then write the tables and the plot into `folder`.
 
     Raises:
-        UserError: `folder` holds results of the same variant under another configuration, budget or set of scenes.
+        UserError: `folder` holds results of the same variant under another configuration, budget, set of scenes, or of other facts.
     """
     scenes, outcomes = study.scenes or held_out(), []
     for number, variant in enumerate(study.variants):
@@ -173,8 +175,8 @@ def _one(study: Study, variant: Variant, scenes: Sequence[Scene], folder: Path) 
     with atomic.reported(folder):
         folder.mkdir(parents=True, exist_ok=True)
     config = changed(study.base, variant.override)
-    asked = {"config": repr(config), "budget": dataclasses.asdict(study.budget), "scenes": [dataclasses.asdict(scene) for scene in scenes]}
-    if (folder / "asked.json").is_file() and (differs := [k for k, v in atomic.read_json(folder / "asked.json").items() if v != asked[k]]):
+    asked = {"config": repr(config), "budget": dataclasses.asdict(study.budget), "scenes": [dataclasses.asdict(scene) for scene in scenes], **study.facts}
+    if (folder / "asked.json").is_file() and (differs := [k for k, v in atomic.read_json(folder / "asked.json").items() if v != asked.get(k)]):
         raise UserError(f"{variant.name} was started with another {differs[0]}", where=str(folder), fix="choose another directory, or remove this one")
     atomic.write_json(folder / "asked.json", asked)
     if (folder / "values.json").is_file():

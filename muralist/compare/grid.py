@@ -175,13 +175,10 @@ def read_sides(recipes: str | None, variants: Sequence[str]) -> list[Side]:
 
 
 def _variant(text: str) -> Side:
-    """`NAME: RECIPE` and settings after it, separated by spaces; a setting with spaces stands between quotation marks."""
+    """`NAME: RECIPE` and settings after it: each begins with a space and NAME=, and its value goes on to the next one, as it is."""
     name, colon, rest = text.partition(":")
-    try:
-        words = shlex.split(rest)
-    except ValueError:
-        words = []
-    if not (colon and name.strip() and name.isprintable() and words and all("=" in word for word in words[1:])):
+    words = re.split(r"\s+(?=[a-z_][\w.]*=)", rest.strip())
+    if not (colon and name.strip() and name.isprintable() and re.fullmatch(r"[\w.-]+", words[0])):
         fix = "write NAME: RECIPE SETTING=VALUE ..., such as '2 steps: pixelwizard refine.num_inference_steps=2'"
         raise UserError(f"{text!r:.80} is no variant", where="variant", fix=fix)
     return Side(name.strip(), words[0], tuple(words[1:]))

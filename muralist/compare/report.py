@@ -129,5 +129,5 @@ def _subtitle(comparison: Comparison) -> str:
     if comparison.scenes == (Scene(),):
         return f"{len(comparison.sides)} files"
     failed = sum(entry.failure is not None for entry in comparison.entries)
-    counted = [f"{n} {word}{'s' * (n != 1)}" for n, word in ((len(comparison.sides), "recipe"), (prompts, "prompt"), (seeds, "seed"))]
+    counted = [f"{n} {word}{'s' * (n != 1)}" for n, word in ((len(comparison.sides), "column"), (prompts, "prompt"), (seeds, "seed"))]
     return " × ".join(counted) + (f", {failed} of {len(comparison.entries)} runs failed" if failed else "")

@@ -8,6 +8,7 @@ would train without a word and be worth nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -33,8 +34,9 @@ from muralist.types import Grid
 
 Shard = tuple[dict[str, torch.Tensor], dict[str, str]]  # tensors and the header's metadata
 WORLD = World()
-FORMAT = 3  # of a shard: raise it when one holds other tensors
+FORMAT = 4  # of a shard: raise it when one holds other tensors
 SHARD = 20  # videos: a minute or two of one core
+AROUND = 2  # latents beside a crop that are encoded for its guide
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,8 @@ def stamp(vae: AutoencoderKLWan, config: PoolConfig | PairConfig, source: Source
     """What a shard's header says of its origin: `encoder`, a sha256, and `config`, JSON.
 
     The hash covers the encoder, `quant_conv` and the statistics that normalise the latents; the decoder as well where guides are made, which go
-    through its pixels. `name` and `count` are left out of the configuration: a pool may grow.
+    through its pixels. Of the configuration, `name` and `count` are left out, since a pool may grow, and what is as by default: a new field leaves
+    the shards made before it good.
     """
     digest = hashlib.sha256(json.dumps([list(vae.config.latents_mean), list(vae.config.latents_std), str(vae.dtype)]).encode())
     guides = isinstance(config, PoolConfig) and config.guide_scale is not None
@@ -116,7 +119,8 @@ def stamp(vae: AutoencoderKLWan, config: PoolConfig | PairConfig, source: Source
         for name, tensor in sorted(getattr(vae, part).state_dict().items()):
             digest.update(f"{part}.{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    fields = {name: value for name, value in asdict(config).items() if name not in ("name", "count")}
+    usual = {field.name: field.default for field in dataclasses.fields(config)}
+    fields = {name: value for name, value in asdict(config).items() if name not in ("name", "count") and value != usual[name]}
     return {"encoder": digest.hexdigest(), "config": json.dumps(fields | source.identity | {"format": FORMAT}, sort_keys=True)}
 
 
@@ -216,8 +220,11 @@ def _guide(
 
 
 def _covering(start: float, length: float, side: int) -> Span:
-    """The whole latents that cover `length` of them from `start`, of an axis of `side`: encoded as they are in the whole frame."""
-    return Span(max(math.floor(start + 1e-6), 0), min(math.ceil(start + length - 1e-6), side))
+    """The whole latents that cover `length` of them from `start`, of an axis of `side`, and AROUND more on either side.
+
+    The outermost are not those of the whole frame, whose encoder sees pixels beyond them, and interpolation looks at two beside each place.
+    """
+    return Span(max(math.floor(start + 1e-6) - AROUND, 0), min(math.ceil(start + length - 1e-6) + AROUND, side))
 
 
 def _damaged(make: Callable[[], torch.Tensor], damage: AnchorDamage, rng: np.random.Generator) -> Callable[[], torch.Tensor]:

@@ -3,7 +3,8 @@
 `atlasvid`: muralist generate PROMPT --recipe atlasvid --size 4k --duration 10s
 
 Needs the base's adapters `proxy` and `detail`, both trained at its own resolution. Where it also has `detail_uhr` (the paper's optional fine-tuning at
-4K), windows are painted with that; `--set refine.adapter=detail` paints without.
+4K), windows are painted with that, in those that it was trained in; without: `--set refine.adapter=detail --set refine.attention.tokens=T`, T being those
+of `detail`'s training (`ProxyWindows.trained`; the embedded base: 112).
 
 Known of the method: a proxy of low resolution and frame rate with rotary positions scaled by 4 in time; joint denoising in reordered
 space-time windows with aligned guidance of the proxy, asymmetric; LoRA trained at the base's resolution alone; at most 1,208 times fewer
@@ -12,7 +13,7 @@ attention FLOPs a layer. Ours, since only abstract, captions and two sentences a
 | value | here | why |
 |---|---|---|
 | `proxy.every` | 4 | the paper's r_t; 81 proxy frames then span 321 of the target, its longest example |
-| `refine.attention.tokens` | 1,024 | with the proxy's 64 about 1,100 keys a query, which gives the paper's factor; small bases fewer, as in training |
+| `refine.attention.tokens` | 1,024 | with the proxy's 64 about 1,100 keys a query, which gives the paper's factor; what an adapter was trained in, if that is less |
 | `refine.attention.near` | 4 x 4 x 4 | the proxy's own rows and columns around a window |
 | `refine.attention.proxy_noise` | clean | its keys are then computed once; `same` is the alternative |
 """
@@ -25,8 +26,6 @@ from muralist.stages.proxy import LowFrameRateProxy
 from muralist.stages.refine import ProxyWindows, Refine
 
 PROXY, DETAIL, DETAIL_UHR = "proxy", "detail", "detail_uhr"  # adapters
-TOKENS = 1024
-MAX_FRAMES = 8  # latent frames of a window: 8 x 8 x 16 tokens
 
 
 def atlasvid(base: BaseInfo) -> Config:
@@ -36,8 +35,7 @@ def atlasvid(base: BaseInfo) -> Config:
         base.require_adapter(name)
     d = base.defaults
     own = base.geometry.token_shape(base.geometry.legal(d.grid))
-    trained = ProxyWindows.of_crops(own) if detail == DETAIL_UHR else ProxyWindows.trained(own)
-    windows = ProxyWindows(tokens=min(TOKENS, trained.tokens), max_frames=min(MAX_FRAMES, trained.max_frames))
+    windows = ProxyWindows.of_crops(own) if detail == DETAIL_UHR else ProxyWindows.trained(own)
     return Config(
         proxy=LowFrameRateProxy(height=d.grid.height, width=d.grid.width, adapter=PROXY, **d.sampling),
         upsample=None,

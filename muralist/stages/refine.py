@@ -45,6 +45,10 @@ class Windows:
             raise UserError(f"windows of {self.max_frames} frames", where="window", fix="use at least 1, or null for no limit")
 
 
+MOST_TOKENS = 1024  # of a window in sight of a proxy: with 64 of the proxy about 1,100 keys a query
+MOST_FRAMES = 8  # latent ones: 8 x 8 x 16 tokens
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProxyWindows(Windows):
     """Windows whose queries also see the proxy around them (`nn/attention/guided.py`).
@@ -61,14 +65,19 @@ class ProxyWindows(Windows):
 
     @classmethod
     def trained(cls, own: tuple[int, int, int]) -> ProxyWindows:
-        """Those that a base of the token grid `own` (f, y, x) is trained in at its own resolution: an eighth of its tokens, half of its frames."""
-        return cls(tokens=max(math.prod(own) // 8, 8), max_frames=max(own[0] // 2, 1))
+        """Those that a base of the token grid `own` (f, y, x) is trained in at its own resolution: at most an eighth of its tokens, half of its frames."""
+        return cls.at_most(math.prod(own) // 8, own[0] // 2)
 
     @classmethod
     def of_crops(cls, own: tuple[int, int, int]) -> ProxyWindows:
-        """Those of crops of large videos: half of the base's tokens, as whole frames."""
+        """Those of crops of large videos: at most half of the base's tokens, as whole frames."""
         frames = max(own[0] // 2, 1)
-        return cls(tokens=max(frames * own[1] * own[2], 8), max_frames=frames)
+        return cls.at_most(frames * own[1] * own[2], frames)
+
+    @classmethod
+    def at_most(cls, tokens: int, frames: int) -> ProxyWindows:
+        """No larger than any that large videos are painted in: what is trained is what is painted."""
+        return cls(tokens=min(max(tokens, 8), MOST_TOKENS), max_frames=min(max(frames, 1), MOST_FRAMES))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,6 +69,8 @@ class RunDirectory:
                 atomic.write_json(path / _REQUEST, {"format": FORMAT, "options": wanted, "versions": atomic.versions()})
             stored = _read_request(path)
             _require_same(path, stored["options"], wanted)
+            if stored["options"] != wanted:  # the same weights lie elsewhere now: a resume has to find them
+                atomic.write_json(path / _REQUEST, stored | {"options": wanted})
             if stored.get("versions") != atomic.versions():
                 _log.warning("%s was started with other package versions; the result may differ in the last bits", path)
         except BaseException:

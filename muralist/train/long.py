@@ -7,7 +7,8 @@ above the base's own size is needed (the paper trains at 720p alone).
 
 `detail-uhr` goes on from `detail` on crops of large videos, each in sight of the whole one as a proxy of the base's size (the paper's optional
 fine-tuning at 4K). A small base needs it: what it calls an object is a few tokens wide, at 4K half a hundred. Crops, their sizes and the share of
-them that lie on the object are ours. Its windows are as large as a crop, since there the task need not be scaled down.
+them that lie on the object are ours. Its windows are as large as a crop, half of its frames each, unless that is more than windows ever have: there
+the task need not be scaled down.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from muralist.data.latents import LatentPool, PoolConfig
 from muralist.nn.attention import ProxyMemory, Within
 from muralist.stages.proxy import LowFrameRateProxy
 from muralist.stages.refine import ProxyWindows, Refine
+from muralist.store.weights import fingerprint
 from muralist.train.loop import Report, begin
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching, Source
 from muralist.train.trainee import Trainee, VideoData, fit_adapter, give_adapter, train_alone
@@ -50,24 +52,20 @@ class Clips:
 
 
 @dataclass(frozen=True, slots=True)
-class Pieces:
-    """Batches of some latent frames of crops, one size a batch, with the whole videos as proxies. `crop`: a crop's token grid."""
+class Sighted:
+    """Batches of crops, one size a batch, with the whole videos as proxies. `crop`: a crop's token grid."""
 
     pools: tuple[LatentPool, ...]
     crop: tuple[int, int, int]
-    batch: int = 8
+    batch: int = 4
 
     def __call__(self, rng: np.random.Generator, progress: float) -> Batch:
         pool, (frames, rows, columns) = self.pools[rng.integers(len(self.pools))], self.crop
         index = rng.integers(len(pool.captions), size=self.batch)
-        z, captions, near_object = pool.take(index)
-        piece = max(frames // 2, 1)
-        first = int(rng.integers(frames - piece + 1))
-        kept, chosen = slice(first, first + piece), torch.from_numpy(index)
+        chosen = torch.from_numpy(index)
         places = ((top, left, rows / height, columns / width) for top, left, height, width in pool.places[chosen].tolist())
-        within = [Within((frames, tall, wide), (float(first), top * tall, left * wide)) for top, left, tall, wide in places]
-        near_object = None if near_object is None else near_object[:, kept]
-        return Batch(z[:, :, kept], captions, near_object, proxy=pool.proxy[chosen].float(), within=within)
+        within = [Within((frames, tall, wide), (0.0, top * tall, left * wide)) for top, left, tall, wide in places]
+        return Batch(*pool.take(index), proxy=pool.proxy[chosen].float(), within=within)
 
 
 def train_proxy(
@@ -96,13 +94,13 @@ def train_detail(
     give_adapter(trainee, DETAIL)
     graft = training_windows(trainee).graft(trainee.info.geometry.token_shape(own))
     objective = InSightOfProxy(trainee, Clips(pool), replace(_config(trainee), graft=graft), DETAIL)
-    return fit_adapter(trainee, DETAIL, objective, folder, minutes, resume, trainee.origin(data), report)
+    return fit_adapter(trainee, DETAIL, objective, folder, minutes, resume, _origin(trainee, data), report)
 
 
 def train_detail_uhr(
     folder: Path, *, minutes: float, device: torch.device, resume: bool, model: Path, data: VideoData | None = None, report: Report = print
 ) -> Path:
-    """LoRA on crops of large videos, each a window, in sight of the whole; starts as `detail` if there is one. Writes `folder/adapters/detail_uhr`."""
+    """LoRA on crops of large videos, in sight of the whole; starts as `detail` if there is one. Writes `folder/adapters/detail_uhr`."""
     begin(folder, resume=resume)
     trainee, data = Trainee(model, device), (data or VideoData()).settled()
     configs = [_sighted_pool(trainee, height, data) for height in data.heights]
@@ -110,8 +108,8 @@ def train_detail_uhr(
     give_adapter(trainee, DETAIL_UHR, like=DETAIL)
     own = trainee.info.geometry.token_shape(trainee.own_grid)
     config = replace(_config(trainee), graft=_refine(ProxyWindows.of_crops(own)).graft(own))
-    objective = InSightOfProxy(trainee, Pieces(pools, own), config, DETAIL_UHR)
-    return fit_adapter(trainee, DETAIL_UHR, objective, folder, minutes, resume, trainee.origin(data), report)
+    objective = InSightOfProxy(trainee, Sighted(pools, own), config, DETAIL_UHR)
+    return fit_adapter(trainee, DETAIL_UHR, objective, folder, minutes, resume, _origin(trainee, data), report)
 
 
 class InSightOfProxy(FlowMatching):
@@ -140,6 +138,12 @@ class InSightOfProxy(FlowMatching):
 
     def _seen(self, memory: ProxyMemory, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, **extra: torch.Tensor) -> torch.Tensor:
         return self.transformer(noisy, 1000 * sigma, text, return_dict=False, attention_kwargs={"proxy": memory, **extra})[0]
+
+
+def _origin(trainee: Trainee, data: VideoData) -> dict[str, str]:
+    """What such a training stands on: proxies are looked at with the adapter `proxy`, where there is one."""
+    adapter = trainee.info.folder / "adapters" / PROXY
+    return trainee.origin(data) | {"adapter proxy": fingerprint(adapter) if adapter.is_dir() else "none"}
 
 
 def training_windows(trainee: Trainee) -> Refine:

@@ -6,7 +6,7 @@ Each is one command, `muralist train NAME --minutes M`, that can be stopped and 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -94,7 +94,7 @@ def train_vae(folder: Path, *, minutes: float, device: torch.device, resume: boo
     `init`: a model folder whose VAE it starts from instead of a fresh one, and to whose latents at the base's own size it is held.
     """
     vae, earlier = (new_vae(), None) if init is None else (load_vae(init / "vae"), load_vae(init / "vae"))
-    vae = _fit_vae(vae, folder, minutes, device, resume, report, init, earlier)
+    vae = _fit_vae(vae, folder, minutes, device, resume, report, _origin(init, "vae"), earlier, fresh=init is None)
     if init is None:
         mean, std = _latent_statistics(vae, device)
         vae.register_to_config(latents_mean=mean, latents_std=std)
@@ -119,7 +119,8 @@ def train_decoder(
             raise UserError(f"the encoder of {vae} has other layers", where="from", fix="give the folder of a VAE trained here") from None
         getattr(new, part).requires_grad_(False)
     new.register_to_config(latents_mean=old.config.latents_mean, latents_std=old.config.latents_std)
-    _fit_vae(new, folder, minutes, device, resume, report, init).save_pretrained(folder / "vae")
+    origin = _origin(init, "vae") | {"--from": weights.fingerprint(vae)}
+    _fit_vae(new, folder, minutes, device, resume, report, origin, fresh=init is None).save_pretrained(folder / "vae")
     draw_curve(folder)
     return folder / "vae"
 
@@ -131,15 +132,17 @@ def _fit_vae(
     device: torch.device,
     resume: bool,
     report: Callable[[str], None],
-    init: Path | None,
+    origin: Mapping[str, str],
     earlier: AutoencoderKLWan | None = None,
+    *,
+    fresh: bool,
 ) -> AutoencoderKLWan:
-    """Weights that are gone on with have had their single frames."""
-    config = ReconstructionConfig() if init is None else ReconstructionConfig(heights=FURTHER_HEIGHTS, single_share=0.0, band_from=0.0)
+    """Weights that are gone on with (not `fresh`) have had their single frames."""
+    config = ReconstructionConfig() if fresh else ReconstructionConfig(heights=FURTHER_HEIGHTS, single_share=0.0, band_from=0.0)
     objective = Reconstruction(_trainable(vae).to(device), config, device, None if earlier is None else earlier.to(device).requires_grad_(False))
     # at the rate of fresh weights, trained ones lose in 200 steps what they took an hour to learn
-    schedule = Schedule(minutes=minutes, learning_rate=1e-3 if init is None else 2e-4, decay=0.6)
-    return fit(objective, schedule, folder, resume=resume, origin=_origin(init, "vae"), report=report)
+    schedule = Schedule(minutes=minutes, learning_rate=1e-3 if fresh else 2e-4, decay=0.6)
+    return fit(objective, schedule, folder, resume=resume, origin=origin, report=report)
 
 
 def _origin(init: Path | None, part: str) -> dict[str, str]:

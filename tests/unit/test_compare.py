@@ -114,6 +114,14 @@ def test_variants_are_columns_of_their_own(tiny22, tmp_path, monkeypatch):
     assert len({cell["path"] for cell in results["cells"]}) == 3
 
 
+def test_settings_of_a_variant_are_taken_as_they_are():
+    (side,) = grid.read_sides(None, ['two parts: luve refine.experts=["low", "high"] upsample={"kind": "LearnedUpsampling", "chunk": 2}'])
+    assert side == grid.Side("two parts", "luve", ('refine.experts=["low", "high"]', 'upsample={"kind": "LearnedUpsampling", "chunk": 2}'))
+    for text in ("no colon", ": luve", "name:", "name: =3", "name: luve and words"):
+        with pytest.raises(UserError, match="is no variant"):
+            grid.read_sides(None, [text])
+
+
 def test_the_command_of_a_cell_makes_its_video_again(grid_folder, tmp_path, monkeypatch):
     import shlex
 
@@ -394,7 +402,7 @@ def test_a_browser_draws_it_without_a_complaint(grid_folder, tmp_path):
     ]
     done = subprocess.run([*command, "--dump-dom", (grid_folder[0] / "report.html").as_uri()], capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in done.stderr, done.stderr
-    for told in ("brightness", "Time by stage", "Spectra", "2 recipes × 2 prompts × 1 seed"):
+    for told in ("brightness", "Time by stage", "Spectra", "2 columns × 2 prompts × 1 seed"):
         assert told in done.stdout
     assert done.stdout.count("&lt;/script&gt;&lt;script&gt;alert") >= 2
 

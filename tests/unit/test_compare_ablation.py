@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from dataclasses import dataclass, field
 
@@ -112,6 +113,9 @@ def test_results_of_another_budget_are_not_taken_for_these(tmp_path):
     ablation.run(study(), tmp_path, lambda line: None)
     with pytest.raises(UserError, match="another budget"):
         ablation.run(study(budget=Budget(steps=151)), tmp_path)
+    with pytest.raises(UserError, match="another --size"):
+        for size in ("64x64", "96x64"):
+            ablation.run(dataclasses.replace(study(), facts={"--size": size}), tmp_path / "sized", lambda line: None)
 
 
 @pytest.mark.parametrize("override", [{"sines": 3}, {"basis.cosines": 3}, {"rate.x": 1}, {"": 1}])

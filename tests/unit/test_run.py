@@ -163,6 +163,7 @@ def test_the_same_request_said_otherwise_goes_on(tmp_path, change):
     request = REQUEST | {"guidance_scale": 3, "folder": "/a/base", "weights": "same"}
     RunDirectory.create(tmp_path / "r", request).close()
     RunDirectory.create(tmp_path / "r", request | change).close()
+    assert RunDirectory.stored(tmp_path / "r") == request | change  # a resume finds the weights where they are now
     with pytest.raises(UserError, match="weights have changed"):
         RunDirectory.create(tmp_path / "r", request | change | {"weights": "others"})
 

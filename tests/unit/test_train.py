@@ -375,6 +375,18 @@ def test_a_new_decoder_keeps_the_encoder_and_its_statistics(tmp_path):
     assert not torch.equal(old.decoder.conv_out.weight, new.decoder.conv_out.weight)
 
 
+def test_a_decoder_goes_on_with_the_encoder_that_it_started_with(tmp_path):
+    def train(source, resume=True):
+        return train_decoder(tmp_path / "run", minutes=0.01, device=torch.device("cpu"), resume=resume, vae=tmp_path / source, report=lambda line: None)
+
+    for seed, name in enumerate("ab"):
+        new_vae(seed=seed).save_pretrained(tmp_path / name)
+    train("a", resume=False)
+    with pytest.raises(UserError, match="stand on another --from"):
+        train("b")
+    train("a")
+
+
 def test_what_started_from_a_model_goes_on_with_that_model_alone(tmp_path):
     new_vae().save_pretrained(tmp_path / "a" / "vae")
     new_vae(seed=1).save_pretrained(tmp_path / "b" / "vae")
