@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import tiny
+from muralist.stages.encode import encode
+from muralist.store.video_write import EncodeOptions
+from muralist.types import FrameChunk
+from tests import tiny, training
 
 # A shell starts what runs in the background with Ctrl-C ignored, and so would be every process that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -49,3 +52,22 @@ def tiny22(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_base(request: pytest.FixtureRequest) -> Path:
     """Either flavour: a test that takes it runs on both."""
     return request.getfixturevalue("tiny" + request.param.replace(".", ""))
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two clips whose frames say which they are: red is the frame's number, blue the column."""
+    folder = tmp_path_factory.mktemp("footage")
+    for name in ("a", "b"):
+        frames = torch.zeros(21, 96, 192, 3)
+        frames[..., 0] = torch.linspace(0.1, 0.9, 21)[:, None, None]
+        frames[..., 2] = torch.linspace(0, 1, 192)
+        encode(iter([FrameChunk(frames, 0)]), training.SIZE, folder / f"{name}.mp4", EncodeOptions(crf=4))
+    training.write(folder, [("a.mp4", "a red ball", "7"), ("b.mp4", "a blue star", "3.5")])
+    return folder
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches of two clips a file."""
+    monkeypatch.setattr("muralist.data.latents.SHARD", 2)

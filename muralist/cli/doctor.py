@@ -67,7 +67,7 @@ def _dtype(device: Any) -> str:
     dtype = str(pick_dtype(device)).removeprefix("torch.")
     if device.type == "cuda":
         return f"{dtype}: the GPU multiplies it in matrix units"
-    return f"{dtype}: " + ("this CPU multiplies it in matrix units (AMX)" if dtype == "bfloat16" else "this CPU has no matrix units for bfloat16 (AMX)")
+    return f"{dtype}: " + ("this CPU multiplies it itself" if dtype == "bfloat16" else "this CPU does not multiply bfloat16 itself (no AMX, no AVX512_BF16)")
 
 
 def _attention(device: Any) -> str:
