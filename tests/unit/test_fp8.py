@@ -243,7 +243,7 @@ def test_streamed_blocks_bring_their_codes(wide22, dtype, monkeypatch):
     assert moved < sum(memory.numel() for memory in plain._host)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_blocks_agree_with_eager_ones(wide22):
     torch._dynamo.reset()
     if lacking := compiled.why_not(CPU):
