@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from muralist.base import pick_device, pick_dtype
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -25,6 +27,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "amx": torch.cpu._is_amx_tile_supported(),
+        "dtype": str(pick_dtype(pick_device("auto"))).removeprefix("torch."),  # that models compute in unless a row says otherwise
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
