@@ -24,6 +24,7 @@ import torch
 from common import write
 
 import muralist
+from muralist.base import pick_dtype
 from muralist.base_info import inspect_base
 from muralist.compare.ablation import Budget, Measured, Study, Variant, held_out, run
 from muralist.data import world
@@ -31,7 +32,6 @@ from muralist.data.score import score
 from muralist.eval.metrics.spectrum import SpectralDistance
 from muralist.nn.filters import RadialFilter
 from muralist.nn.kinds import InjectorConfig, hierarchical
-from muralist.store.weights import fingerprint
 from muralist.train.anchored import AnchoredConfig, train_anchored
 from muralist.train.branched import BranchedConfig, train_branched
 from muralist.train.experts import LESSONS, Lesson, train_experts
@@ -188,7 +188,7 @@ def main() -> None:
     study = Study(
         name=f"{options.name} ({subject.paper})", base=subject.base, variants=subject.variants, measures=(ADHERENCE, DISTANCE), train=train, evaluate=evaluate,
         budget=Budget(minutes=options.minutes), scenes=held_out(options.scenes),
-        facts={"--model": fingerprint(model / "transformer"), "--clips": str(options.clips), "--size": options.size, "--num-frames": str(options.num_frames)},
+        facts=facts(model, options),
     )  # fmt: skip
     outcomes = run(study, folder)
     rows = [
@@ -204,6 +204,12 @@ def main() -> None:
     ]
     judged = f"{options.scenes} held-out scenes at {options.size} x {options.num_frames}"
     write(f"study-{options.name}", rows, note=f"{options.minutes:g} minutes a variant, {options.clips} clips of each size; {judged}")
+
+
+def facts(model: Path, options: argparse.Namespace) -> dict[str, str]:
+    """What results stand on besides configuration, budget and scenes."""
+    asked = {f"--{name}": str(getattr(options, name.replace("-", "_"))) for name in ("clips", "size", "num-frames")}
+    return {"--model": inspect_base(str(model)).fingerprint, "dtype": str(pick_dtype(CPU)), **asked}
 
 
 def stripped(base: Path, folder: Path, without: Sequence[str]) -> Path:

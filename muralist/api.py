@@ -87,7 +87,7 @@ class Pipeline:
         plan.check()
         prepare_memory(self.base, plan)
         request = plan.request
-        run = RunDirectory.create(folder, run_record(asked, request, weights=self.base.info.fingerprint))
+        run = RunDirectory.create(folder, run_record(asked, request, weights=self.base.info.fingerprint), dtype=str(self.base.dtype).removeprefix("torch."))
         try:
             latent = denoise(request, self.base, run, observer or Silent())
         except BaseException:

@@ -128,7 +128,7 @@ def execute(job: Job, output: Path, run_dir: Path, *, keep_run: bool, json: bool
     check_output(output, plan.output_bytes)
     for text in plan.notes:
         note(text)
-    with RunDirectory.create(run_dir, job.record(output, run_dir, plan.request)) as run:
+    with RunDirectory.create(run_dir, job.record(output, run_dir, plan.request), dtype=plan.machine.dtype) as run:
         _paint(replace(job, request=plan.request), output, run, plan, json=json)
         if not keep_run:
             run.remove()

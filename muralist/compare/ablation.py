@@ -176,7 +176,7 @@ def _one(study: Study, variant: Variant, scenes: Sequence[Scene], folder: Path) 
         folder.mkdir(parents=True, exist_ok=True)
     config = changed(study.base, variant.override)
     asked = {"config": repr(config), "budget": dataclasses.asdict(study.budget), "scenes": [dataclasses.asdict(scene) for scene in scenes], **study.facts}
-    if (folder / "asked.json").is_file() and (differs := [k for k, v in atomic.read_json(folder / "asked.json").items() if v != asked.get(k)]):
+    if (folder / "asked.json").is_file() and (differs := _differing(atomic.read_json(folder / "asked.json"), asked)):
         raise UserError(f"{variant.name} was started with another {differs[0]}", where=str(folder), fix="choose another directory, or remove this one")
     atomic.write_json(folder / "asked.json", asked)
     if (folder / "values.json").is_file():
@@ -194,6 +194,11 @@ def _one(study: Study, variant: Variant, scenes: Sequence[Scene], folder: Path) 
         return Outcome(variant=variant, failure=str(error) if isinstance(error, UserError) else line)
     atomic.write_json(folder / "values.json", {"values": values, "seconds": seconds})
     return Outcome(variant=variant, values=values, seconds=seconds)
+
+
+def _differing(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Names of what is not the same in both, or is in one alone."""
+    return [name for name in (*stored, *(asked.keys() - stored.keys())) if stored.get(name) != asked.get(name)]
 
 
 def _numbers(name: str, value: float | Sequence[float]) -> float | list[float]:

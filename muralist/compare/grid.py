@@ -14,6 +14,7 @@ again by the next start and never stops the others.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -175,10 +176,34 @@ def read_sides(recipes: str | None, variants: Sequence[str]) -> list[Side]:
 
 
 def _variant(text: str) -> Side:
-    """`NAME: RECIPE` and settings after it: each begins with a space and NAME=, and its value goes on to the next one, as it is."""
+    """`NAME: RECIPE SETTING=VALUE ...`: a value is JSON, which may hold spaces, or a word."""
     name, colon, rest = text.partition(":")
-    words = re.split(r"\s+(?=[a-z_][\w.]*=)", rest.strip())
-    if not (colon and name.strip() and name.isprintable() and re.fullmatch(r"[\w.-]+", words[0])):
+    recipe, _, rest = rest.strip().partition(" ")
+    settings = _settings(rest.strip())
+    if not (colon and name.strip() and name.isprintable() and re.fullmatch(r"[\w.-]+", recipe)) or settings is None:
         fix = "write NAME: RECIPE SETTING=VALUE ..., such as '2 steps: pixelwizard refine.num_inference_steps=2'"
         raise UserError(f"{text!r:.80} is no variant", where="variant", fix=fix)
-    return Side(name.strip(), words[0], tuple(words[1:]))
+    return Side(name.strip(), recipe, settings)
+
+
+def _settings(text: str) -> tuple[str, ...] | None:
+    """The settings that `text` consists of, as they are; None if there is more in it."""
+    found = []
+    while text:
+        name = re.match(r"[\w.]+=", text)
+        if name is None:
+            return None
+        end = name.end() + _value_length(text[name.end() :])
+        found.append(text[:end])
+        text = text[end:].lstrip()
+    return tuple(found)
+
+
+def _value_length(text: str) -> int:
+    """Characters of the value that `text` begins with: JSON up to a space or the end, else a word."""
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except ValueError:
+        end = 0
+    word = len(text.split(maxsplit=1)[0]) if text[:1].strip() else 0
+    return end if end and not text[end : end + 1].strip() else word

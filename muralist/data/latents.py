@@ -8,7 +8,6 @@ would train without a word and be worth nothing.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -34,9 +33,10 @@ from muralist.types import Grid
 
 Shard = tuple[dict[str, torch.Tensor], dict[str, str]]  # tensors and the header's metadata
 WORLD = World()
-FORMAT = 4  # of a shard: raise it when one holds other tensors
+FORMAT = 3  # of a shard: raise it when one holds other tensors
 SHARD = 20  # videos: a minute or two of one core
-AROUND = 2  # latents beside a crop that are encoded for its guide
+AROUND = 4  # latents beside a crop that are encoded for its guide: it is then the whole frame's to 0.3 % (of its deviation)
+LATER = {"aimed": 0.0}  # fields of configurations that are younger than some shards, and what those were made with
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,18 +110,23 @@ def stamp(vae: AutoencoderKLWan, config: PoolConfig | PairConfig, source: Source
     """What a shard's header says of its origin: `encoder`, a sha256, and `config`, JSON.
 
     The hash covers the encoder, `quant_conv` and the statistics that normalise the latents; the decoder as well where guides are made, which go
-    through its pixels. Of the configuration, `name` and `count` are left out, since a pool may grow, and what is as by default: a new field leaves
-    the shards made before it good.
+    through its pixels. `name` and `count` are left out of the configuration, since a pool may grow, and so is what is as in LATER.
     """
-    digest = hashlib.sha256(json.dumps([list(vae.config.latents_mean), list(vae.config.latents_std), str(vae.dtype)]).encode())
     guides = isinstance(config, PoolConfig) and config.guide_scale is not None
-    for part in ("encoder", "quant_conv", *(("decoder", "post_quant_conv") if guides else ())):
+    fields = {name: value for name, value in asdict(config).items() if name not in ("name", "count") and (name, value) not in LATER.items()}
+    if guides:
+        fields["around"] = AROUND
+    return {"encoder": digest_of(vae, decoder=guides), "config": json.dumps(fields | source.identity | {"format": FORMAT}, sort_keys=True)}
+
+
+def digest_of(vae: AutoencoderKLWan, *, decoder: bool = False) -> str:
+    """A sha256 of what decides latents: encoder, `quant_conv`, statistics and type; of the decoder too if asked for."""
+    digest = hashlib.sha256(json.dumps([list(vae.config.latents_mean), list(vae.config.latents_std), str(vae.dtype)]).encode())
+    for part in ("encoder", "quant_conv", *(("decoder", "post_quant_conv") if decoder else ())):
         for name, tensor in sorted(getattr(vae, part).state_dict().items()):
             digest.update(f"{part}.{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    usual = {field.name: field.default for field in dataclasses.fields(config)}
-    fields = {name: value for name, value in asdict(config).items() if name not in ("name", "count") and value != usual[name]}
-    return {"encoder": digest.hexdigest(), "config": json.dumps(fields | source.identity | {"format": FORMAT}, sort_keys=True)}
+    return digest.hexdigest()
 
 
 def _read(path: Path, origin: dict[str, str]) -> Shard:

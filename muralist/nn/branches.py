@@ -88,7 +88,8 @@ class CompressedBranch(nn.Module):
         video = rearrange(images, "(b f) d y x -> b d f y x", f=frames)
         with torch.autocast(video.device.type, enabled=False):
             # in its weights' own type: oneDNN's bfloat16 gradient of depthwise weights reads memory nobody wrote where there are two frames (torch 2.13)
-            tokens = rearrange(self.restoring(video.to(self.restoring.weight.dtype)), "b d f y x -> b (f y x) d")
+            video = self.restoring(video.to(self.restoring.weight.dtype))
+        tokens = rearrange(video, "b d f y x -> b (f y x) d").to(pooled.dtype)
         return tokens if self.across is None else self.across(tokens)
 
 

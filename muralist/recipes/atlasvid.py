@@ -13,7 +13,7 @@ attention FLOPs a layer. Ours, since only abstract, captions and two sentences a
 | value | here | why |
 |---|---|---|
 | `proxy.every` | 4 | the paper's r_t; 81 proxy frames then span 321 of the target, its longest example |
-| `refine.attention.tokens` | 1,024 | with the proxy's 64 about 1,100 keys a query, which gives the paper's factor; what an adapter was trained in, if that is less |
+| `refine.attention.tokens` | 1,024 | with the proxy's 64 about 1,100 keys a query, for the paper's factor; what an adapter was trained in, if less |
 | `refine.attention.near` | 4 x 4 x 4 | the proxy's own rows and columns around a window |
 | `refine.attention.proxy_noise` | clean | its keys are then computed once; `same` is the alternative |
 """

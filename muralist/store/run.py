@@ -47,12 +47,13 @@ class RunDirectory:
     # --- open and close -----------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def create(cls, path: Path, request: Mapping[str, Any]) -> RunDirectory:
+    def create(cls, path: Path, request: Mapping[str, Any], *, dtype: str | None = None) -> RunDirectory:
         """Start a run, or resume it if `path` already holds one for the same request.
 
         Args:
             path: the directory; made if missing, and then empty or a run.
             request: the resolved options, JSON values.
+            dtype: what the models compute in here. A run begun in another type is gone on with, and that is told.
         Raises:
             UserError: another process works here, the directory holds something else, or its request differs (the first difference is named).
         """
@@ -66,13 +67,15 @@ class RunDirectory:
         try:
             atomic.clean(path)
             if not (path / _REQUEST).exists():
-                atomic.write_json(path / _REQUEST, {"format": FORMAT, "options": wanted, "versions": atomic.versions()})
+                atomic.write_json(path / _REQUEST, {"format": FORMAT, "options": wanted, "versions": atomic.versions(), "dtype": dtype})
             stored = _read_request(path)
             _require_same(path, stored["options"], wanted)
             if stored["options"] != wanted:  # the same weights lie elsewhere now: a resume has to find them
                 atomic.write_json(path / _REQUEST, stored | {"options": wanted})
             if stored.get("versions") != atomic.versions():
                 _log.warning("%s was started with other package versions; the result may differ in the last bits", path)
+            if (begun := stored.get("dtype", dtype)) != dtype:
+                _log.warning("%s was started in %s and goes on in %s; the result lies between those of both", path, begun, dtype)
         except BaseException:
             os.close(lock)
             raise

@@ -25,7 +25,8 @@ from muralist.nn.attention import ProxyMemory, Within
 from muralist.stages.proxy import LowFrameRateProxy
 from muralist.stages.refine import ProxyWindows, Refine
 from muralist.store.weights import fingerprint
-from muralist.train.loop import Report, begin
+from muralist.train import state
+from muralist.train.loop import CHECKPOINTS, Report, begin
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching, Source
 from muralist.train.trainee import Trainee, VideoData, fit_adapter, give_adapter, train_alone
 from muralist.train.uhr import DAMAGE
@@ -88,13 +89,14 @@ def train_detail(
     """LoRA on clips in small windows that see a proxy, which is looked at with the adapter `proxy` if there is one; writes `folder/adapters/detail`."""
     begin(folder, resume=resume)
     trainee, data = Trainee(model, device), (data or VideoData()).settled()
+    origin = _origin(trainee, data, folder, PROXY)
     own = trainee.own_grid
     coarse = _slow_proxy(own, SHRINK).grid(own, trainee.info.geometry)
     (pool,) = trainee.encoded([PoolConfig(name="paired", count=data.clips, grid=own, proxy=coarse, seed=12)], data, folder, report)
     give_adapter(trainee, DETAIL)
     graft = training_windows(trainee).graft(trainee.info.geometry.token_shape(own))
     objective = InSightOfProxy(trainee, Clips(pool), replace(_config(trainee), graft=graft), DETAIL)
-    return fit_adapter(trainee, DETAIL, objective, folder, minutes, resume, _origin(trainee, data), report)
+    return fit_adapter(trainee, DETAIL, objective, folder, minutes, resume, origin, report)
 
 
 def train_detail_uhr(
@@ -103,13 +105,14 @@ def train_detail_uhr(
     """LoRA on crops of large videos, in sight of the whole; starts as `detail` if there is one. Writes `folder/adapters/detail_uhr`."""
     begin(folder, resume=resume)
     trainee, data = Trainee(model, device), (data or VideoData()).settled()
+    origin = _origin(trainee, data, folder, PROXY, DETAIL)
     configs = [_sighted_pool(trainee, height, data) for height in data.heights]
     pools = trainee.encoded(configs, data, folder, report)
     give_adapter(trainee, DETAIL_UHR, like=DETAIL)
     own = trainee.info.geometry.token_shape(trainee.own_grid)
     config = replace(_config(trainee), graft=_refine(ProxyWindows.of_crops(own)).graft(own))
     objective = InSightOfProxy(trainee, Sighted(pools, own), config, DETAIL_UHR)
-    return fit_adapter(trainee, DETAIL_UHR, objective, folder, minutes, resume, _origin(trainee, data), report)
+    return fit_adapter(trainee, DETAIL_UHR, objective, folder, minutes, resume, origin, report)
 
 
 class InSightOfProxy(FlowMatching):
@@ -140,10 +143,12 @@ class InSightOfProxy(FlowMatching):
         return self.transformer(noisy, 1000 * sigma, text, return_dict=False, attention_kwargs={"proxy": memory, **extra})[0]
 
 
-def _origin(trainee: Trainee, data: VideoData) -> dict[str, str]:
-    """What such a training stands on: proxies are looked at with the adapter `proxy`, where there is one."""
-    adapter = trainee.info.folder / "adapters" / PROXY
-    return trainee.origin(data) | {"adapter proxy": fingerprint(adapter) if adapter.is_dir() else "none"}
+def _origin(trainee: Trainee, data: VideoData, folder: Path, *adapters: str) -> dict[str, str]:
+    """What such a training stands on, the base's adapters among it, where it has them. Raises UserError if checkpoints in `folder` stand on others."""
+    places = {f"adapter {name}": trainee.info.folder / "adapters" / name for name in adapters}
+    origin = trainee.origin(data) | {name: fingerprint(place) if place.is_dir() else "none" for name, place in places.items()}
+    state.require_origin(folder / CHECKPOINTS, origin)
+    return origin
 
 
 def training_windows(trainee: Trainee) -> Refine:

@@ -119,7 +119,7 @@ def train_decoder(
             raise UserError(f"the encoder of {vae} has other layers", where="from", fix="give the folder of a VAE trained here") from None
         getattr(new, part).requires_grad_(False)
     new.register_to_config(latents_mean=old.config.latents_mean, latents_std=old.config.latents_std)
-    origin = _origin(init, "vae") | {"--from": weights.fingerprint(vae)}
+    origin = _origin(init, "vae") | {"--from": latents.digest_of(old)}
     _fit_vae(new, folder, minutes, device, resume, report, origin, fresh=init is None).save_pretrained(folder / "vae")
     draw_curve(folder)
     return folder / "vae"

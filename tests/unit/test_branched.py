@@ -393,6 +393,18 @@ def test_bad_attention_is_refused(make):
         make()
 
 
+@pytest.mark.parametrize("restoring", ["dense", "depthwise", "separable"])
+def test_every_way_to_restore_is_trained_beside_products_in_bfloat16(restoring):
+    made = stirred(model(replace(hierarchical(DIM, LAYERS, windows=2, rank=2), restoring=restoring)))
+    made.configure(Graft(attention=BranchedWindows(2, branches=BRANCHES)))
+    inputs = (torch.randn(1, 4, 2, 16, 16), torch.tensor([500.0]), torch.randn(1, 6, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        answer = made(*inputs, return_dict=False)[0]
+    answer.float().square().mean().backward()
+    weights = [p for block in made.blocks for name, p in block.branches.named_parameters() if "restoring" in name]
+    assert weights and all(torch.isfinite(p.grad).all() and p.grad.any() for p in weights)
+
+
 def test_the_restoring_weights_get_whole_gradients_beside_products_in_bfloat16():
     """Freed memory full of NaN: what reads unwritten memory finds it. With two frames, torch 2.13 does in bfloat16 on a CPU with AVX512_BF16."""
     torch.manual_seed(0)

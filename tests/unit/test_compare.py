@@ -117,7 +117,10 @@ def test_variants_are_columns_of_their_own(tiny22, tmp_path, monkeypatch):
 def test_settings_of_a_variant_are_taken_as_they_are():
     (side,) = grid.read_sides(None, ['two parts: luve refine.experts=["low", "high"] upsample={"kind": "LearnedUpsampling", "chunk": 2}'])
     assert side == grid.Side("two parts", "luve", ('refine.experts=["low", "high"]', 'upsample={"kind": "LearnedUpsampling", "chunk": 2}'))
-    for text in ("no colon", ": luve", "name:", "name: =3", "name: luve and words"):
+    for value in ("2", "null", "detail", '"a word=3 inside"', "[1, 2]", '{"kind": "Windows", "tokens": 64}', "2abc", ""):
+        (side,) = grid.read_sides(None, [f"x: luve  a.b={value} refine.Z=1"])
+        assert side.settings == (f"a.b={value}", "refine.Z=1")
+    for text in ("no colon", ": luve", "name:", "name: =3", "name: luve and words", "a: luve x=2 y", "a: luve x=null --set y=3"):
         with pytest.raises(UserError, match="is no variant"):
             grid.read_sides(None, [text])
 

@@ -135,8 +135,9 @@ def test_a_clip_that_cannot_be_measured_costs_no_other(videos, tmp_path):
     assert [clip.score is None for clip in read_footage(tmp_path).clips] == [True, False]
 
 
-def test_a_tool_that_is_not_there_is_told_in_one_line(videos, monkeypatch):
+def test_a_tool_that_is_not_there_is_told_in_one_line(videos, tmp_path, monkeypatch):
     monkeypatch.delenv("MURALIST_EVAL_ENV", raising=False)
+    videos = shutil.copytree(videos, tmp_path / "videos")
     write(videos, [("a.mp4", "a red ball", "")])
     answer = muralist("score", videos)
     assert answer.code == 2 and "hpsv3 runs in an environment of its own" in answer.error

@@ -168,6 +168,14 @@ def test_the_same_request_said_otherwise_goes_on(tmp_path, change):
         RunDirectory.create(tmp_path / "r", request | change | {"weights": "others"})
 
 
+def test_another_type_is_told_to_who_goes_on(tmp_path, caplog):
+    RunDirectory.create(tmp_path / "r", REQUEST, dtype="float32").close()
+    RunDirectory.create(tmp_path / "r", REQUEST, dtype="float32").close()
+    assert not caplog.records
+    RunDirectory.create(tmp_path / "r", REQUEST, dtype="bfloat16").close()
+    assert "started in float32 and goes on in bfloat16" in caplog.text
+
+
 def test_true_is_no_number(tmp_path):
     RunDirectory.create(tmp_path / "r", {"seed": 1}).close()
     with pytest.raises(UserError, match="seed = 1, now it is true"):

@@ -119,12 +119,11 @@ def test_an_expert_trains_itself_alone_on_its_own_noise(tiny22, tmp_path, small_
         assert origin["adapter"] == weights.fingerprint(model / "adapters" / "uhr")
 
 
-def test_a_stamp_tells_what_is_not_as_by_default(tiny22):
-    """A field that is new leaves caches good which were made without it."""
+def test_a_stamp_leaves_caches_good_that_were_made_before_a_field(tiny22):
     vae = Base(inspect_base(str(tiny22)), CPU, torch.float32).vae()
     grid = Grid(num_frames=5, height=64, width=96)
     plain = json.loads(latents.stamp(vae, PoolConfig(name="p", count=1, grid=grid), World())["config"])
-    assert plain.keys() == {"grid", "format", *World().identity}
+    assert plain.keys() == {"grid", "frames", "crop", "sharpen", "proxy", "damage", "guide_scale", "seed", "format", *World().identity}
     assert json.loads(latents.stamp(vae, PoolConfig(name="p", count=1, grid=grid, aimed=0.5), World())["config"]) == plain | {"aimed": 0.5}
 
 
@@ -204,6 +203,21 @@ def test_the_guide_of_a_crop_is_that_part_of_the_guide_of_the_whole(large, named
     part = whole[..., top // 16 : (top + side) // 16, left // 16 : (left + side) // 16]
     assert guide.shape == part.shape and (guide - part).abs().max() < 0.03 * part.std() + 2e-3
     assert (guide - part.roll(1, dims=-1)).abs().max() > 0.1 * part.std()
+
+
+def test_the_guide_of_a_crop_is_encoded_with_what_lies_around_it():
+    """With trained weights: random ones let what is far away through."""
+    vae = Base(inspect_base("miniature"), CPU, torch.float32).vae()
+    video, grid = torch.rand(5, 192, 256, 3), Grid(num_frames=5, height=768, width=1024)
+    encoder, decoder = StreamingEncoder(vae), StreamingDecoder(vae)
+
+    def guide(crop, place):
+        config = PoolConfig(name="p", count=1, grid=grid, crop=crop, guide_scale=LATENT_SCALE)
+        return latents._guide(encoder, decoder, config, video, place).float()
+
+    whole = guide((768, 1024), (0.0, 0.0, 1.0, 1.0))
+    part = guide((192, 256), (288 / 768, 384 / 1024, 0.25, 0.25))
+    assert (part - whole[..., 18:30, 24:40]).abs().max() < 0.02 * whole.std()
 
 
 def test_training_from_a_guide_follows_refinement():
