@@ -148,6 +148,7 @@ class Base:
         *,
         guidance_scale: float,
         guidance_interval: flow.Interval = flow.WHOLE,
+        guidance_mean_interval: flow.Interval = flow.WHOLE,
         graft: Graft,
         grafts: Mapping[float, Graft] = MappingProxyType({}),
         adapter: str | None,
@@ -165,7 +166,7 @@ class Base:
         conditional, unconditional = (
             self._field(embeds, graft, grafts, adapter, sight, chunks, cached) for embeds, cached in zip((positive, negative), passes)
         )  # fmt: skip
-        return flow.guided(conditional, unconditional, guidance_scale, guidance_interval)
+        return flow.guided(conditional, unconditional, guidance_scale, guidance_interval, guidance_mean_interval)
 
     def _field(
         self, embeds: torch.Tensor, graft: Graft, grafts: Mapping[float, Graft], adapter: str | None, sight: Sight, chunks: Chunks, cached: Pass | None

@@ -48,7 +48,7 @@ class Defaults:
     """The numbers a base was made for: its own grid, sampling, and text length. `refine_steps`: of the schedule on a guide's target grid.
 
     `skip_share`: of those, what a guide replaces; a base that does not know large sizes keeps more of its guide. `guidance_interval`: noise
-    levels (low, high) between which guidance works; where it begins below 1, the first steps find the ground undisturbed.
+    levels (low, high) between which guidance works, `guidance_mean_interval`: also on the means of channels (`flow.guided`).
     `refine_guidance_interval`: the same on the target grid, where it differs; without it the last steps cost one pass instead of two.
     """
 
@@ -61,12 +61,13 @@ class Defaults:
     refine_steps: int
     skip_share: float = SKIP_SHARE
     guidance_interval: flow.Interval = flow.WHOLE
+    guidance_mean_interval: flow.Interval = flow.WHOLE
     refine_guidance_interval: flow.Interval | None = None
 
     @property
     def sampling(self) -> dict[str, Any]:
         """How the base denoises from pure noise, by the names of the fields of every part that does."""
-        return {name: getattr(self, name) for name in ("num_inference_steps", "guidance_scale", "guidance_interval", "flow_shift")}
+        return {name: getattr(self, name) for name in ("num_inference_steps", "flow_shift", *flow.GUIDANCE)}
 
     @property
     def refining(self) -> dict[str, Any]:
@@ -351,9 +352,15 @@ def _defaults(folder: Path, geometry: Geometry, two: bool) -> Defaults:
     if (folder / "muralist.json").is_file():
         values = weights.read_config(folder / "muralist.json")
         try:
-            values = {"refine_steps": values["num_inference_steps"], "skip_share": SKIP_SHARE, "guidance_interval": flow.WHOLE} | values
+            values = {
+                "refine_steps": values["num_inference_steps"],
+                "skip_share": SKIP_SHARE,
+                "guidance_interval": flow.WHOLE,
+                "guidance_mean_interval": flow.WHOLE,
+            } | values
             values = {"refine_guidance_interval": values["guidance_interval"]} | values
-            values |= {name: tuple(values[name]) for name in ("guidance_interval", "refine_guidance_interval")}
+            intervals = ("guidance_interval", "guidance_mean_interval", "refine_guidance_interval")
+            values |= {name: tuple(values[name]) for name in intervals}
             defaults = Defaults(grid=Grid(**values["grid"]), **{k: values[k] for k in Defaults.__dataclass_fields__ if k != "grid"})
             if not isinstance(defaults.negative_prompt, str):
                 raise TypeError("negative_prompt")
@@ -363,8 +370,8 @@ def _defaults(folder: Path, geometry: Geometry, two: bool) -> Defaults:
             if type(defaults.skip_share) not in (int, float) or not 0 <= defaults.skip_share < 1:
                 what = f"{folder / 'muralist.json'}: skip_share is {defaults.skip_share!r:.40}"
                 raise UserError(what, where="model", fix="restore the file: a share from 0 to below 1")
-            flow.check_interval(defaults.guidance_interval)
-            flow.check_interval(defaults.refine_guidance_interval)
+            for name in intervals:
+                flow.check_interval(getattr(defaults, name))
             return defaults
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / 'muralist.json'} lacks or misnames {error}", where="model", fix="restore the file") from None

@@ -88,7 +88,7 @@ def _study(requests: list[Request], seeds: list[int], info: BaseInfo, schedule: 
 
     numbers = {name: getattr(info.defaults, name) if value is None else value for name, value in schedule.items()}
     texts = {"prompts": tuple(request.prompt for request in requests), "negative_prompt": requests[0].negative_prompt}
-    numbers["guidance_interval"] = info.defaults.guidance_interval
+    numbers |= {name: getattr(info.defaults, name) for name in ("guidance_interval", "guidance_mean_interval")}
     return Study(**texts, seeds=tuple(seeds), grid=info.geometry.legal(requests[0].grid), cutoff=cutoff, **numbers)
 
 

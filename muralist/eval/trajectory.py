@@ -52,7 +52,8 @@ MIN_STEPS = 4
 class Study:
     """What is followed: every prompt with every seed, denoised on one legal grid by one schedule.
 
-    `guidance_interval`: noise levels (low, high) between which guidance works; `cutoff`: share of the latent's Nyquist.
+    `guidance_interval`: noise levels (low, high) between which guidance works, `guidance_mean_interval`: also on channels' means (`flow.guided`).
+    `cutoff`: share of the latent's Nyquist.
     """
 
     prompts: tuple[str, ...]
@@ -63,11 +64,12 @@ class Study:
     guidance_scale: float
     flow_shift: float
     guidance_interval: flow.Interval = flow.WHOLE
+    guidance_mean_interval: flow.Interval = flow.WHOLE
     cutoff: float = 0.25
 
     def __post_init__(self):
         flow.sigmas(self.num_inference_steps, self.flow_shift)
-        check_guidance(self.guidance_scale, self.guidance_interval)
+        check_guidance(self.guidance_scale, self.guidance_interval, self.guidance_mean_interval)
         check_cutoff(self.cutoff)
         if self.num_inference_steps < MIN_STEPS:
             raise UserError(f"{self.num_inference_steps} steps make no curve", where="num_inference_steps", fix=f"use at least {MIN_STEPS}, better 20 or more")
@@ -284,7 +286,7 @@ def run(study: Study, base: Base, scratch: Path, observer: Observer) -> Result:
     spectra, mean, videos, levels = Spectra(*shape[2:], study.cutoff), Mean(), [], study.levels
     texts = _texts(study, base, observer)
     steps = study.num_inference_steps
-    guidance = {"guidance_scale": study.guidance_scale, "guidance_interval": study.guidance_interval}
+    guidance = {name: getattr(study, name) for name in flow.GUIDANCE}
     with measured(observer, "denoise", len(texts) * len(study.seeds) * steps):
         for (prompt, text), seed in itertools.product(zip(study.prompts, texts), study.seeds):
             noise, done = flow.keyed_noise((1, *shape), seed=seed, stage="proxy").to(base.device), len(videos) * steps

@@ -52,6 +52,9 @@ def velocity_of_sample(z: torch.Tensor, sample: torch.Tensor, sigma: float) -> t
     return (z - sample) / sigma
 
 
+GUIDANCE = ("guidance_scale", "guidance_interval", "guidance_mean_interval")  # fields of every part that is guided
+
+
 def check_interval(interval: Interval) -> None:
     """Raises UserError for what is no interval of noise levels."""
     if len(interval) != 2 or any(type(end) not in (int, float) for end in interval) or not 0 <= interval[0] < interval[1] <= 1:
@@ -63,19 +66,24 @@ def passes(sigma: float, guidance_scale: float, interval: Interval = WHOLE) -> i
     return 2 if guidance_scale != 1 and interval[0] <= sigma <= interval[1] else 1
 
 
-def guided(conditional: Velocity, unconditional: Velocity, guidance_scale: float, interval: Interval = WHOLE) -> Velocity:
+def guided(conditional: Velocity, unconditional: Velocity, guidance_scale: float, interval: Interval = WHOLE, mean_interval: Interval = WHOLE) -> Velocity:
     """Classifier-free guidance v = v_u + g (v_c - v_u) (arXiv 2207.12598) on an interval of sigma (arXiv 2404.07724).
 
-    Outside the interval, and everywhere at g = 1, the unconditional pass is not computed: v = v_c.
+    Outside the interval, and everywhere at g = 1, the unconditional pass is not computed: v = v_c. Outside of `mean_interval` guidance leaves the mean
+    of each channel [B, C, F, h, w] as it is in v_c: at high noise it would overshoot the tone of the whole picture, while place and motion, which are
+    decided there, want guidance. (Ours; as in APG, arXiv 2410.02416, a part of v_c - v_u is left out.)
     """
 
-    def velocity(z: torch.Tensor, sigma: float) -> torch.Tensor:
+    def field(z: torch.Tensor, sigma: float) -> torch.Tensor:
         positive = conditional(z, sigma)
         if passes(sigma, guidance_scale, interval) == 1:
             return positive
-        return torch.lerp(unconditional(z, sigma), positive, guidance_scale)
+        velocity = torch.lerp(unconditional(z, sigma), positive, guidance_scale)
+        if mean_interval[0] <= sigma <= mean_interval[1]:
+            return velocity
+        return velocity + (positive - velocity).mean(dim=(-3, -2, -1), keepdim=True)
 
-    return velocity
+    return field
 
 
 def renoise(z: torch.Tensor, noise: torch.Tensor, sigma: float) -> torch.Tensor:

@@ -19,7 +19,8 @@ from muralist.types import Geometry, Grid, LatentVideo, TextCond
 class LowResolutionProxy:
     """Pixel height and width of the proxy, how it is sampled, and the base's adapter that paints it, if one does; it has the target's frames.
 
-    `guidance_interval`: noise levels (low, high) between which guidance works; `token_chunk`: tokens computed at a time, None: all.
+    `guidance_interval`: noise levels (low, high) between which guidance works, `guidance_mean_interval`: also on channels' means (`flow.guided`).
+    `token_chunk`: tokens computed at a time, None: all.
     `cache`: a threshold for `nn/block_cache.py`, None: every step is computed in full.
     """
 
@@ -30,12 +31,13 @@ class LowResolutionProxy:
     flow_shift: float
     adapter: str | None = None
     guidance_interval: flow.Interval = flow.WHOLE
+    guidance_mean_interval: flow.Interval = flow.WHOLE
     token_chunk: int | None = None
     cache: float | None = None
 
     def __post_init__(self):
         flow.sigmas(self.num_inference_steps, self.flow_shift)
-        check_guidance(self.guidance_scale, self.guidance_interval)
+        check_guidance(self.guidance_scale, self.guidance_interval, self.guidance_mean_interval)
         check_chunk(self.token_chunk)
         check_cache(self.cache)
         if not (16 <= self.height <= 16384 and 16 <= self.width <= 16384):
@@ -83,10 +85,11 @@ class LowFrameRateProxy(LowResolutionProxy):
         return geometry.legal(replace(self._sized(target), num_frames=(latent - 1) * factor + 1, fps=target.fps / self.every))
 
 
-def check_guidance(guidance_scale: float, interval: flow.Interval = flow.WHOLE) -> None:
+def check_guidance(guidance_scale: float, *intervals: flow.Interval) -> None:
     if not 0 <= guidance_scale <= 100:
         raise UserError(f"{guidance_scale}", where="guidance_scale", fix="use 1 (off) to about 10")
-    flow.check_interval(interval)
+    for interval in intervals:
+        flow.check_interval(interval)
 
 
 def check_chunk(token_chunk: int | None) -> None:
@@ -119,7 +122,7 @@ def make_proxy(
     levels = flow.sigmas(proxy.num_inference_steps, proxy.flow_shift)
     start, z = saved or (0, flow.keyed_noise((1, *base.info.geometry.latent_shape(grid)), seed=seed, stage="proxy"))
     graft = Graft(rope=RopeScale(t=proxy.time_scale), token_chunk=proxy.token_chunk, kernels=kernels)
-    guidance = {"guidance_scale": proxy.guidance_scale, "guidance_interval": proxy.guidance_interval}
+    guidance = {name: getattr(proxy, name) for name in flow.GUIDANCE}
     velocity = base.velocity(text, **guidance, graft=graft, adapter=proxy.adapter, cache=cache)
     z = flow.denoise(velocity, z.to(base.device), levels, start=start, after_step=after_step)
     return LatentVideo(z, grid)

@@ -86,7 +86,8 @@ class Refine:
 
     `skip_steps`: the first steps that the guide replaces; `adapter`: a named adapter of the base; `experts`: names of its experts, each of
     which works on its own noise levels; `steps`: what a step's velocity is; `anchor`: the proxy is added to the tokens by the base's injector.
-    `guidance_interval`: noise levels (low, high) between which guidance works; `token_chunk`: tokens computed at a time, None: all.
+    `guidance_interval`: noise levels (low, high) between which guidance works, `guidance_mean_interval`: also on channels' means (`flow.guided`).
+    `token_chunk`: tokens computed at a time, None: all.
     `cache`: a threshold for `nn/block_cache.py`, None: every step is computed in full.
     """
 
@@ -101,11 +102,12 @@ class Refine:
     anchor: Literal["none", "injected"] = "none"
     token_chunk: int | None = 8192
     guidance_interval: flow.Interval = flow.WHOLE
+    guidance_mean_interval: flow.Interval = flow.WHOLE
     cache: float | None = None
 
     def __post_init__(self):
         self.steps.sizes(flow.sigmas(self.num_inference_steps, self.flow_shift))
-        check_guidance(self.guidance_scale, self.guidance_interval)
+        check_guidance(self.guidance_scale, self.guidance_interval, self.guidance_mean_interval)
         check_chunk(self.token_chunk)
         check_cache(self.cache)
         if len(set(self.experts)) != len(self.experts):
@@ -169,7 +171,7 @@ def refine(
     start, z = saved or (how.skip_steps, _start(guide, (1, *geometry.latent_shape(grid)), levels[how.skip_steps], seed))
     shape = geometry.token_shape(grid)
     grafts = {level: replace(how.graft(shape, step), kernels=kernels) for step, level in enumerate(levels[:-1])}
-    guidance = {"guidance_scale": how.guidance_scale, "guidance_interval": how.guidance_interval}
+    guidance = {name: getattr(how, name) for name in flow.GUIDANCE}
     velocity = base.velocity(text, **guidance, graft=grafts[levels[0]], grafts=grafts, adapter=how.adapter, sight=sight, cache=cache)
     z = flow.denoise(velocity, z.to(base.device), levels, start=start, after_step=after_step)
     return LatentVideo(z, grid)

@@ -35,7 +35,7 @@ SMALL_GRID = replace(GRID, height=GRID.height // REDUCTION, width=GRID.width // 
 TEXT_LENGTH = 16  # the longest caption has 11 words
 FLOW_SHIFT = 3.0
 # above it guidance overshoots the tone of the brightest and darkest grounds, and in what it makes of them objects stay small or never come
-GUIDANCE_INTERVAL = (0.0, 0.93)
+GUIDANCE_MEAN_INTERVAL = (0.0, 0.93)
 REFINE_STEPS = 10  # of the schedule on a guide
 REFINE_GUIDANCE = (0.5, 0.93)  # the last two of four steps look the same without
 SKIP_SHARE = 0.6  # of these that the guide replaces: with the adapter for large sizes more of them leave the edges of windows in the object's outline
@@ -311,7 +311,7 @@ def save_model(model: TextToVideo, vae: AutoencoderKLWan, folder: Path) -> Path:
     }  # fmt: skip
     numbers = {
         "grid": {"num_frames": GRID.num_frames, "height": GRID.height, "width": GRID.width, "fps": GRID.fps},
-        "num_inference_steps": 20, "guidance_scale": 3.0, "guidance_interval": GUIDANCE_INTERVAL, "flow_shift": FLOW_SHIFT,
+        "num_inference_steps": 20, "guidance_scale": 3.0, "guidance_mean_interval": GUIDANCE_MEAN_INTERVAL, "flow_shift": FLOW_SHIFT,
         "negative_prompt": "", "max_sequence_length": TEXT_LENGTH,
         "refine_guidance_interval": REFINE_GUIDANCE, "refine_steps": REFINE_STEPS, "skip_share": SKIP_SHARE,
     }  # fmt: skip

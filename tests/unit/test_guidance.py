@@ -47,6 +47,17 @@ def test_a_scale_of_one_has_no_second_pass():
     assert torch.equal(velocity(Z, 0.5), 2 * Z) and asked == []
 
 
+def test_outside_its_interval_the_mean_of_a_channel_is_not_guided():
+    torch.manual_seed(0)
+    z, positive, negative = torch.randn(3, 2, 4, 3, 5, 6).unbind()
+    plain, guided = (flow.guided(lambda z, s: positive, lambda z, s: negative, 4.0, flow.WHOLE, means) for means in (flow.WHOLE, (0.0, 0.9)))
+    high, low = guided(z, 0.95), guided(z, 0.9)
+    assert torch.equal(low, plain(z, 0.9)) and not torch.allclose(high, low, atol=1e-3)
+    assert (high.mean(dim=(2, 3, 4)) - positive.mean(dim=(2, 3, 4))).abs().max() < 1e-6
+    deviations = [v - v.mean(dim=(2, 3, 4), keepdim=True) for v in (high, plain(z, 0.95))]
+    assert (deviations[0] - deviations[1]).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("interval", [(0.5, 0.5), (0.9, 0.1), (-0.1, 1.0), (0.0, 1.01), (float("nan"), 1.0)])
 def test_bad_intervals_are_refused(interval):
     numbers = {"num_inference_steps": 4, "guidance_scale": 2.0, "flow_shift": 5.0, "guidance_interval": interval}
