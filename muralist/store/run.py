@@ -74,7 +74,8 @@ class RunDirectory:
                 atomic.write_json(path / _REQUEST, stored | {"options": wanted})
             if stored.get("versions") != atomic.versions():
                 _log.warning("%s was started with other package versions; the result may differ in the last bits", path)
-            if (begun := stored.get("dtype", dtype)) != dtype:
+            begun = stored.get("dtype")
+            if None not in (begun, dtype) and begun != dtype:
                 _log.warning("%s was started in %s and goes on in %s; the result lies between those of both", path, begun, dtype)
         except BaseException:
             os.close(lock)
