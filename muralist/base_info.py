@@ -67,7 +67,7 @@ class Defaults:
     @property
     def sampling(self) -> dict[str, Any]:
         """How the base denoises from pure noise, by the names of the fields of every part that does."""
-        return {name: getattr(self, name) for name in ("num_inference_steps", "flow_shift", *flow.GUIDANCE)}
+        return {"num_inference_steps": self.num_inference_steps, "flow_shift": self.flow_shift, **flow.guidance_of(self)}
 
     @property
     def refining(self) -> dict[str, Any]:

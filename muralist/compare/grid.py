@@ -178,8 +178,8 @@ def read_sides(recipes: str | None, variants: Sequence[str]) -> list[Side]:
 def _variant(text: str) -> Side:
     """`NAME: RECIPE SETTING=VALUE ...`: a value is JSON, which may hold spaces, or a word."""
     name, colon, rest = text.partition(":")
-    recipe, _, rest = rest.strip().partition(" ")
-    settings = _settings(rest.strip())
+    recipe, rest = (*rest.split(maxsplit=1), "", "")[:2]
+    settings = _settings(rest)
     if not (colon and name.strip() and name.isprintable() and re.fullmatch(r"[\w.-]+", recipe)) or settings is None:
         fix = "write NAME: RECIPE SETTING=VALUE ..., such as '2 steps: pixelwizard refine.num_inference_steps=2'"
         raise UserError(f"{text!r:.80} is no variant", where="variant", fix=fix)
@@ -203,7 +203,7 @@ def _value_length(text: str) -> int:
     """Characters of the value that `text` begins with: JSON up to a space or the end, else a word."""
     try:
         _, end = json.JSONDecoder().raw_decode(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # what is nested too deep is told where the value is read
         end = 0
     word = len(text.split(maxsplit=1)[0]) if text[:1].strip() else 0
     return end if end and not text[end : end + 1].strip() else word

@@ -286,11 +286,10 @@ def run(study: Study, base: Base, scratch: Path, observer: Observer) -> Result:
     spectra, mean, videos, levels = Spectra(*shape[2:], study.cutoff), Mean(), [], study.levels
     texts = _texts(study, base, observer)
     steps = study.num_inference_steps
-    guidance = {name: getattr(study, name) for name in flow.GUIDANCE}
     with measured(observer, "denoise", len(texts) * len(study.seeds) * steps):
         for (prompt, text), seed in itertools.product(zip(study.prompts, texts), study.seeds):
             noise, done = flow.keyed_noise((1, *shape), seed=seed, stage="proxy").to(base.device), len(videos) * steps
-            velocity = base.velocity(text, **guidance, graft=Graft(), adapter=None)
+            velocity = base.velocity(text, **flow.guidance_of(study), graft=Graft(), adapter=None)
             curves = follow(velocity, noise, levels, spectra, scratch, lambda step, z, done=done: observer.advance("denoise", done + step))
             mean.add(curves)
             videos.append(Video(prompt=prompt, seed=seed, settled=curves.settled, crossing=curves.crossing, half_settled=curves.half_settled))

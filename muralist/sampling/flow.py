@@ -55,6 +55,11 @@ def velocity_of_sample(z: torch.Tensor, sample: torch.Tensor, sigma: float) -> t
 GUIDANCE = ("guidance_scale", "guidance_interval", "guidance_mean_interval")  # fields of every part that is guided
 
 
+def guidance_of(part: object) -> dict[str, object]:
+    """How a part is guided, by the names of `Base.velocity`."""
+    return {name: getattr(part, name) for name in GUIDANCE}
+
+
 def check_interval(interval: Interval) -> None:
     """Raises UserError for what is no interval of noise levels."""
     if len(interval) != 2 or any(type(end) not in (int, float) for end in interval) or not 0 <= interval[0] < interval[1] <= 1:

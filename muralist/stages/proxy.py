@@ -122,7 +122,6 @@ def make_proxy(
     levels = flow.sigmas(proxy.num_inference_steps, proxy.flow_shift)
     start, z = saved or (0, flow.keyed_noise((1, *base.info.geometry.latent_shape(grid)), seed=seed, stage="proxy"))
     graft = Graft(rope=RopeScale(t=proxy.time_scale), token_chunk=proxy.token_chunk, kernels=kernels)
-    guidance = {name: getattr(proxy, name) for name in flow.GUIDANCE}
-    velocity = base.velocity(text, **guidance, graft=graft, adapter=proxy.adapter, cache=cache)
+    velocity = base.velocity(text, **flow.guidance_of(proxy), graft=graft, adapter=proxy.adapter, cache=cache)
     z = flow.denoise(velocity, z.to(base.device), levels, start=start, after_step=after_step)
     return LatentVideo(z, grid)

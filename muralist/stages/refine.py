@@ -171,8 +171,7 @@ def refine(
     start, z = saved or (how.skip_steps, _start(guide, (1, *geometry.latent_shape(grid)), levels[how.skip_steps], seed))
     shape = geometry.token_shape(grid)
     grafts = {level: replace(how.graft(shape, step), kernels=kernels) for step, level in enumerate(levels[:-1])}
-    guidance = {name: getattr(how, name) for name in flow.GUIDANCE}
-    velocity = base.velocity(text, **guidance, graft=grafts[levels[0]], grafts=grafts, adapter=how.adapter, sight=sight, cache=cache)
+    velocity = base.velocity(text, **flow.guidance_of(how), graft=grafts[levels[0]], grafts=grafts, adapter=how.adapter, sight=sight, cache=cache)
     z = flow.denoise(velocity, z.to(base.device), levels, start=start, after_step=after_step)
     return LatentVideo(z, grid)
 

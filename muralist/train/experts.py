@@ -17,7 +17,6 @@ from muralist.nn.experts import EXPERTS, SWITCH, ExpertConfig, ExpertsConfig, at
 from muralist.nn.filters import RadialFilter
 from muralist.nn.transformer import Graft
 from muralist.store.parts import save_part
-from muralist.store.weights import fingerprint
 from muralist.train import state
 from muralist.train.loop import CHECKPOINTS, Report, Schedule, begin, draw_curve, fit
 from muralist.train.objectives.flow import FlowConfig, FlowMatching
@@ -93,7 +92,7 @@ def _teach(
     config = FlowConfig(prediction=info.prediction, shift=info.defaults.flow_shift, min_sigma=low, max_sigma=high, graft=Graft(experts=(name,)))
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Crops(pools), config, trainee.base.device)
     report(f"expert {name}: noise levels {low:g} to {high:g}")
-    schedule, adapter = Schedule(minutes=minutes, learning_rate=1e-3, weight_decay=0.0), trainee.info.folder / "adapters" / ADAPTER
-    origin = trainee.origin(data) | {"adapter": fingerprint(adapter) if adapter.is_dir() else "none"}
+    schedule = Schedule(minutes=minutes, learning_rate=1e-3, weight_decay=0.0)
+    origin = trainee.origin(data) | {"adapter": trainee.adapter_origin(ADAPTER)}
     fit(objective, schedule, folder / name, resume=resume, origin=origin, report=report)
     draw_curve(folder / name)

@@ -24,7 +24,6 @@ from muralist.data.latents import LatentPool, PoolConfig
 from muralist.nn.attention import ProxyMemory, Within
 from muralist.stages.proxy import LowFrameRateProxy
 from muralist.stages.refine import ProxyWindows, Refine
-from muralist.store.weights import fingerprint
 from muralist.train import state
 from muralist.train.loop import CHECKPOINTS, Report, begin
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching, Source
@@ -145,8 +144,7 @@ class InSightOfProxy(FlowMatching):
 
 def _origin(trainee: Trainee, data: VideoData, folder: Path, *adapters: str) -> dict[str, str]:
     """What such a training stands on, the base's adapters among it, where it has them. Raises UserError if checkpoints in `folder` stand on others."""
-    places = {f"adapter {name}": trainee.info.folder / "adapters" / name for name in adapters}
-    origin = trainee.origin(data) | {name: fingerprint(place) if place.is_dir() else "none" for name, place in places.items()}
+    origin = trainee.origin(data) | {f"adapter {name}": trainee.adapter_origin(name) for name in adapters}
     state.require_origin(folder / CHECKPOINTS, origin)
     return origin
 

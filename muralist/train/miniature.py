@@ -91,7 +91,7 @@ def _channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
 def train_vae(folder: Path, *, minutes: float, device: torch.device, resume: bool, init: Path | None = None, report: Callable[[str], None] = print) -> Path:
     """`miniature-vae`: reconstruction of world crops at all scales; writes `folder/vae` in diffusers layout.
 
-    `init`: a model folder whose VAE it starts from instead of a fresh one, and to whose latents at the base's own size it is held.
+    `init`: a model folder whose VAE it starts from instead of a fresh one, and to whose latents it is held at the base's own size and where nothing moves.
     """
     vae, earlier = (new_vae(), None) if init is None else (load_vae(init / "vae"), load_vae(init / "vae"))
     vae = _fit_vae(vae, folder, minutes, device, resume, report, _origin(init, "vae"), earlier, fresh=init is None)

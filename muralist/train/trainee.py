@@ -81,6 +81,11 @@ class Trainee(nn.Module):
         """What a training of this base on these videos stands on: another one is not gone on with."""
         return {"base": weights.fingerprint(self.info.folder / "transformer"), **data.origin}
 
+    def adapter_origin(self, name: str) -> str:
+        """The fingerprint of the base's adapter of that name, `none` where there is none."""
+        folder = self.info.folder / "adapters" / name
+        return weights.fingerprint(folder) if folder.is_dir() else "none"
+
     @property
     def own_grid(self) -> Grid:
         """The grid that the base was made for."""

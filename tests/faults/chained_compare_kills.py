@@ -56,7 +56,7 @@ def main() -> None:
     assert attempt(model, folder / "whole", None) == 0, (folder / "error").read_text()
     length, draw, done = time.monotonic() - started, random.Random(seed), 0
     while done < kills:
-        status = attempt(model, folder / "killed", draw.uniform(0, 0.5 * length))
+        status = attempt(model, folder / "killed", draw.uniform(0, 0.3 * length))
         if status not in (0, -9):
             raise RuntimeError((folder / "error").read_text())
         if status == 0:

@@ -21,7 +21,7 @@ def test_a_grid_that_is_killed_at_random_times_ends_in_the_same_report(tiny22, t
     done = subprocess.run([sys.executable, SCRIPT, str(tiny22), str(tmp_path), "5", "5"], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["same"] and result["kills"] >= 2  # the quicker the machine, the fewer meet it at work
+    assert result["same"] and result["kills"] >= 3
     assert result["attempts"] <= 2 + result["kills"], "a finished cell ran again"
 
 

@@ -120,7 +120,16 @@ def test_settings_of_a_variant_are_taken_as_they_are():
     for value in ("2", "null", "detail", '"a word=3 inside"', "[1, 2]", '{"kind": "Windows", "tokens": 64}', "2abc", ""):
         (side,) = grid.read_sides(None, [f"x: luve  a.b={value} refine.Z=1"])
         assert side.settings == (f"a.b={value}", "refine.Z=1")
-    for text in ("no colon", ": luve", "name:", "name: =3", "name: luve and words", "a: luve x=2 y", "a: luve x=null --set y=3"):
+    for text in (
+        "no colon",
+        ": luve",
+        "name:",
+        "name: =3",
+        "name: luve and words",
+        "a: luve x=2 y",
+        "a: luve x=" + "[" * 100_000 + " y",
+        "a: luve x=null --set y=3",
+    ):
         with pytest.raises(UserError, match="is no variant"):
             grid.read_sides(None, [text])
 

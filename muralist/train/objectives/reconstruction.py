@@ -26,8 +26,8 @@ from muralist.nn.single_frame import single_frame_convolutions
 from muralist.types import Grid
 
 HEIGHTS = (256, 256, 544, 1088, 2176, 2176)  # a third of the crops at the base's own scale, and as many where things cross a crop in two frames
-STILL = 0.01  # of [-1, 1]
 FURTHER = (256, 1088, 2176, 2176)  # for weights that know their own scale
+STILL = 0.01  # mean change of a picture in [-1, 1] from frame to frame, below which it stays as it is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
