@@ -3,7 +3,6 @@
     python benchmarks/decode_real.py            512x896, 5 frames, float32: minutes
 
 Random weights. Each decode runs in a process of its own, so that peak memory (`ru_maxrss`) is its own; the frames are compared afterwards.
-Tile-major keeps finished tiles as 16-bit integers: half a step of those is 7.6e-6 of its difference.
 Results go to results/decode-real.{json,md}.
 """
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from muralist.nn.decoder import StreamingDecoder
 from muralist.nn.decoder_blocks import SCORES, Attention, ConvIn, Head, Operator, ResidualBlock, UpBlock
 from muralist.nn.decoder_conv import HISTORY, STRIP_BYTES, CausalConv
+from muralist.nn.packed import value_bytes
 from muralist.tiling import Box
 
 SLACK = 1.15  # allocator fragmentation and workspaces of the convolution library
@@ -147,7 +148,7 @@ def measure(decoder: StreamingDecoder, frames: int, size: Size, tiles: Sequence[
     if saves:
         return DecodeMemory(peak, caches, saves.kept * caches, saves.count * caches, largest)
     # the first part's caches: those in use and those that replace them
-    tiles_and_first = ((frames - 1) * decoder.temporal_factor + 1) * pixels * 2 + frames * between
+    tiles_and_first = ((frames - 1) * decoder.temporal_factor + 1) * pixels * value_bytes(decoder.dtype) + frames * between
     first_caches = whole.caches * each
     return DecodeMemory(peak, caches, tiles_and_first + 2 * first_caches, 2 * tiles_and_first + frames * first_caches, largest)
 

@@ -5,8 +5,8 @@ Two orders, because memory and disk trade places (`design.md`, decision 5):
 * `TimeMajor`: latent frames outermost. Frames stream out at once; every tile keeps its causal caches for the whole run. With a `scratch`
   folder all caches are saved every few latent frames, so a restart repeats at most that many; kept are those that the reader of the frames
   may still ask for.
-* `TileMajor`: tiles outermost. One tile's caches exist at a time; a finished tile lies on disk as 16-bit integers (error 8e-6 of the range,
-  below fp32 decoding noise at 10 bits) and frames are assembled from the tile files. A restart repeats at most one tile.
+* `TileMajor`: tiles outermost. One tile's caches exist at a time; a finished tile lies on disk as whole numbers (`nn/packed.py`) and frames are
+  assembled from the tile files. A restart repeats at most one tile.
 
 Either way the first layers run frame by frame on the whole frame, since their attention sees all of it. Everything saved is published by
 rename after fsync, under a folder named by a fingerprint of latents, weights and plan: stale work is never picked up.
@@ -30,6 +30,7 @@ from muralist.errors import UserError
 from muralist.nn.decoder import StreamingDecoder
 from muralist.nn.decoder_blocks import Caches, Patch
 from muralist.nn.decoder_memory import DecodeMemory, Saves, measure
+from muralist.nn.packed import packed, unpacked, value_bytes
 from muralist.stages.decode_options import DecodeOptions
 from muralist.store import atomic
 from muralist.store.tensors import load_tensors, save_tensors
@@ -37,7 +38,6 @@ from muralist.tiling import Box, tile_boxes
 from muralist.types import FrameChunk, Grid, LatentVideo
 
 TILES = (1024, 768, 512, 384, 256, 128)  # sides tried, largest first: the halo of a small tile costs more than the tile
-U16 = 65535
 CPU = torch.device("cpu")
 GROUP = 12  # frames: an encoder's closed group of pictures, which it must be given again from its start after a kill
 Progress = Callable[[int, int], object]
@@ -310,7 +310,7 @@ def _in_folder(job: _Job, folder: Path | None, start: int) -> Iterator[FrameChun
 
 
 def _tile_major(job: _Job, folder: Path, start: int) -> Iterator[FrameChunk]:
-    paths = [folder / f"tile-{i:04d}.u16" for i in range(len(job.tiles))]
+    paths = [folder / f"tile-{i:04d}.pixels" for i in range(len(job.tiles))]
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     job.advance(len(paths) - len(missing))
     if missing:
@@ -334,7 +334,8 @@ def _first_parts(job: _Job, folder: Path) -> None:
 
 
 def _decode_tile(job: _Job, folder: Path, index: int, path: Path) -> None:
-    """All frames of one tile into a file of uint16 [T, rows, columns, 3], complete or absent."""
+    """All frames of one tile into a file [T, rows, columns, 3] of whole numbers, complete or absent."""
+    width = value_bytes(job.decoder.dtype)
     size = job.decoder.first_part_size(*job.z.shape[-2:])
     box = job.decoder.boxes(job.tiles[index], size)[0]
 
@@ -344,23 +345,25 @@ def _decode_tile(job: _Job, folder: Path, index: int, path: Path) -> None:
             with safe_open(folder / f"first-{k:06d}.safetensors", "pt") as saved:
                 x = saved.get_slice("x")[:, box.y.start : box.y.stop, box.x.start : box.x.stop]
             pixels = job.tile(Patch(x.to(job.decoder.device), box, size), index, k, caches)
-            sink.write(pixels.mul_(U16).round_().to(torch.uint16).cpu().numpy())
+            for frame in pixels:
+                sink.write(packed(frame, width))
             job.advance(0)
 
     values = (1 + (job.frames - 1) * job.decoder.temporal_factor) * job.tiles[index].area * 3
-    atomic.write_file(path, stream, needed=values * 2)
+    atomic.write_file(path, stream, needed=values * width)
 
 
 def _assemble(job: _Job, paths: list[Path], start: int) -> Iterator[FrameChunk]:
     """Frames from tile files; the maps are opened a chunk at a time, so that their pages do not add up in this process."""
+    width = value_bytes(job.decoder.dtype)
     for k in range(start, job.frames):
         span = job.decoder.frames_of(k)
         frames = torch.empty(len(span), job.height, job.width, 3)
         for box, path in zip(job.tiles, paths):
-            shape = (len(span), *box.shape, 3)
-            stored = np.memmap(path, np.uint16, "r", offset=span.start * box.area * 3 * 2, shape=shape)
-            frames[:, box.y.start : box.y.stop, box.x.start : box.x.stop] = torch.from_numpy(stored.astype(np.float32))
-        yield FrameChunk(frames.div_(U16), span.start)
+            stored = np.memmap(path, np.uint8, "r", offset=span.start * box.area * 3 * width, shape=(len(span), *box.shape, 3, width))
+            for frame, values in zip(frames, stored):
+                frame[box.y.start : box.y.stop, box.x.start : box.x.stop] = unpacked(values)
+        yield FrameChunk(frames, span.start)
 
 
 def _folder(scratch: Path, job: _Job, vae: AutoencoderKLWan, plan: DecodePlan) -> Path:

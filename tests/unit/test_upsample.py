@@ -20,6 +20,7 @@ from muralist.nn.decoder import StreamingDecoder
 from muralist.nn.encoder import StreamingEncoder
 from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig
 from muralist.nn.latent_upsampler.tiles import upsample_in_tiles
+from muralist.nn.packed import value_bytes
 from muralist.plan import plan
 from muralist.recipes import find
 from muralist.stages.upsample import LatentInterpolation, LearnedUpsampling, PixelInterpolation, pieces, upsample
@@ -102,7 +103,7 @@ def test_the_proxy_is_decoded_in_the_folder_that_is_given(base, tmp_path, no_tem
     geometry, method = base.info.geometry, PixelInterpolation(tile=64)
     proxy = LatentVideo(torch.randn(1, *geometry.latent_shape(SMALL)), SMALL)
     guide = upsample(proxy, LARGE, base, method, scratch=tmp_path)
-    assert list(tmp_path.glob("decode-*/tile-*.u16"))
+    assert list(tmp_path.glob("decode-*/tile-*.pixels"))
     monkeypatch.setattr(StreamingDecoder, "second_part", None)  # what is decoded already is not decoded again
     assert torch.equal(upsample(proxy, LARGE, base, method, scratch=tmp_path).z, guide.z)
 
@@ -123,7 +124,7 @@ def test_a_run_that_is_stopped_keeps_what_is_decoded_and_one_that_is_done_keeps_
     with monkeypatch.context() as patch:
         patch.setattr(StreamingEncoder, "encode", Failing(StreamingEncoder.encode, (1,), KeyboardInterrupt))
         assert muralist(*words).code != 0
-    assert list(run.glob("scratch/upsample/decode-*/tile-*.u16"))
+    assert list(run.glob("scratch/upsample/decode-*/tile-*.pixels"))
     assert muralist("resume", run, "--keep-run").code == 0 and output.exists()
     assert run.exists() and not (run / "scratch" / "upsample").exists()
 
@@ -137,5 +138,5 @@ def test_the_plan_counts_the_vae_the_decoded_proxy_and_its_files(machine):
     vae = machine.itemsize * sum(p.numel() for p in empty(info.vae_config, "bfloat16").parameters())
     held, latent = 2 * 3 * small.pixels, 4 * math.prod(info.geometry.latent_shape(grid))
     assert found.memory_bytes > vae + machine.itemsize * 1_400_000_000
-    assert found.disk_bytes >= latent + 2 * 3 * small.pixels  # tiles of 16 bits
+    assert found.disk_bytes >= latent + value_bytes(getattr(torch, machine.dtype)) * 3 * small.pixels
     assert found.host_bytes == (0 if machine.on_cpu else held)
