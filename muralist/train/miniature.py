@@ -311,7 +311,7 @@ def save_model(model: TextToVideo, vae: AutoencoderKLWan, folder: Path) -> Path:
     }  # fmt: skip
     numbers = {
         "grid": {"num_frames": GRID.num_frames, "height": GRID.height, "width": GRID.width, "fps": GRID.fps},
-        "num_inference_steps": 20, "guidance_scale": 3.0, "guidance_mean_interval": GUIDANCE_MEAN_INTERVAL, "flow_shift": FLOW_SHIFT,
+        "num_inference_steps": 20, "guidance_scale": 4.0, "guidance_mean_interval": GUIDANCE_MEAN_INTERVAL, "flow_shift": FLOW_SHIFT,
         "negative_prompt": "", "max_sequence_length": TEXT_LENGTH,
         "refine_guidance_interval": REFINE_GUIDANCE, "refine_steps": REFINE_STEPS, "skip_share": SKIP_SHARE,
     }  # fmt: skip
