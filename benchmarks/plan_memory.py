@@ -152,7 +152,7 @@ def _upsample(number: int) -> dict[str, Any]:
         proxy = LatentVideo(torch.zeros(1, *geometry.latent_shape(small)), small)
         with torch.inference_mode():
             z = upsample(proxy, large, SimpleNamespace(info=SimpleNamespace(geometry=geometry), vae=lambda: vae), part).z
-        return through_pixels(dict(vae.config), small, (large.height, large.width), part, machine).memory_bytes + z.nbytes
+        return through_pixels(dict(vae.config), small, large.num_frames, (large.height, large.width), part, machine).memory_bytes + z.nbytes
 
     run(Grid(num_frames=5, height=64, width=64))
     started = time.monotonic()

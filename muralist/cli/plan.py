@@ -13,11 +13,13 @@ from muralist.cli._options import Debug, Json, VideoOptions, note, takes_video_o
 if TYPE_CHECKING:
     from muralist.plan import Plan, StagePlan
 
+ANY = "a"  # prompt: a word that every base knows, else it would be told of as unknown
+
 
 @takes_video_options
 def command(
     video: VideoOptions,
-    prompt: Annotated[str, typer.Argument(help="May be left out: it does not change the cost.")] = "a video",
+    prompt: Annotated[str, typer.Argument(help="May be left out: it does not change the cost.", show_default=False)] = ANY,
     machine: Annotated[str | None, typer.Option("--machine", help="Plan for a card of that memory: 24GB, 80GB or 140GB. [default: this machine]")] = None,
     json: Json = False,
     debug: Debug = False,

@@ -119,10 +119,10 @@ class ThroughPixels:
     held_bytes: int
 
 
-def through_pixels(config: Mapping[str, Any], small: Grid, size: tuple[int, int], part: PixelInterpolation, machine: Machine) -> ThroughPixels:
-    """What `stages.upsample` needs for the proxy on the grid `small` and `size` [H, W] of pixels that are encoded."""
+def through_pixels(config: Mapping[str, Any], small: Grid, frames: int, size: tuple[int, int], part: PixelInterpolation, machine: Machine) -> ThroughPixels:
+    """What `stages.upsample` needs for the proxy on the grid `small` and `frames` of `size` [H, W] pixels that are encoded."""
     decoded = decoding.decode_need(config, small, small, machine, PROXY_DECODE)
-    encoded = encoding.encode(config, small.num_frames, size, part.tile, quick=machine.on_cpu and machine.dtype == "float32")
+    encoded = encoding.encode(config, frames, size, part.tile, quick=machine.on_cpu and machine.dtype == "float32")
     held = 3 * small.pixels * torch.half.itemsize
     # the decoder's count leaves out the weights of the encoder, which wait beside it
     most = max(decoded.memory_bytes + encoded.weight_bytes, encoded.live_bytes)
@@ -131,13 +131,13 @@ def through_pixels(config: Mapping[str, Any], small: Grid, size: tuple[int, int]
 
 def _pixel_interpolation(part: PixelInterpolation, setting: Setting) -> StagePlan:
     info, machine, target = setting.info, setting.machine, setting.grid
-    small, (resident, host) = _proxy_in_time(setting), denoising.held_bytes(setting)
+    small, (resident, host) = setting.proxy_grid, denoising.held_bytes(setting)
     latents = part.size(info.geometry.latent_shape(small)[2:], info.geometry.latent_shape(target)[2:])
     height, width = size = tuple(side * info.geometry.spatial_factor for side in latents)
-    need = through_pixels(info.vae_config, small, size, part, machine)
+    need = through_pixels(info.vae_config, small, target.num_frames, size, part, machine)
     decoded, encoded, latent = need.decoded, need.encoded, setting.latent_bytes(target)
     pixels = EnlargedPixels(torch.empty(0, small.height, small.width, 3), size, part.mode, torch.device("cpu"))
-    interpolated = small.num_frames * sum(pixels.flops(box) * count for box, count in encoded.read)
+    interpolated = target.num_frames * sum(pixels.flops(box) * count for box, count in encoded.read)
     channels = info.vae_config.get("base_dim", 96)
     return StagePlan(
         stage="upsample",

@@ -33,7 +33,7 @@ from muralist.types import Grid
 
 Shard = tuple[dict[str, torch.Tensor], dict[str, str]]  # tensors and the header's metadata
 WORLD = World()
-FORMAT = 3  # of a shard: raise it when one holds other tensors
+FORMAT = 4  # of a shard: raise it when one holds other tensors
 SHARD = 20  # videos: a minute or two of one core
 AROUND = 4  # latents beside a crop that are encoded for its guide: it is then the whole frame's to 0.3 % (of its deviation)
 LATER = {"aimed": 0.0}  # fields of configurations that are younger than some shards, and what those were made with
@@ -43,8 +43,8 @@ LATER = {"aimed": 0.0}  # fields of configurations that are younger than some sh
 class LatentPool:
     """Latents [n, C, F, h, w] in half precision, one caption each, where the caption's object is, if that is known: [n, F, h, w], bool.
 
-    `proxy` [n, C, F', h', w']: the same videos on a coarse grid, if one was asked for; `places` [n, 4]: top, left, height and width of each crop
-    as shares of the whole frame; None where the proxies are those of the crops alone, on their grid.
+    `proxy` [n, C, F', h', w']: the same videos whole on a coarse grid, if one was asked for; `places` [n, 4]: top, left, height and width of each crop
+    as shares of the whole frame. `guide`, of the shape of `z`: what refinement is given where the crops lie, if that was asked for.
     """
 
     z: torch.Tensor
@@ -52,6 +52,7 @@ class LatentPool:
     near_object: torch.Tensor | None
     proxy: torch.Tensor | None = None
     places: torch.Tensor | None = None
+    guide: torch.Tensor | None = None
 
     def take(self, index: np.ndarray) -> tuple[torch.Tensor, list[str], torch.Tensor | None]:
         """The videos at `index`: latents in float32, captions, places of the object."""
@@ -63,9 +64,9 @@ class LatentPool:
 class PoolConfig:
     """Which videos: their grid, how many consecutive frames of it (all by default), a crop (height, width) in pixels for large grids, sharpened or not.
 
-    `proxy`: a coarse grid on which whole videos are encoded too, damaged or not. With `guide_scale` the proxy of a crop is what refinement is given there
-    instead: the small video after the VAE, enlarged through pixels (`PixelInterpolation`, whose `latent_scale` it is). `aimed`: the share of
-    crops that are moved onto the caption's object, where the source knows it.
+    `proxy`: a coarse grid on which whole videos are encoded too, damaged or not. With `guide_scale` there are guides as well, what refinement is given
+    where a crop lies: the small video after the VAE, enlarged through pixels (`PixelInterpolation`, whose `latent_scale` it is). `aimed`: the share
+    of crops that are moved onto the caption's object, where the source knows it.
     """
 
     name: str
@@ -165,13 +166,13 @@ def build_pool(vae: AutoencoderKLWan, config: PoolConfig, folder: Path, report: 
         near_object = [d.near_object(vae.config.scale_factor_spatial, vae.config.scale_factor_temporal) for d in drawn]
         known = {} if near_object[0] is None else {"near_object": torch.stack(near_object)}
         z = _encode_all(vae, [_sharpened(d.pixels, config) for d in drawn])
-        coarse = {} if config.proxy is None else _coarse(vae, config, drawn, rng)
+        coarse = {} if config.proxy is None else _coarse(vae, config, drawn, z.shape[-2:], rng)
         return {"z": z, **coarse, **known}, {"captions": json.dumps([d.caption for d in drawn])}
 
     shards = list(_shards(vae, config, source, folder, make, lambda done: report(f"{done} videos encoded")))
     captions = [text for _, metadata in shards for text in json.loads(metadata["captions"])]
     tensors = {name: torch.cat([tensors[name] for tensors, _ in shards])[: config.count] for name in shards[0][0]}
-    return LatentPool(tensors["z"], captions[: config.count], tensors.get("near_object"), tensors.get("proxy"), tensors.get("places"))
+    return LatentPool(tensors["z"], captions[: config.count], *(tensors.get(name) for name in ("near_object", "proxy", "places", "guide")))
 
 
 def _shards(
@@ -194,34 +195,42 @@ def _shards(
         yield _read(path, origin)
 
 
-def _coarse(vae: AutoencoderKLWan, config: PoolConfig, drawn: list[Drawn], rng: np.random.Generator) -> dict[str, torch.Tensor]:
-    """The drawn videos whole on the coarse grid, and where in them the crops lie."""
+def _coarse(vae: AutoencoderKLWan, config: PoolConfig, drawn: list[Drawn], size: tuple[int, int], rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    """The drawn videos whole on the coarse grid, and where in them the crops lie; `size`: rows and columns of a crop's latent."""
     whole = [d.on(config.proxy).pixels for d in drawn]
     if config.damage is not None:
         whole = [_damaged(make, config.damage, np.random.default_rng(rng.integers(2**63))) for make in whole]
-    if config.guide_scale is not None:
-        encoder, decoder = StreamingEncoder(vae), StreamingDecoder(vae)
-        return {"proxy": torch.cat([_guide(encoder, decoder, config, make(), d.place) for make, d in zip(whole, drawn)])}
     places = torch.tensor([d.place for d in drawn], dtype=torch.float32)
-    return {"proxy": _encode_all(vae, whole), "places": places}
+    coarse = {"proxy": _encode_all(vae, whole), "places": places}
+    if config.guide_scale is None:
+        return coarse
+    encoder, decoder = StreamingEncoder(vae), StreamingDecoder(vae)
+    guides = (_guide(encoder, decoder, config, z[None].to(vae.device).float(), size, d.place) for z, d in zip(coarse["proxy"], drawn))
+    return coarse | {"guide": torch.cat(list(guides))}
 
 
 def _guide(
-    encoder: StreamingEncoder, decoder: StreamingDecoder, config: PoolConfig, video: torch.Tensor, place: tuple[float, float, float, float]
+    encoder: StreamingEncoder,
+    decoder: StreamingDecoder,
+    config: PoolConfig,
+    proxy: torch.Tensor,
+    size: tuple[int, int],
+    place: tuple[float, float, float, float],
 ) -> torch.Tensor:
-    """What `PixelInterpolation` makes of a small video where a crop lies: [1, C, F, h, w] in half precision.
+    """What `PixelInterpolation` makes of a proxy [1, C, F', h', w'] where a crop lies: [1, C, F, *size] in half precision.
 
     The whole frame's size follows from the crop's and its share of it: footage may be a little smaller than the grid.
     """
-    unit, crop, (first, share) = encoder.spatial_factor, [side // encoder.spatial_factor for side in config.crop], (place[:2], place[2:])
-    target = [length / part for length, part in zip(crop, share)]  # latents of the whole frame, not always a whole number
-    encoded = [between(side // unit, round(large), config.guide_scale) for side, large in zip(video.shape[1:3], target)]
-    pixels = EnlargedPixels(_decode(decoder, _encode(encoder, video)), tuple(side * unit for side in encoded), MODE, encoder.device)
+    unit, (first, share) = encoder.spatial_factor, (place[:2], place[2:])
+    target = [length / part for length, part in zip(size, share)]  # latents of the whole frame, not always a whole number
+    encoded = [between(side, round(large), config.guide_scale) for side, large in zip(proxy.shape[-2:], target)]
+    rate = config.proxy.fps / config.grid.fps
+    pixels = EnlargedPixels(_decode(decoder, proxy), tuple(side * unit for side in encoded), MODE, encoder.device, rate)
     spans = [_covering(start * side, part * side, side) for start, part, side in zip(first, share, encoded)]
-    z = _encode(encoder, pixels(range(len(video)), Box(*spans).times(unit)))
+    z = _encode(encoder, pixels(range(config.length), Box(*spans).times(unit)))
     starts = [(start * side - span.start) / len(span) for start, side, span in zip(first, encoded, spans)]
     sides = [part * side / len(span) for part, side, span in zip(share, encoded, spans)]
-    return sampled(z, torch.tensor([starts + sides]), crop, MODE).half().cpu()
+    return sampled(z, torch.tensor([starts + sides]), size, MODE).half().cpu()
 
 
 def _covering(start: float, length: float, side: int) -> Span:

@@ -43,19 +43,29 @@ def between(small: int, large: int, scale: float) -> int:
 
 
 class EnlargedPixels:
-    """A video [T, h, w, 3] as one of `size` [H, W] pixels, of which boxes are read: each is interpolated from the few pixels that it lies on."""
+    """A video [T, h, w, 3] as one of `size` [H, W] pixels, of which boxes are read: each is interpolated from the few pixels that it lies on.
 
-    def __init__(self, video: torch.Tensor, size: tuple[int, int], mode: str, device: torch.device):
-        self.video, self.device = video, device
+    `rate`: its frames in one of the result's, whose frame t is linear between those around t * `rate`; after the last one it is held.
+    """
+
+    def __init__(self, video: torch.Tensor, size: tuple[int, int], mode: str, device: torch.device, rate: float = 1.0):
+        self.video, self.device, self.rate = video, device, rate
         self.rows, self.columns = (_interpolation(a, b, mode).to(device) for a, b in zip(video.shape[1:3], size))
 
     def __call__(self, frames: range, box: Box) -> torch.Tensor:
         """Frames [t, rows, columns, 3] in [0, 1] of the box, in float32."""
         y, x = (_used(weights[span.start : span.stop]) for weights, span in ((self.rows, box.y), (self.columns, box.x)))
-        part = self.video[frames.start : frames.stop, y, x].to(self.device).float().permute(0, 3, 1, 2)
+        part = self._in_time(frames, y, x).permute(0, 3, 1, 2)
         wide = torch.cat([part[..., used.start - x.start : used.stop - x.start] @ w.T for w, used in _strips(self.columns, box.x)], dim=-1)
         high = [w @ wide[..., used.start - y.start : used.stop - y.start, :] for w, used in _strips(self.rows, box.y)]
         return torch.cat(high, dim=-2).clamp_(0, 1).permute(0, 2, 3, 1)
+
+    def _in_time(self, frames: range, y: slice, x: slice) -> torch.Tensor:
+        if self.rate == 1:
+            return self.video[frames.start : frames.stop, y, x].to(self.device).float()
+        place = (torch.arange(frames.start, frames.stop) * self.rate).clamp(max=len(self.video) - 1)
+        before, after = (self.video[at.long(), y, x].to(self.device).float() for at in (place.floor(), place.ceil()))
+        return torch.lerp(before, after, place.frac().to(before)[:, None, None, None])
 
     def flops(self, box: Box) -> int:
         """Of one frame of the box, 2 a multiply-add."""

@@ -8,10 +8,12 @@ of `detail`'s training (`ProxyWindows.trained`; the embedded base: 112).
 
 Known of the method: a proxy of low resolution and frame rate with rotary positions scaled by 4 in time; joint denoising in reordered
 space-time windows with aligned guidance of the proxy, asymmetric; LoRA trained at the base's resolution alone; at most 1,208 times fewer
-attention FLOPs a layer. Ours, since only abstract, captions and two sentences are public: the numbers below, and that the proxy is seen clean.
+attention FLOPs a layer. Ours, since only abstract, captions and two sentences are public: the numbers below, that the proxy is seen clean, and that
+the first steps are its own, at the target's size and rate: a window then never has to guess where in it the object is.
 
 | value | here | why |
 |---|---|---|
+| `refine.skip_steps` | a fifth | enough to say where things are; a blend of the proxy's frames says no more than that |
 | `proxy.every` | 4 | the paper's r_t; 81 proxy frames then span 321 of the target, its longest example |
 | `refine.attention.tokens` | 1,024 | with the proxy's 64 about 1,100 keys a query, for the paper's factor; what an adapter was trained in, if less |
 | `refine.attention.near` | 4 x 4 x 4 | the proxy's own rows and columns around a window |
@@ -23,7 +25,8 @@ from __future__ import annotations
 from muralist.base_info import BaseInfo
 from muralist.config import Config
 from muralist.stages.proxy import LowFrameRateProxy
-from muralist.stages.refine import ProxyWindows, Refine
+from muralist.stages.refine import SLOW_SHARE, ProxyWindows, Refine
+from muralist.stages.upsample import LATENT_SCALE, PixelInterpolation
 
 PROXY, DETAIL, DETAIL_UHR = "proxy", "detail", "detail_uhr"  # adapters
 
@@ -38,6 +41,6 @@ def atlasvid(base: BaseInfo) -> Config:
     windows = ProxyWindows.of_crops(own) if detail == DETAIL_UHR else ProxyWindows.trained(own)
     return Config(
         proxy=LowFrameRateProxy(height=d.grid.height, width=d.grid.width, adapter=PROXY, **d.sampling),
-        upsample=None,
-        refine=Refine(attention=windows, adapter=detail, **d.sampling),
+        upsample=PixelInterpolation(latent_scale=LATENT_SCALE),
+        refine=Refine(attention=windows, adapter=detail, **d.refining, skip_steps=round(SLOW_SHARE * d.refine_steps)),
     )

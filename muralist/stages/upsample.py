@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -53,8 +53,9 @@ class PixelInterpolation:
     """Decode, interpolate pixels, encode again, exactly, in tiles of at most `tile` pixels.
 
     A latent says how things move in its own pixels, so one that is enlarged by itself tells of slower things and bent edges; one made of enlarged
-    pixels does not (LUVE, Table 5). `latent_scale`: pixels are enlarged to the target's size over this, at least the proxy's own, and their latent
-    to the target; 1 encodes as many pixels as the result has.
+    pixels does not (LUVE, Table 5). A proxy of fewer frames is brought to the target's rate as pixels too: its frames are closer than its latents.
+    `latent_scale`: pixels are enlarged to the target's size over this, at least the proxy's own, and their latent to the target; 1 encodes as many
+    pixels as the result has.
     """
 
     mode: Literal["bilinear", "bicubic"] = "bicubic"
@@ -83,38 +84,37 @@ def upsample(
     `scratch`: a folder for what a killed process has decoded; without one, a temporary folder serves until the call ends.
     """
     _, frames, height, width = base.info.geometry.latent_shape(to)
-    proxy = _in_time(proxy, frames, to.fps)
     match method:
         case LatentInterpolation():
-            return LatentVideo(enlarged(proxy.z, (height, width), method.mode), to)
+            return LatentVideo(enlarged(_in_time(proxy, frames, to.fps), (height, width), method.mode), to)
         case LearnedUpsampling():
             from muralist.nn.latent_upsampler.tiles import upsample_in_tiles
 
-            return LatentVideo(upsample_in_tiles(base.latent_upsampler(), proxy.z.float(), (height, width), method.tile, method.overlap, on_piece), to)
+            z = _in_time(proxy, frames, to.fps).float()
+            return LatentVideo(upsample_in_tiles(base.latent_upsampler(), z, (height, width), method.tile, method.overlap, on_piece), to)
         case PixelInterpolation():
-            z = _through_pixels(base.vae(), proxy, method.size(proxy.z.shape[-2:], (height, width)), method, on_piece, scratch)
+            z = _through_pixels(base.vae(), proxy, to, method.size(proxy.z.shape[-2:], (height, width)), method, on_piece, scratch)
             return LatentVideo(enlarged(z, (height, width), method.mode), to)
 
 
-def _in_time(proxy: LatentVideo, frames: int, fps: float) -> LatentVideo:
+def _in_time(proxy: LatentVideo, frames: int, fps: float) -> torch.Tensor:
     """The proxy at another rate: linear between its latent frames, frame f of the target at f * (the proxy's rate) / (the target's)."""
     if proxy.grid.fps == fps:
         assert proxy.z.shape[2] == frames, f"{proxy.z.shape[2]} latent frames for a grid of {frames}"
-        return proxy
+        return proxy.z
     place = torch.arange(frames, device=proxy.z.device) * (proxy.grid.fps / fps)
     before = place.floor().long().clamp(max=proxy.z.shape[2] - 1)
     after = (before + 1).clamp(max=proxy.z.shape[2] - 1)
-    z = torch.lerp(proxy.z[:, :, before], proxy.z[:, :, after], (place - before).to(proxy.z.dtype)[:, None, None])
-    return LatentVideo(z, replace(proxy.grid, num_frames=(frames - 1) * ((proxy.grid.num_frames - 1) // max(proxy.z.shape[2] - 1, 1)) + 1, fps=fps))
+    return torch.lerp(proxy.z[:, :, before], proxy.z[:, :, after], (place - before).to(proxy.z.dtype)[:, None, None])
 
 
 def _through_pixels(
-    vae: AutoencoderKLWan, proxy: LatentVideo, size: tuple[int, int], method: PixelInterpolation, on_piece: Progress, scratch: Path | None
+    vae: AutoencoderKLWan, proxy: LatentVideo, to: Grid, size: tuple[int, int], method: PixelInterpolation, on_piece: Progress, scratch: Path | None
 ) -> torch.Tensor:
-    """[1, C, F, h, w] -> [1, C, F, H, W] of `size`; the decoded proxy is held, the enlarged one never."""
+    """[1, C, F, h, w] -> [1, C, F', H, W] of `size` and the rate and frames of `to`; the decoded proxy is held, the enlarged one never."""
     pixels = tuple(side * vae.config.scale_factor_spatial for side in size)
-    video = EnlargedPixels(_decoded(vae, proxy, scratch), pixels, method.mode, vae.device)
-    return _encoded_in_less(vae, video, pixels, method.tile, on_piece)
+    video = EnlargedPixels(_decoded(vae, proxy, scratch), pixels, method.mode, vae.device, rate=proxy.grid.fps / to.fps)
+    return _encoded_in_less(vae, video, to.num_frames, pixels, method.tile, on_piece)
 
 
 def _decoded(vae: AutoencoderKLWan, proxy: LatentVideo, scratch: Path | None) -> torch.Tensor:
@@ -129,8 +129,8 @@ def _decoded(vae: AutoencoderKLWan, proxy: LatentVideo, scratch: Path | None) ->
     return video
 
 
-def _encoded_in_less(vae: AutoencoderKLWan, video: EnlargedPixels, size: tuple[int, int], tile: int, on_piece: Progress) -> torch.Tensor:
-    """The latents of `video`, of `size` [H, W] pixels; again in tiles of half the size whenever memory runs out: tiles are exact, so these stay the same.
+def _encoded_in_less(vae: AutoencoderKLWan, video: EnlargedPixels, frames: int, size: tuple[int, int], tile: int, on_piece: Progress) -> torch.Tensor:
+    """The latents of `frames` of `video`, of `size` [H, W] pixels; again in tiles of half the size whenever memory runs out: tiles are exact.
 
     Raises:
         UserError: there is too little memory for the smallest tiles.
@@ -138,7 +138,7 @@ def _encoded_in_less(vae: AutoencoderKLWan, video: EnlargedPixels, size: tuple[i
     from muralist.nn.encoder import StreamingEncoder
 
     def encode(tile: int) -> torch.Tensor:
-        return StreamingEncoder(vae).encode(video, len(video.video), size, tile, on_piece)
+        return StreamingEncoder(vae).encode(video, frames, size, tile, on_piece)
 
     return in_less(encode, tile, lambda tile: _smaller(min(tile, max(size))))
 

@@ -23,12 +23,13 @@ from muralist.base import select_adapter
 from muralist.data.latents import LatentPool, PoolConfig
 from muralist.nn.attention import ProxyMemory, Within
 from muralist.stages.proxy import LowFrameRateProxy
-from muralist.stages.refine import ProxyWindows, Refine
+from muralist.stages.refine import SLOW_SHARE, ProxyWindows, Refine
+from muralist.stages.upsample import LATENT_SCALE
 from muralist.train import state
 from muralist.train.loop import CHECKPOINTS, Report, begin
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching, Source
 from muralist.train.trainee import Trainee, VideoData, fit_adapter, give_adapter, train_alone
-from muralist.train.uhr import DAMAGE
+from muralist.train.uhr import DAMAGE, start_of_path
 from muralist.types import Grid
 
 PROXY, DETAIL, DETAIL_UHR = "proxy", "detail", "detail_uhr"  # adapters
@@ -47,8 +48,8 @@ class Clips:
 
     def __call__(self, rng: np.random.Generator, progress: float) -> Batch:
         index = rng.integers(len(self.pool.captions), size=self.batch)
-        proxy = None if self.pool.proxy is None else self.pool.proxy[torch.from_numpy(index)].float()
-        return Batch(*self.pool.take(index), stride=self.stride, proxy=proxy)
+        batch = Batch(*self.pool.take(index), stride=self.stride)
+        return batch if self.pool.proxy is None else _from_proxy(batch, self.pool, index, rng)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +63,15 @@ class Sighted:
     def __call__(self, rng: np.random.Generator, progress: float) -> Batch:
         pool, (frames, rows, columns) = self.pools[rng.integers(len(self.pools))], self.crop
         index = rng.integers(len(pool.captions), size=self.batch)
-        chosen = torch.from_numpy(index)
-        places = ((top, left, rows / height, columns / width) for top, left, height, width in pool.places[chosen].tolist())
+        places = ((top, left, rows / height, columns / width) for top, left, height, width in pool.places[torch.from_numpy(index)].tolist())
         within = [Within((frames, tall, wide), (0.0, top * tall, left * wide)) for top, left, tall, wide in places]
-        return Batch(*pool.take(index), proxy=pool.proxy[chosen].float(), within=within)
+        return _from_proxy(Batch(*pool.take(index), within=within), pool, index, rng)
+
+
+def _from_proxy(batch: Batch, pool: LatentPool, index: np.ndarray, rng: np.random.Generator) -> Batch:
+    """The batch in sight of its slow proxies, on the path from what they are as guides."""
+    chosen = torch.from_numpy(index)
+    return replace(batch, proxy=pool.proxy[chosen].float(), guide=pool.guide[chosen].float(), skip_share=start_of_path(rng, SLOW_SHARE))
 
 
 def train_proxy(
@@ -91,7 +97,7 @@ def train_detail(
     origin = _origin(trainee, data, folder, PROXY)
     own = trainee.own_grid
     coarse = _slow_proxy(own, SHRINK).grid(own, trainee.info.geometry)
-    (pool,) = trainee.encoded([PoolConfig(name="paired", count=data.clips, grid=own, proxy=coarse, seed=12)], data, folder, report)
+    (pool,) = trainee.encoded([PoolConfig(name="paired", count=data.clips, grid=own, proxy=coarse, guide_scale=LATENT_SCALE, seed=12)], data, folder, report)
     give_adapter(trainee, DETAIL)
     graft = training_windows(trainee).graft(trainee.info.geometry.token_shape(own))
     objective = InSightOfProxy(trainee, Clips(pool), replace(_config(trainee), graft=graft), DETAIL)
@@ -162,7 +168,7 @@ def _sighted_pool(trainee: Trainee, height: int, data: VideoData) -> PoolConfig:
     """Crops of the base's own size and number of frames, with the whole videos at its own size and a quarter of the rate."""
     crops, own = trainee.crop_pool(height, data), trainee.own_grid
     coarse = _slow_proxy(own).grid(own, trainee.info.geometry)
-    return replace(crops, name=f"sighted-{height}", frames=own.num_frames, proxy=coarse, damage=DAMAGE, aimed=AIMED)
+    return replace(crops, name=f"sighted-{height}", frames=own.num_frames, proxy=coarse, guide_scale=LATENT_SCALE, damage=DAMAGE, aimed=AIMED)
 
 
 def _slow_proxy(own: Grid, shrink: int = 1) -> LowFrameRateProxy:

@@ -138,7 +138,7 @@ class Trainee(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Crops:
-    """Batches from pools of several sizes, one size a batch. Where a pool has proxies of the whole videos, they are cut where the crops lie (`cut_to`)."""
+    """Batches from pools of several sizes, one size a batch, with their guides, or with proxies cut where the crops lie (`cut_to`), if there are any."""
 
     pools: tuple[LatentPool, ...]
     batch: int = 16
@@ -146,12 +146,12 @@ class Crops:
     def __call__(self, rng: np.random.Generator, progress: float) -> Batch:
         pool = self.pools[rng.integers(len(self.pools))]
         index = rng.integers(len(pool.captions), size=self.batch)
-        z, captions, near_object = pool.take(index)
-        if pool.proxy is None:
-            return Batch(z, captions, near_object)
-        chosen = torch.from_numpy(index)
-        proxy = pool.proxy[chosen].float()
-        return Batch(z, captions, near_object, proxy=proxy if pool.places is None else cut_to(proxy, pool.places[chosen], z.shape[2:]))
+        batch, chosen = Batch(*pool.take(index)), torch.from_numpy(index)
+        if pool.guide is not None:
+            return replace(batch, guide=pool.guide[chosen].float())
+        if pool.proxy is not None:
+            return replace(batch, proxy=cut_to(pool.proxy[chosen].float(), pool.places[chosen], batch.x.shape[2:]))
+        return batch
 
 
 def cut_to(whole: torch.Tensor, places: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:

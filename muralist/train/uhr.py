@@ -33,8 +33,12 @@ class Guided:
 
     def __call__(self, rng: np.random.Generator, progress: float) -> Batch:
         batch = self.crops(rng, progress)
-        share = self.skip_share if rng.random() < 0.5 else rng.uniform(min(EARLIEST, self.skip_share), self.skip_share)
-        return replace(batch, skip_share=share)
+        return replace(batch, skip_share=start_of_path(rng, self.skip_share))
+
+
+def start_of_path(rng: np.random.Generator, skip_share: float) -> float:
+    """The share of the steps that a batch's guide replaces: `skip_share` in half of all, else less, down to EARLIEST."""
+    return skip_share if rng.random() < 0.5 else rng.uniform(min(EARLIEST, skip_share), skip_share)
 
 
 def train_uhr(folder: Path, *, minutes: float, device: torch.device, resume: bool, model: Path, data: VideoData | None = None, report: Report = print) -> Path:

@@ -106,6 +106,16 @@ def test_boxes_of_an_enlarged_video_are_parts_of_the_whole(mode):
         assert counter.get_total_flops() == 2 * enlarged.flops(box)
 
 
+def test_an_enlarged_video_of_few_frames_is_linear_in_time_and_holds_its_last():
+    small = 0.3 + 0.4 * torch.rand(3, 12, 20, 3)  # nothing to be clamped
+    cpu, box = torch.device("cpu"), Box(Span(3, 9), Span(20, 33))
+    keys = EnlargedPixels(small, (24, 40), "bicubic", cpu)(range(3), box)
+    found = EnlargedPixels(small, (24, 40), "bicubic", cpu, rate=0.25)(range(2, 13), box)
+    assert found.shape == (11, 6, 13, 3)
+    wanted = [torch.lerp(keys[min(t // 4, 2)], keys[min(t // 4 + 1, 2)], t / 4 % 1) for t in range(2, 13)]
+    assert (found - torch.stack(wanted)).abs().max() < 1e-5
+
+
 @flavours
 @pytest.mark.parametrize("tile", [64, 4096])
 def test_the_plan_counts_what_runs(flavour, tile):

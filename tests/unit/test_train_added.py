@@ -167,16 +167,17 @@ def test_an_anchor_is_cut_where_its_crop_lies():
     assert halves[0, 0, 0, 0, 1:-1].tolist() == pytest.approx([-0.25 + 0.5 * i for i in range(1, 39)], abs=1e-4)
 
 
-def test_a_guide_of_training_is_the_guide_of_refinement(tiny22):
+@pytest.mark.parametrize(("fps", "frames"), [(16, 17), (4, 5)], ids=["of every frame", "of every fourth"])
+def test_a_guide_of_training_is_the_guide_of_refinement(fps, frames, tiny22):
     """A crop that is the whole frame has the guide that the stage makes of the same small video."""
-    small, large = Grid(num_frames=5, height=64, width=96), Grid(num_frames=5, height=128, width=192)
+    small, large = Grid(num_frames=frames, height=64, width=96, fps=fps), Grid(num_frames=17, height=128, width=192, fps=16)
     base = Base(inspect_base(str(tiny22)), CPU, torch.float32)
-    video = torch.rand(5, small.height, small.width, 3)
+    proxy = latents.encode(base.vae(), torch.rand(1, frames, small.height, small.width, 3))
     config = PoolConfig(name="p", count=1, grid=large, crop=(large.height, large.width), proxy=small, guide_scale=LATENT_SCALE)
     vae = base.vae()
-    trained = latents._guide(StreamingEncoder(vae), StreamingDecoder(vae), config, video, (0.0, 0.0, 1.0, 1.0)).float()
-    refined = upsample(LatentVideo(latents.encode(base.vae(), video[None]), small), large, base, PixelInterpolation(latent_scale=LATENT_SCALE)).z
-    assert trained.shape == refined.shape and (trained - refined).abs().max() < 0.01 * refined.std()
+    trained = latents._guide(StreamingEncoder(vae), StreamingDecoder(vae), config, proxy, (8, 12), (0.0, 0.0, 1.0, 1.0)).float()
+    refined = upsample(LatentVideo(proxy, small), large, base, PixelInterpolation(latent_scale=LATENT_SCALE)).z
+    assert refined.shape[2] == 5 and trained.shape == refined.shape and (trained - refined).abs().max() < 0.01 * refined.std()
 
 
 @pytest.mark.parametrize("large", [(768, 1024), (320, 448)], ids=["over twice its own size", "less"])
@@ -198,8 +199,9 @@ def test_the_guide_of_a_crop_is_that_part_of_the_guide_of_the_whole(large, named
     top, left, side = 64, 128, 192
     place = (top / large[0], left / large[1], side / large[0], side / large[1])
     grid = Grid(num_frames=5, height=round(large[0] * named), width=round(large[1] * named))
-    config = PoolConfig(name="p", count=1, grid=grid, crop=(side, side), guide_scale=LATENT_SCALE)
-    guide = latents._guide(StreamingEncoder(vae), StreamingDecoder(vae), config, video, place).float()
+    config = PoolConfig(name="p", count=1, grid=grid, crop=(side, side), proxy=grid, guide_scale=LATENT_SCALE)
+    proxy = torch.empty(1, 48, 2, 12, 16)  # of `video`, whatever it holds
+    guide = latents._guide(StreamingEncoder(vae), StreamingDecoder(vae), config, proxy, (side // 16, side // 16), place).float()
     part = whole[..., top // 16 : (top + side) // 16, left // 16 : (left + side) // 16]
     assert guide.shape == part.shape and (guide - part).abs().max() < 0.03 * part.std() + 2e-3
     assert (guide - part.roll(1, dims=-1)).abs().max() > 0.1 * part.std()
@@ -210,10 +212,11 @@ def test_the_guide_of_a_crop_is_encoded_with_what_lies_around_it():
     vae = Base(inspect_base("miniature"), CPU, torch.float32).vae()
     video, grid = torch.rand(5, 192, 256, 3), Grid(num_frames=5, height=768, width=1024)
     encoder, decoder = StreamingEncoder(vae), StreamingDecoder(vae)
+    proxy = latents.encode(vae, video[None])
 
     def guide(crop, place):
-        config = PoolConfig(name="p", count=1, grid=grid, crop=crop, guide_scale=LATENT_SCALE)
-        return latents._guide(encoder, decoder, config, video, place).float()
+        config = PoolConfig(name="p", count=1, grid=grid, crop=crop, proxy=grid, guide_scale=LATENT_SCALE)
+        return latents._guide(encoder, decoder, config, proxy, tuple(side // 16 for side in crop), place).float()
 
     whole = guide((768, 1024), (0.0, 0.0, 1.0, 1.0))
     part = guide((192, 256), (288 / 768, 384 / 1024, 0.25, 0.25))
@@ -223,7 +226,7 @@ def test_the_guide_of_a_crop_is_encoded_with_what_lies_around_it():
 def test_training_from_a_guide_follows_refinement():
     x, noise, guide = torch.randn(3, 2, 4, 3, 5, 5).unbind()
     start = flow.shifted(0.4, 3.0)
-    far = from_guide(x, noise, Batch(x, ["", ""], proxy=guide, skip_share=0.6), start)
+    far = from_guide(x, noise, Batch(x, ["", ""], guide=guide, skip_share=0.6), start)
     assert torch.allclose(flow.renoise(x, far, start), flow.renoise(guide, noise, start), atol=1e-6), "the path does not begin in the re-noised guide"
     z, level = flow.renoise(guide, noise, start), 0.3
     moved = flow.euler_step(z, flow.velocity_of_sample(z, x, start), start, level)

@@ -73,7 +73,7 @@ def test_proxy_training_sees_a_quarter_of_the_rate_at_its_true_places(tiny22, tm
     configure = objective.transformer.configure
     monkeypatch.setattr(objective.transformer, "configure", lambda graft: scales.append(graft.rope.t) or configure(graft))
     objective.loss(0, 0.0)
-    assert batch.stride == 4 and scales == [4.0] and all(".proxy." in name for name in names)
+    assert batch.stride == 4 and scales == [4.0] and batch.skip_share == 0 and all(".proxy." in name for name in names)
     (shard,) = (tmp_path / "run" / "latents").glob("slow-*.safetensors")
     with safe_open(shard, "pt") as file:
         assert json.loads(file.metadata()["config"])["grid"]["fps"] == 4
@@ -93,6 +93,7 @@ def test_a_crop_in_sight_of_the_whole_starts_as_detail_and_knows_its_place(tiny2
     for index, proxy, within in zip(chosen, batch.proxy, batch.within, strict=True):
         top, left = stored["places"][index, :2].tolist()
         assert torch.equal(proxy, stored["proxy"][index].float())
+        assert torch.equal(batch.guide[chosen.index(index)], stored["guide"][index].float())
         assert within.shape == pytest.approx(large, abs=1e-4) and within.origin == pytest.approx((0, top * large[1], left * large[2]), abs=1e-4)
         assert all(place == pytest.approx(round(place), abs=1e-4) for place in within.origin)
 

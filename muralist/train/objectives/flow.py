@@ -33,8 +33,8 @@ class Batch:
 
     `first` and `stride` are the latent frames' places in the full clip, `spacing` the distance of neighbouring tokens in a frame, in tokens of the
     base's own size; `shift` multiplies that of the noise levels. `proxy` [B, C, F', h', w'], for objectives that use it, is the same clip on a
-    coarse grid; `within`: where each clip lies in what its proxy shows, if that is more. `skip_share`: of a schedule's steps, those that the
-    proxy, on the grid of `x`, replaces as a guide (`from_guide`).
+    coarse grid; `within`: where each clip lies in what its proxy shows, if that is more. `guide`, of the shape of `x`: what replaces the first
+    `skip_share` of a schedule's steps (`from_guide`).
     """
 
     x: torch.Tensor
@@ -46,6 +46,7 @@ class Batch:
     shift: float = 1.0
     proxy: torch.Tensor | None = None
     within: Sequence[Within] | None = None
+    guide: torch.Tensor | None = None
     skip_share: float = 0.0
 
 
@@ -135,7 +136,7 @@ def from_guide(x: torch.Tensor, noise: torch.Tensor, batch: Batch, start: float)
     The straight path from there to the video x is x_sigma = (1 - sigma) x + sigma (eps + (1 - S) / S (g - x)): the noise also carries what is wrong
     with the guide. Training on plain noise never meets a guide's errors. (Ours.)
     """
-    return noise if batch.skip_share == 0 else noise + (1 - start) / start * (batch.proxy.to(noise.device) - x)
+    return noise if batch.skip_share == 0 else noise + (1 - start) / start * (batch.guide.to(noise.device) - x)
 
 
 def batch_noise(shape: tuple[int, ...], seed: int, step: int) -> torch.Tensor:
