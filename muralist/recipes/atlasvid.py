@@ -13,7 +13,7 @@ the first steps are its own, at the target's size and rate: a window then never 
 
 | value | here | why |
 |---|---|---|
-| `refine.skip_steps` | a fifth | enough to say where things are; a blend of the proxy's frames says no more than that |
+| `refine.skip_steps` | the base's own share | as `cascade` starts from its guide |
 | `proxy.every` | 4 | the paper's r_t; 81 proxy frames then span 321 of the target, its longest example |
 | `refine.attention.tokens` | 1,024 | with the proxy's 64 about 1,100 keys a query, for the paper's factor; what an adapter was trained in, if less |
 | `refine.attention.near` | 4 x 4 x 4 | the proxy's own rows and columns around a window |
@@ -25,7 +25,7 @@ from __future__ import annotations
 from muralist.base_info import BaseInfo
 from muralist.config import Config
 from muralist.stages.proxy import LowFrameRateProxy
-from muralist.stages.refine import SLOW_SHARE, ProxyWindows, Refine
+from muralist.stages.refine import ProxyWindows, Refine
 from muralist.stages.upsample import LATENT_SCALE, PixelInterpolation
 
 PROXY, DETAIL, DETAIL_UHR = "proxy", "detail", "detail_uhr"  # adapters
@@ -42,5 +42,5 @@ def atlasvid(base: BaseInfo) -> Config:
     return Config(
         proxy=LowFrameRateProxy(height=d.grid.height, width=d.grid.width, adapter=PROXY, **d.sampling),
         upsample=PixelInterpolation(latent_scale=LATENT_SCALE),
-        refine=Refine(attention=windows, adapter=detail, **d.refining, skip_steps=round(SLOW_SHARE * d.refine_steps)),
+        refine=Refine(attention=windows, adapter=detail, **d.refining, skip_steps=round(d.skip_share * d.refine_steps)),
     )

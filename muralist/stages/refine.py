@@ -46,7 +46,6 @@ class Windows:
 
 
 MOST_TOKENS = 1024  # of a window in sight of a proxy: with 64 of the proxy about 1,100 keys a query
-SLOW_SHARE = 0.2  # of the steps, replaced by a proxy of few frames: its latents, blended in time, say where things are, not yet how they look
 MOST_FRAMES = 8  # latent ones: 8 x 8 x 16 tokens
 
 

@@ -23,7 +23,7 @@ from muralist.base import select_adapter
 from muralist.data.latents import LatentPool, PoolConfig
 from muralist.nn.attention import ProxyMemory, Within
 from muralist.stages.proxy import LowFrameRateProxy
-from muralist.stages.refine import SLOW_SHARE, ProxyWindows, Refine
+from muralist.stages.refine import ProxyWindows, Refine
 from muralist.stages.upsample import LATENT_SCALE
 from muralist.train import state
 from muralist.train.loop import CHECKPOINTS, Report, begin
@@ -40,24 +40,26 @@ AIMED = 0.5  # the share of crops that lie on the object: at 4K most of the pict
 
 @dataclass(frozen=True, slots=True)
 class Clips:
-    """Batches of whole clips, with their proxies if there are any; `stride` latent frames stand between two of theirs."""
+    """Batches of whole clips, with their proxies if there are any; `stride` latent frames stand between two of theirs. `skip_share`: see `_from_proxy`."""
 
     pool: LatentPool
     stride: int = 1
+    skip_share: float = 0.0
     batch: int = 4
 
     def __call__(self, rng: np.random.Generator, progress: float) -> Batch:
         index = rng.integers(len(self.pool.captions), size=self.batch)
         batch = Batch(*self.pool.take(index), stride=self.stride)
-        return batch if self.pool.proxy is None else _from_proxy(batch, self.pool, index, rng)
+        return batch if self.pool.proxy is None else _from_proxy(batch, self.pool, index, self.skip_share, rng)
 
 
 @dataclass(frozen=True, slots=True)
 class Sighted:
-    """Batches of crops, one size a batch, with the whole videos as proxies. `crop`: a crop's token grid."""
+    """Batches of crops, one size a batch, with the whole videos as proxies. `crop`: a crop's token grid; `skip_share`: see `_from_proxy`."""
 
     pools: tuple[LatentPool, ...]
     crop: tuple[int, int, int]
+    skip_share: float
     batch: int = 4
 
     def __call__(self, rng: np.random.Generator, progress: float) -> Batch:
@@ -65,13 +67,13 @@ class Sighted:
         index = rng.integers(len(pool.captions), size=self.batch)
         places = ((top, left, rows / height, columns / width) for top, left, height, width in pool.places[torch.from_numpy(index)].tolist())
         within = [Within((frames, tall, wide), (0.0, top * tall, left * wide)) for top, left, tall, wide in places]
-        return _from_proxy(Batch(*pool.take(index), within=within), pool, index, rng)
+        return _from_proxy(Batch(*pool.take(index), within=within), pool, index, self.skip_share, rng)
 
 
-def _from_proxy(batch: Batch, pool: LatentPool, index: np.ndarray, rng: np.random.Generator) -> Batch:
-    """The batch in sight of its slow proxies, on the path from what they are as guides."""
+def _from_proxy(batch: Batch, pool: LatentPool, index: np.ndarray, skip_share: float, rng: np.random.Generator) -> Batch:
+    """The batch in sight of its slow proxies, on the path from the guides that they make: these replace `skip_share` of the steps, or fewer."""
     chosen = torch.from_numpy(index)
-    return replace(batch, proxy=pool.proxy[chosen].float(), guide=pool.guide[chosen].float(), skip_share=start_of_path(rng, SLOW_SHARE))
+    return replace(batch, proxy=pool.proxy[chosen].float(), guide=pool.guide[chosen].float(), skip_share=start_of_path(rng, skip_share))
 
 
 def train_proxy(
@@ -100,7 +102,7 @@ def train_detail(
     (pool,) = trainee.encoded([PoolConfig(name="paired", count=data.clips, grid=own, proxy=coarse, guide_scale=LATENT_SCALE, seed=12)], data, folder, report)
     give_adapter(trainee, DETAIL)
     graft = training_windows(trainee).graft(trainee.info.geometry.token_shape(own))
-    objective = InSightOfProxy(trainee, Clips(pool), replace(_config(trainee), graft=graft), DETAIL)
+    objective = InSightOfProxy(trainee, Clips(pool, skip_share=trainee.info.defaults.skip_share), replace(_config(trainee), graft=graft), DETAIL)
     return fit_adapter(trainee, DETAIL, objective, folder, minutes, resume, origin, report)
 
 
@@ -116,7 +118,7 @@ def train_detail_uhr(
     give_adapter(trainee, DETAIL_UHR, like=DETAIL)
     own = trainee.info.geometry.token_shape(trainee.own_grid)
     config = replace(_config(trainee), graft=_refine(ProxyWindows.of_crops(own)).graft(own))
-    objective = InSightOfProxy(trainee, Sighted(pools, own), config, DETAIL_UHR)
+    objective = InSightOfProxy(trainee, Sighted(pools, own, trainee.info.defaults.skip_share), config, DETAIL_UHR)
     return fit_adapter(trainee, DETAIL_UHR, objective, folder, minutes, resume, origin, report)
 
 
