@@ -188,6 +188,8 @@ def _notes(setting: Setting) -> Iterator[str]:
     if (asked.height, asked.width) != (grid.height, grid.width):
         yield f"computed at {grid.width}x{grid.height} and cropped to {asked.width}x{asked.height}"
     yield from _beyond_training(setting)
+    if setting.request.config.upsample is not None and setting.request.config.refine.skip_steps == 0:
+        yield "no step is skipped, so refinement starts from noise: the enlarged proxy is made and not used"
     yield from _idle_experts(setting)
     yield from _decode_notes(setting, decode_need(setting))
     if setting.linears == "fp8":

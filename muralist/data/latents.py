@@ -33,9 +33,10 @@ from muralist.types import Grid
 
 Shard = tuple[dict[str, torch.Tensor], dict[str, str]]  # tensors and the header's metadata
 WORLD = World()
-FORMAT = 4  # of a shard: raise it when one holds other tensors
+FORMAT = 3  # of a shard: raise it when one holds other tensors
 SHARD = 20  # videos: a minute or two of one core
-AROUND = 4  # latents beside a crop that are encoded for its guide: it is then the whole frame's to 0.3 % (of its deviation)
+GUIDES = 2  # of a shard's guides: raise it when they are made otherwise
+AROUND = 64  # pixels beside a crop that are encoded for its guide: it is then the whole frame's to 0.3 % (of its deviation)
 LATER = {"aimed": 0.0}  # fields of configurations that are younger than some shards, and what those were made with
 
 
@@ -116,7 +117,7 @@ def stamp(vae: AutoencoderKLWan, config: PoolConfig | PairConfig, source: Source
     guides = isinstance(config, PoolConfig) and config.guide_scale is not None
     fields = {name: value for name, value in asdict(config).items() if name not in ("name", "count") and (name, value) not in LATER.items()}
     if guides:
-        fields["around"] = AROUND
+        fields |= {"guides": GUIDES, "around": AROUND}
     return {"encoder": digest_of(vae, decoder=guides), "config": json.dumps(fields | source.identity | {"format": FORMAT}, sort_keys=True)}
 
 
@@ -226,19 +227,19 @@ def _guide(
     encoded = [between(side, round(large), config.guide_scale) for side, large in zip(proxy.shape[-2:], target)]
     rate = config.proxy.fps / config.grid.fps
     pixels = EnlargedPixels(_decode(decoder, proxy), tuple(side * unit for side in encoded), MODE, encoder.device, rate)
-    spans = [_covering(start * side, part * side, side) for start, part, side in zip(first, share, encoded)]
+    spans = [_covering(start * side, part * side, side, AROUND // unit) for start, part, side in zip(first, share, encoded)]
     z = _encode(encoder, pixels(range(config.length), Box(*spans).times(unit)))
     starts = [(start * side - span.start) / len(span) for start, side, span in zip(first, encoded, spans)]
     sides = [part * side / len(span) for part, side, span in zip(share, encoded, spans)]
     return sampled(z, torch.tensor([starts + sides]), size, MODE).half().cpu()
 
 
-def _covering(start: float, length: float, side: int) -> Span:
-    """The whole latents that cover `length` of them from `start`, of an axis of `side`, and AROUND more on either side.
+def _covering(start: float, length: float, side: int, more: int) -> Span:
+    """The whole latents that cover `length` of them from `start`, of an axis of `side`, and `more` on either side.
 
     The outermost are not those of the whole frame, whose encoder sees pixels beyond them, and interpolation looks at two beside each place.
     """
-    return Span(max(math.floor(start + 1e-6) - AROUND, 0), min(math.ceil(start + length - 1e-6) + AROUND, side))
+    return Span(max(math.floor(start + 1e-6) - more, 0), min(math.ceil(start + length - 1e-6) + more, side))
 
 
 def _damaged(make: Callable[[], torch.Tensor], damage: AnchorDamage, rng: np.random.Generator) -> Callable[[], torch.Tensor]:

@@ -183,7 +183,10 @@ def _restore(folder, parameters, average, optimizers, origin: Mapping[str, str])
 
 
 class _Curve:
-    """Means over `every` steps, appended to `curve.csv`, which is first cut back to `step`, where the training starts or goes on."""
+    """Means over `every` steps, appended to `curve.csv`, which is first cut back to `step`, where the training starts or goes on.
+
+    A value that is NaN was not measured in its step; where none was, the cell is empty.
+    """
 
     def __init__(self, folder: Path, step: int, every: int = 50):
         folder.mkdir(parents=True, exist_ok=True)
@@ -203,18 +206,25 @@ class _Curve:
         """Count a step in; every `every` steps write a row and return it as a line."""
         for name, value in values.items():
             total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = (total + value, count + 1)
+            self.sums[name] = (total, count) if math.isnan(value) else (total + value, count + 1)
         self.count += 1
         if self.count < self.every:
             return None
-        row = {"step": step, "minutes": round(seconds / 60, 3)} | {name: round(total / count, 6) for name, (total, count) in self.sums.items()}
-        with open(self.path, "a", newline="") as handle:
-            writer = csv.DictWriter(handle, fieldnames=list(row))
-            if handle.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
+        means = {name: round(total / count, 6) for name, (total, count) in self.sums.items() if count}
+        row = {"step": step, "minutes": round(seconds / 60, 3)} | means
+        self._write(row, columns=["step", "minutes", *self.sums])
         self.sums, self.count = {}, 0
         return "  ".join(f"{name} {value:g}" for name, value in row.items())
+
+    def _write(self, row: dict[str, float], columns: list[str]) -> None:
+        """`columns`: those of a new file; one that is there already keeps its own."""
+        with open(self.path, "a+", newline="") as handle:
+            handle.seek(0)
+            header = handle.readline().strip()
+            writer = csv.DictWriter(handle, header.split(",") if header else columns, extrasaction="ignore")
+            if not header:
+                writer.writeheader()
+            writer.writerow(row)  # appended, wherever the reading stopped
 
 
 def draw_curve(folder: Path) -> None:

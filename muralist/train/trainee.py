@@ -81,6 +81,11 @@ class Trainee(nn.Module):
         """What a training of this base on these videos stands on: another one is not gone on with."""
         return {"base": weights.fingerprint(self.info.folder / "transformer"), **data.origin}
 
+    @property
+    def path_origin(self) -> dict[str, str]:
+        """Where the path of a training from guides begins."""
+        return {"path": json.dumps([self.info.defaults.skip_share, self.info.defaults.flow_shift])}
+
     def adapter_origin(self, name: str) -> str:
         """The fingerprint of the base's adapter of that name, `none` where there is none."""
         folder = self.info.folder / "adapters" / name

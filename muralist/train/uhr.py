@@ -54,4 +54,4 @@ def train_uhr(folder: Path, *, minutes: float, device: torch.device, resume: boo
     config = FlowConfig(prediction=trainee.info.prediction, shift=defaults.flow_shift)
     source = Guided(Crops(pools), defaults.skip_share)
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, source, config, device)
-    return fit_adapter(trainee, ADAPTER, objective, folder, minutes, resume, trainee.origin(data), report)
+    return fit_adapter(trainee, ADAPTER, objective, folder, minutes, resume, trainee.origin(data) | trainee.path_origin, report)

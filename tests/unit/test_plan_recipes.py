@@ -123,3 +123,11 @@ def test_windows_travel_from_step_to_step_and_the_plan_counts_each(change, diffe
     made = plan(replace(request, config=replace(request.config, refine=how)), info, Machine.of("80GB"))
     planned = next(stage for stage in made.stages if stage.stage == "refine")
     assert planned.flops / counted.get_total_flops() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize(("skip", "told"), [(0, True), (1, False)])
+def test_a_guide_that_no_step_begins_with_is_told(skip, told):
+    info = inspect_base("miniature")
+    typed = Asked(prompt="a ball", width=896, height=512, num_frames=5, skip_steps=skip, seed=0)
+    notes = plan(make_request(typed, info, note=lambda text: None), info, Machine.of("80GB")).notes
+    assert any("made and not used" in note for note in notes) == told

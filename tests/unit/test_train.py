@@ -19,7 +19,7 @@ from muralist.store.tensors import load_tensors, save_tensors
 from muralist.train import state
 from muralist.train.experts import train_experts
 from muralist.train.latent_upsampler import train_latent_upsampler
-from muralist.train.loop import Schedule, draw_curve, fit
+from muralist.train.loop import Schedule, _Curve, draw_curve, fit
 from muralist.train.miniature import FURTHER, PHASES, Curriculum, TextToVideo, new_tokenizer, new_vae, train_base, train_decoder, train_vae
 from muralist.train.objectives import reconstruction
 from muralist.train.objectives.flow import FOCUS, Batch, FlowConfig, FlowMatching
@@ -109,6 +109,15 @@ def test_the_curve_of_a_killed_and_resumed_training_runs_forwards(tmp_path):
     fit(Line(), schedule(220), tmp_path, resume=True, report=lambda line: None)
     with open(tmp_path / "curve.csv") as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == [50, 100, 160, 210]
+
+
+def test_the_columns_of_a_curve_stay_whatever_a_step_measures(tmp_path):
+    nan, curve = float("nan"), _Curve(tmp_path, 0, every=2)
+    curve.add(1, 0.0, {"loss": 1.0, "low": nan, "high": 4.0})
+    assert curve.add(2, 60.0, {"loss": 3.0, "low": nan, "high": nan}) == "step 2  minutes 1  loss 2  high 4"
+    resumed = _Curve(tmp_path, 2, every=1)
+    resumed.add(3, 120.0, {"high": 8.0, "loss": 5.0, "low": 6.0})
+    assert (tmp_path / "curve.csv").read_text().split() == ["step,minutes,loss,low,high", "2,1.0,2.0,,4.0", "3,2.0,5.0,6.0,8.0"]
 
 
 def test_a_base_is_not_trained_on_a_vae_of_other_channels(tmp_path):

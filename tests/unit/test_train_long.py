@@ -17,6 +17,7 @@ from muralist.base import Base
 from muralist.base_info import inspect_base
 from muralist.data.sources import World, read_footage
 from muralist.errors import UserError
+from muralist.recipes import find
 from muralist.train.long import train_detail, train_detail_uhr, train_proxy
 from muralist.train.trainee import VideoData
 from tests.shell import muralist
@@ -136,3 +137,19 @@ def test_windows_in_sight_of_a_proxy_are_trained_for_the_adapter_that_it_is_look
     shutil.rmtree(model / "adapters" / "proxy")
     with pytest.raises(UserError, match="stand on another adapter proxy"):
         train_detail(tmp_path / "run", minutes=0.02, device=CPU, resume=True, model=model, data=data, report=quiet)
+
+
+def test_a_training_on_another_path_is_not_gone_on_with(tiny22, tmp_path, small_shards):
+    model, data = shutil.copytree(tiny22, tmp_path / "model"), VideoData(clips=2)
+    train_detail(tmp_path / "run", minutes=0.01, device=CPU, resume=False, model=model, data=data, report=quiet)
+    path = model / "muralist.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"skip_share": 0.3}))
+    with pytest.raises(UserError, match="stand on another path"):
+        train_detail(tmp_path / "run", minutes=0.02, device=CPU, resume=True, model=model, data=data, report=quiet)
+
+
+def test_windows_are_trained_on_the_path_that_the_recipe_takes(tiny22, tmp_path, small_shards, monkeypatch):
+    ((objective, _, _),) = spied(monkeypatch, "trainee", train_detail, tmp_path / "run", model=tiny22, data=VideoData(clips=2))
+    refine = find("atlasvid")(objective.module.info).refine
+    shares = [objective.source(np.random.default_rng(seed), 0.0).skip_share for seed in range(40)]
+    assert max(shares) * refine.num_inference_steps == pytest.approx(refine.skip_steps, abs=0.5) and 10 < shares.count(max(shares)) < 30

@@ -98,7 +98,7 @@ class FlowMatching:
         noise = from_guide(x, batch_noise(x.shape, c.seed, step).to(self.device), batch, flow.shifted(share, shift))
         output = self._at(batch, (1 - level) * x + level * noise, sigma, self.embed(captions))
         each = self._errors(batch, output, x if c.prediction == "sample" else noise - x, level)
-        return each.mean(), {f"{name}": each.detach()[mask].mean().item() for name, mask in _thirds(sigma) if mask.any()}
+        return each.mean(), {name: each.detach()[mask].mean().item() for name, mask in _thirds(sigma)}
 
     def _at(self, batch: Batch, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, **extra: torch.Tensor) -> torch.Tensor:
         """The network's answer in float32."""
