@@ -4,15 +4,19 @@
     python benchmarks/adherence.py --count 12 --size 3840x2160      # by the cascade
     python benchmarks/adherence.py --count 12 --size 1920x1080 --recipe luve
 
+What stands in the folder of `--keep` is not painted again, so a stopped run goes on, and several can share the work (`--first`, then one over all).
 Writes results/adherence-SIZE.{json,md} (-RECIPE where one is given) and a contact sheet of first, middle and last frames.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,21 +42,49 @@ def main() -> None:
     recipe = options.recipe or ("direct" if (width, height) == (448, 256) else "cascade")
     pipe = muralist.load(options.model, recipe=recipe)
     sheet, rows, started = [], [], time.time()
-    for scene in scenes(options.count, options.seed):
-        with tempfile.TemporaryDirectory() as folder:
-            video = pipe(world.caption(scene), width=width, height=height, num_frames=options.num_frames, seed=scene.seed, run_dir=Path(folder) / "run")
-            # 4K clips are judged on every fourth frame: a whole one is 2.9 GB of floats
-            frames = torch.cat([chunk.frames[:: (1 if height < 1000 else 4)] for chunk in video])
-        result = score(frames, scene)
-        rows.append({"prompt": world.caption(scene)} | {a: bool(getattr(result, a)) for a in ATTRIBUTES} | {"objects": result.num_objects})
-        sheet.append(small(frames))
-        print(rows[-1], f"{(time.time() - started) / len(rows):.1f} s a clip", flush=True)
+    for number, scene in list(enumerate(scenes(options.count, options.seed)))[options.first :]:
+        kept = options.keep and options.keep / f"{number:03d}"
+        if not (kept and kept.is_dir()):
+            frames = painted(pipe, scene, width, height, options.num_frames)
+            row = judged(frames, scene)
+            if kept:
+                keep(kept, row, frames)
+        if kept:  # what several processes have made is read alike
+            row, three = json.loads((kept / "score.json").read_text()), torch.from_numpy(np.array(Image.open(kept / "small.png")))
+        else:
+            three = small(frames)
+        rows.append(row)
+        sheet.append(three)
+        print(row, f"{(time.time() - started) / len(rows):.1f} s a clip", flush=True)
     means = [{"measure": a, "percent": 100 * float(np.mean([r[a] for r in rows]))} for a in ATTRIBUTES]
     means.append({"measure": "exactly one object", "percent": 100 * float(np.mean([r["objects"] == 1 for r in rows]))})
     print(means)
     name = f"adherence-{options.size}" + (f"-{recipe}" if options.recipe else "")
     write(name, means, note=f"{len(rows)} held-out prompts, recipe {recipe}, {options.size} x {options.num_frames}, seed {options.seed}")
     Image.fromarray(torch.cat(sheet[:24]).numpy()).save(options.sheet)
+
+
+def painted(pipe: muralist.Pipeline, scene: world.Scene, width: int, height: int, num_frames: int) -> torch.Tensor:
+    """Frames [t, H, W, 3] of a prompt; of large clips every fourth: a whole one at 4K is 2.9 GB of floats."""
+    with tempfile.TemporaryDirectory() as folder:
+        video = pipe(world.caption(scene), width=width, height=height, num_frames=num_frames, seed=scene.seed, run_dir=Path(folder) / "run")
+        return torch.cat([chunk.frames[:: (1 if height < 1000 else 4)] for chunk in video])
+
+
+def judged(frames: torch.Tensor, scene: world.Scene) -> dict[str, Any]:
+    result = score(frames, scene)
+    return {"prompt": world.caption(scene)} | {a: bool(getattr(result, a)) for a in ATTRIBUTES} | {"objects": result.num_objects}
+
+
+def keep(folder: Path, row: dict[str, Any], frames: torch.Tensor) -> None:
+    """The scores, the middle frame as it is and three small ones; the folder is there when all of it is."""
+    pending = folder.with_suffix(".tmp")
+    shutil.rmtree(pending, ignore_errors=True)
+    pending.mkdir(parents=True)
+    (pending / "score.json").write_text(json.dumps(row))
+    Image.fromarray((frames[len(frames) // 2] * 255).round().byte().numpy()).save(pending / "middle.png")
+    Image.fromarray(small(frames).numpy()).save(pending / "small.png")
+    pending.rename(folder)
 
 
 def small(frames: torch.Tensor) -> torch.Tensor:
@@ -70,6 +102,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num-frames", type=int, default=29)
     parser.add_argument("--model", default="miniature")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="leave out the prompts before this one")
+    parser.add_argument("--keep", type=Path, help="a folder for scores and pictures of each prompt")
     parser.add_argument("--sheet", type=Path, default=Path("adherence.png"))
     return parser.parse_args()
 

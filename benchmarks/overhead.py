@@ -1,8 +1,9 @@
-"""How much of a whole run is neither transformer nor VAE: a miniature video of 1920x1080, 29 frames, in a process of its own.
+"""How much of a whole run is neither transformer nor VAE: a miniature video of 29 frames, in a process of its own.
 
-    python benchmarks/overhead.py [--ahead 0 8]     minutes; frames decoded while others are compressed
+    python benchmarks/overhead.py [--size 1920x1080 3840x2160] [--ahead 0 8]     minutes; frames decoded while others are compressed
 
-Wall time counts from the start of the process, imports included. Results go to results/overhead.{json,md}.
+Wall time counts from the start of the process; `start`: until the pipeline stands, imports included; `store`: what is written so that a killed
+run goes on. Results go to results/overhead.{json,md}.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from functools import wraps
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,31 +31,32 @@ class Watch:
 
     def over(self, owner: Any, method: str, name: str) -> None:
         """Count the method of a class under a name."""
-        import torch
-
         inner = getattr(owner, method)
 
         @wraps(inner)
         def timed(*arguments: Any, **options: Any) -> Any:
             started = time.perf_counter()
             result = inner(*arguments, **options)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+                sys.modules["torch"].cuda.synchronize()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
             return result
 
         setattr(owner, method, timed)
 
 
-def child(ahead: int, folder: Path) -> dict[str, Any]:
+def child(ahead: int, size: tuple[int, int], folder: Path) -> dict[str, Any]:
     """One video, painted by the command's own way."""
+    started = time.perf_counter()
     from muralist import load, pipeline
     from muralist.nn.decoder import StreamingDecoder
     from muralist.nn.encoder import StreamingEncoder
     from muralist.nn.transformer import MuralTransformer
+    from muralist.store import atomic
     from muralist.store.video_write import SegmentEncoder
 
-    watch, device = Watch(), load().base.device.type
+    watch, pipe = Watch(), load()
+    watch.seconds["start"] = time.perf_counter() - started
     for owner, method, name in (
         (MuralTransformer, "forward", "transformer"),
         (StreamingDecoder, "first_part", "decode"),
@@ -62,26 +65,36 @@ def child(ahead: int, folder: Path) -> dict[str, Any]:
         (StreamingEncoder, "second_part", "vae_encode"),
         (SegmentEncoder, "add_planes", "compress"),
         (SegmentEncoder, "finish", "compress"),
+        (atomic, "write_file", "store"),
+        (atomic, "publish_dir", "store"),
     ):
         watch.over(owner, method, name)
+    device = pipe.base.device.type
     pipeline.AHEAD[device] = ahead
-    with load()(PROMPT, width=1920, height=1080, num_frames=29, seed=0) as video:
+    with pipe(PROMPT, width=size[0], height=size[1], num_frames=29, seed=0) as video:
         video.save(folder / "out.mp4")
-    return {"ahead": ahead, "device": device, **{f"{name}_s": seconds for name, seconds in watch.seconds.items()}}
+    return {"size": "x".join(map(str, size)), "ahead": ahead, "device": device, **{f"{name}_s": seconds for name, seconds in watch.seconds.items()}}
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, height = text.split("x")
+    return int(width), int(height)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ahead", type=int, nargs="+", default=[0, 8])
-    parser.add_argument("--child", type=int)
+    parser.add_argument("--size", type=_size, nargs="+", default=[(1920, 1080), (3840, 2160)])
+    parser.add_argument("--child", action="store_true")
     options, rows = parser.parse_args(), []
     with tempfile.TemporaryDirectory() as folder:
-        if options.child is not None:
-            print(json.dumps(child(options.child, Path(folder))))
+        if options.child:
+            print(json.dumps(child(options.ahead[0], options.size[0], Path(folder))))
             return
-    for ahead in options.ahead:
+    for (width, height), ahead in product(options.size, options.ahead):
         started = time.perf_counter()
-        done = subprocess.run([sys.executable, __file__, "--child", str(ahead)], check=True, stdout=subprocess.PIPE, text=True)
+        one = ["--child", "--ahead", str(ahead), "--size", f"{width}x{height}"]
+        done = subprocess.run([sys.executable, __file__, *one], check=True, stdout=subprocess.PIPE, text=True)
         wall, row = time.perf_counter() - started, json.loads(done.stdout.splitlines()[-1])
         networks = row["transformer_s"] + row["decode_s"]
         ratios = {"wall / (transformer + decode)": wall / networks, "wall / (transformer + VAE)": wall / (networks + row["vae_encode_s"])}
@@ -89,7 +102,7 @@ def main() -> None:
         print(rows[-1], flush=True)
     from common import write
 
-    write("overhead", rows, f"miniature, cascade, 1920x1080, 29 frames; the goal is {GOAL}")
+    write("overhead", rows, f"miniature, cascade, 29 frames; the goal is {GOAL}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Is 4K output true 4K? Radial power spectra of the cascade's frames, of true renders of the same captions, and of an enlargement.
 
     python benchmarks/spectrum.py --count 4
+    python benchmarks/spectrum.py --kept FOLDER      # of `adherence.py --size 3840x2160 --keep FOLDER`: nothing is painted again at 4K
 
 Writes results/spectrum.{json,md} (difference to the true renders in dB, per octave) and a plot.
 """
@@ -26,6 +27,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 WIDTH, HEIGHT = 3840, 2160
+MIDDLE = 13  # the frame that `adherence.py` keeps
 OCTAVES = [(2.0**-k / 2, 2.0**-k) for k in range(8, 0, -1)]  # cycles a pixel, the last one up to Nyquist
 
 
@@ -44,11 +46,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=4)
     parser.add_argument("--model", default="miniature")
     parser.add_argument("--plot", type=Path, default=Path(__file__).parent / "results" / "spectrum.png")
+    parser.add_argument("--kept", type=Path, help="a folder of clips that adherence.py has painted and judged")
     parser.add_argument("--frames", type=Path, help="a folder for PNGs of the frames compared")
     options = parser.parse_args()
     curves = {"muralist": [], "true render": [], "bicubic of 448x256": []}
-    for scene in scenes(options.count, seed=1):
-        for name, frame in pictures(scene, options.model).items():
+    cases = kept(options.kept) if options.kept else [(scene, None) for scene in scenes(options.count, seed=1)]
+    for scene, large in cases:
+        for name, frame in pictures(scene, options.model, large).items():
             curves[name].append(np.log(spectrum(frame) + 1e-12))
             if options.frames:
                 options.frames.mkdir(parents=True, exist_ok=True)
@@ -64,32 +68,39 @@ def main() -> None:
                 | {f"{name} minus true, dB": float((means[name] - means["true render"])[band].mean()) for name in means if name != "true render"}
             )
     print(rows)
-    write(
-        "spectrum", rows, note=f"{options.count} held-out captions at {WIDTH}x{HEIGHT}, middle frame, log radial power of the luma; octaves in cycles a pixel"
-    )
+    write("spectrum", rows, note=f"{len(cases)} held-out captions at {WIDTH}x{HEIGHT}, middle frame, log radial power of the luma; octaves in cycles a pixel")
     draw(frequency, means, options.plot)
 
 
-def pictures(scene: world.Scene, model: str) -> dict[str, torch.Tensor]:
-    """The middle frame of each of the three, [H, W, 3] in [0, 1]."""
-    with tempfile.TemporaryDirectory() as folder:
-        large = middle(
-            muralist.load(model, recipe="cascade")(world.caption(scene), width=WIDTH, height=HEIGHT, num_frames=29, seed=scene.seed, run_dir=Path(folder) / "a")
-        )
-        small = middle(
-            muralist.load(model, recipe="direct")(world.caption(scene), width=448, height=256, num_frames=29, seed=scene.seed, run_dir=Path(folder) / "b")
-        )
+def kept(folder: Path) -> list[tuple[world.Scene, torch.Tensor]]:
+    """Scenes and middle frames that `adherence.py` has painted."""
+    every, cases = scenes(200, seed=0), []
+    for path in sorted(folder.glob("[0-9][0-9][0-9]")):
+        cases.append((every[int(path.name)], torch.from_numpy(np.array(Image.open(path / "middle.png"))) / 255))
+    return cases
+
+
+def pictures(scene: world.Scene, model: str, large: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The middle frame of each of the three, [H, W, 3] in [0, 1]; `large`: the first of them, if it is there."""
+
+    def painted(recipe: str, width: int, height: int) -> torch.Tensor:
+        with tempfile.TemporaryDirectory() as folder:
+            pipe, options = muralist.load(model, recipe=recipe), {"num_frames": 29, "seed": scene.seed, "run_dir": Path(folder) / "run"}
+            return middle(pipe(world.caption(scene), width=width, height=height, **options))
+
+    large = painted("cascade", WIDTH, HEIGHT) if large is None else large
+    small = painted("direct", 448, 256)
     enlarged = torch.nn.functional.interpolate(small.permute(2, 0, 1)[None], size=(HEIGHT, WIDTH), mode="bicubic")[0].permute(1, 2, 0).clamp(0, 1)
-    true = next(iter(world.render(scene, Grid(num_frames=29, height=HEIGHT, width=WIDTH), frames=range(14, 15))))
+    true = next(iter(world.render(scene, Grid(num_frames=29, height=HEIGHT, width=WIDTH), frames=range(MIDDLE, MIDDLE + 1))))
     return {"muralist": large, "true render": true, "bicubic of 448x256": enlarged}
 
 
 def middle(video) -> torch.Tensor:
-    """Frame 14 of a lazy video."""
+    """The middle frame of a lazy video."""
     for chunk in video:
-        if chunk.start <= 14 < chunk.start + len(chunk.frames):
-            return chunk.frames[14 - chunk.start].clone()
-    raise AssertionError("the video has no frame 14")
+        if chunk.start <= MIDDLE < chunk.start + len(chunk.frames):
+            return chunk.frames[MIDDLE - chunk.start].clone()
+    raise AssertionError("the video has no middle")
 
 
 def draw(frequency: np.ndarray, means: dict[str, np.ndarray], path: Path) -> None:

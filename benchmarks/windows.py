@@ -1,6 +1,6 @@
 """Windows against full attention: time and memory, both sides in one run.
 
-    OMP_NUM_THREADS=2 python benchmarks/windows.py                 # everything, about four minutes on two cores; writes results/windows.{json,md}
+    OMP_NUM_THREADS=2 python benchmarks/windows.py                 # everything, about twelve minutes on two cores; writes results/windows.{json,md}
     OMP_NUM_THREADS=1 python benchmarks/windows.py --quick          # small sizes, prints only
 
 Sizes of the CPU goals: width 256, 4 heads of 64, 4 layers, FFN 1,536, windows of 8 x 8 x 8 = 512 tokens, 512 text tokens.
@@ -16,22 +16,26 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 
+from muralist.cost.transformer import Dimensions, forward
 from muralist.nn.attention import WindowAttention, attend_full, attend_windows, backends
+from muralist.nn.kernels import Kernels
 from muralist.nn.transformer import Graft, MuralTransformer
 from muralist.nn.windows import Run, Shape, partition, reorder
 
 WIDTH, HEADS, LAYERS, FFN, TEXT, EXTRA = 256, 4, 4, 1536, 512, 64
 WINDOW: Shape = (8, 8, 8)
 CHUNK = 4096
+WIDE, WIDE_LAYERS, WIDE_TOKENS = 512, 2, 65536  # the size of the real-size goals; two layers, since full attention over them takes minutes
 GRIDS: dict[int, Shape] = {2048: (8, 16, 16), 8192: (8, 32, 32), 16384: (8, 32, 64), 32768: (8, 64, 64), 65536: (16, 64, 64)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -48,10 +52,18 @@ def best(work: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
-def model(dtype: torch.dtype) -> WanTransformer3DModel:
+def sizes(width: int, layers: int) -> dict[str, int]:
+    """A configuration with heads of 64 and FFNs of six widths."""
+    head = WIDTH // HEADS
+    return dict(
+        num_attention_heads=width // head, attention_head_dim=head, num_layers=layers, ffn_dim=width * FFN // WIDTH, text_dim=WIDTH, freq_dim=64,
+        in_channels=16, out_channels=16,
+    )  # fmt: skip
+
+
+def model(dtype: torch.dtype, width: int = WIDTH, layers: int = LAYERS) -> WanTransformer3DModel:
     torch.manual_seed(0)
-    sizes = dict(num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, num_layers=LAYERS, ffn_dim=FFN, text_dim=WIDTH, freq_dim=64)
-    return WanTransformer3DModel(**sizes, in_channels=16, out_channels=16).eval().to(dtype)
+    return WanTransformer3DModel(**sizes(width, layers)).eval().to(dtype)
 
 
 def latents(tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -69,8 +81,8 @@ def one_layer(tokens: int, dtype: torch.dtype) -> dict[str, float]:
         part = more[:, run.first : run.first + run.num_windows]
         return part, part
 
-    windows = best(lambda: attend_windows(q, k, v, groups, extra), 5)
-    full = best(lambda: attend_full(q, k, v), 1 if tokens > 20000 else 3)
+    windows = best(lambda: attend_windows(q, k, v, groups, extra), 20)
+    full = best(lambda: attend_full(q, k, v), 2 if tokens > 20000 else 3)
     limit = tokens / (512 + EXTRA)
     return {"tokens": tokens, "full_s": full, "windows_s": windows, "ratio": full / windows, "limit": limit, "goal": 40.0}
 
@@ -100,6 +112,33 @@ def scaling(sizes: list[int], dtype: torch.dtype) -> list[dict[str, float]]:
     return rows
 
 
+def matmul_flops(dtype: torch.dtype) -> float:
+    """FLOP/s of a product of square matrices of 2048."""
+    a, b = (torch.randn(2048, 2048, dtype=dtype) for _ in range(2))
+    return 2 * 2048**3 / best(lambda: a @ b, 10)
+
+
+def achieved(width: int, layers: int, tokens: int, dtype: torch.dtype, compile: str) -> dict[str, Any]:
+    """FLOP/s of the windowed forward against those of a matrix product, measured before and after it."""
+    graft = Graft(WindowAttention(WINDOW), token_chunk=CHUNK, kernels=Kernels(attention="sdpa", compile=compile))
+    mural, given = MuralTransformer.adopt(model(dtype, width, layers)).configure(graft), latents(tokens, dtype)
+    rates = [matmul_flops(dtype)]
+    seconds = best(lambda: mural(*given), 2)
+    rates.append(matmul_flops(dtype))
+    dimensions = Dimensions.of(dict(mural.config))
+    flops = forward(dimensions, graft, GRIDS[tokens], TEXT).flops
+    row = {
+        "width": width,
+        "layers": layers,
+        "compile": compile,
+        "tokens": tokens,
+        "s": seconds,
+        "gflop": flops / 1e9,
+        "matmul_gflops": [rate / 1e9 for rate in rates],
+    }
+    return row | {"ratio": flops / seconds / max(rates), "goal": 0.6}
+
+
 def reordering(tokens: int) -> dict[str, float]:
     """What changing the order costs: a permutation of the residual stream."""
     even, odd = (partition(GRIDS[tokens], WINDOW, shifted=shifted) for shifted in (False, True))
@@ -116,9 +155,9 @@ GRAFTS = {
 }
 
 
-def peak(kind: str, tokens: int, dtype: torch.dtype) -> float:
+def peak(kind: str, tokens: int, dtype: torch.dtype, width: int, layers: int) -> float:
     """Peak resident memory during one forward above that before it, in MiB (Linux; run in a process of its own)."""
-    net = model(dtype)
+    net = model(dtype, width, layers)
     if GRAFTS[kind] is not None:
         net = MuralTransformer.adopt(net).configure(GRAFTS[kind])
     given = latents(tokens, dtype)
@@ -134,11 +173,11 @@ def resident(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def peaks(tokens: int, dtype_name: str) -> dict[str, float]:
-    """Activation peak of every kind, each in a fresh process; the residual stream itself for scale."""
-    result: dict[str, float] = {"tokens": tokens, "residual_stream_mib": tokens * WIDTH * DTYPES[dtype_name].itemsize / 2**20}
-    for kind in GRAFTS:
-        command = [sys.executable, __file__, "--peak", kind, "--tokens", str(tokens), "--dtype", dtype_name]
+def peaks(tokens: int, dtype_name: str, kinds: Sequence[str] = tuple(GRAFTS), width: int = WIDTH, layers: int = LAYERS) -> dict[str, float]:
+    """Activation peak of some kinds, each in a fresh process; the residual stream itself for scale."""
+    result: dict[str, float] = {"tokens": tokens, "width": width, "residual_stream_mib": tokens * width * DTYPES[dtype_name].itemsize / 2**20}
+    for kind in kinds:
+        command = [sys.executable, __file__, "--peak", kind, "--tokens", str(tokens), "--dtype", dtype_name, "--width", str(width), "--layers", str(layers)]
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | RETURN_MEMORY)
         result[f"{kind}_mib"] = float(done.stdout.split()[-1])
     return result | {"ratio": result["stock_mib"] / result["windows, chunks_mib"], "goal": 4.0}
@@ -162,12 +201,19 @@ def machine() -> dict[str, object]:
 
 
 def measure(quick: bool) -> dict[str, object]:
-    large, sizes = (8192, [2048, 8192]) if quick else (32768, [8192, 16384, 32768, 65536])
+    large, doubling = (8192, [2048, 8192]) if quick else (32768, [8192, 16384, 32768, 65536])
     report: dict[str, object] = {"machine": machine()}
     for name, dtype in DTYPES.items():
         size = large if name == "fp32" else 8192  # bf16 without AMX is several times slower: smaller, for the record
         report[name] = {"one_layer": one_layer(size, dtype), "floor": floor(size, dtype), "peak": peaks(size, name)}
-    report["fp32"] |= {"scaling": scaling(sizes, torch.float32), "reordering": reordering(large)}
+    report["fp32"] |= {"scaling": scaling(doubling, torch.float32), "reordering": reordering(large)}
+    if not quick:
+        report["fp32"]["achieved"] = [
+            achieved(width, layers, tokens, torch.float32, compile)
+            for width, layers, tokens in ((WIDTH, LAYERS, large), (WIDE, WIDE_LAYERS, WIDE_TOKENS))
+            for compile in ("off", "blocks")
+        ]
+        report["fp32"]["wide_peak"] = peaks(WIDE_TOKENS, "fp32", ("stock", "windows, chunks"), WIDE, WIDE_LAYERS)
     report["machine"]["load_after"] = round(os.getloadavg()[0], 2)
     return report
 
@@ -192,14 +238,18 @@ def markdown(report: dict) -> str:
         cells = f"| {name} | {row['tokens']:,} | {row['windowed_s']:.3f} s |"
         lines.append(f"| windowed forward / attention = identity {cells} {row['identity_s']:.3f} s | {row['ratio']:.2f}x | <= {row['goal']}x | 1x |")
         lines.append(f"| windowed forward / self-attention = identity {cells} {row['identity_self_s']:.3f} s | {row['ratio_self_only']:.2f}x | | 1x |")
-        row = part["peak"]
-        for kind in list(GRAFTS)[1:]:
-            ours = row[f"{kind}_mib"]
-            goal = f">= {row['goal']:.0f}x" if kind == "windows, chunks" else ""
-            cells = f"| {name} | {row['tokens']:,} | {row['stock_mib']:.0f} MiB | {ours:.0f} MiB | {row['stock_mib'] / ours:.1f}x | {goal} | |"
-            lines.append(f"| activation peak: stock / {kind} {cells}")
+        for row in filter(None, (part["peak"], part.get("wide_peak"))):
+            for kind in (kind for kind in list(GRAFTS)[1:] if f"{kind}_mib" in row):
+                ours = row[f"{kind}_mib"]
+                goal = f">= {row['goal']:.0f}x" if kind == "windows, chunks" else ""
+                cells = f"| {name} | {row['tokens']:,} | {row['stock_mib']:.0f} MiB | {ours:.0f} MiB | {row['stock_mib'] / ours:.1f}x | {goal} | |"
+                lines.append(f"| activation peak at width {row['width']}: stock / {kind} {cells}")
     for row in report["fp32"]["scaling"][1:]:
         lines.append(f"| windowed forward, time(2N) / time(N) | fp32 | {row['tokens']:,} | {row['s']:.3f} s | | {row['ratio']:.2f}x | <= {row['goal']}x | 2x |")
+    for row in report["fp32"].get("achieved", []):
+        matmul = max(row["matmul_gflops"])
+        cells = f"| fp32 | {row['tokens']:,} | {row['gflop'] / row['s']:.0f} GFLOP/s | {matmul:.0f} GFLOP/s | {row['ratio']:.2f} | >= {row['goal']} | 1 |"
+        lines.append(f"| windowed forward of width {row['width']}, compile {row['compile']} / matrix product {cells}")
     row = report["fp32"]["reordering"]
     lines += ["", f"Changing the order of {row['tokens']:,} tokens once: {row['s'] * 1e3:.1f} ms."]
     stream = report["fp32"]["peak"]["residual_stream_mib"]
@@ -215,11 +265,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, print only")
     parser.add_argument("--peak", choices=list(GRAFTS), help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=int, choices=list(GRIDS), help=argparse.SUPPRESS)
+    parser.add_argument("--width", type=int, default=WIDTH, help=argparse.SUPPRESS)
+    parser.add_argument("--layers", type=int, default=LAYERS, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", choices=list(DTYPES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     with torch.inference_mode():
         if options.peak:
-            print(peak(options.peak, options.tokens, DTYPES[options.dtype]))
+            print(peak(options.peak, options.tokens, DTYPES[options.dtype], options.width, options.layers))
             return
         report = measure(options.quick)
     print(markdown(report))

@@ -270,7 +270,7 @@ def _save_state(folder: Path, k: int, whole: Caches, tiles: list[Caches], decode
     for old in set(saved).difference(_wanted(sorted(saved), k, decoder, group, lag)):
         atomic.remove(saved[old])
     named = {f"{i}/{name}": value for i, caches in enumerate([whole, *tiles]) for name, value in caches.items()}
-    save_tensors(folder / f"caches-{k:06d}.safetensors", named)
+    save_tensors(folder / f"caches-{k:06d}.safetensors", named, cached=False)
 
 
 def _wanted(saved: list[int], k: int, decoder: StreamingDecoder, group: int, lag: int = 0) -> list[int]:

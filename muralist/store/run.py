@@ -152,7 +152,7 @@ class RunDirectory:
         """Publish step `step` (0 or more) of a stage, then purge all but the `keep` newest complete ones; damaged ones do not count."""
         if keep < 2:
             raise ValueError("keep at least 2 steps: the newest may turn out damaged")
-        self._publish(self.root / f"{_checked(stage)}-step-{step:06d}", f"{stage} step {step}", tensors, info)
+        self._publish(self.root / f"{_checked(stage)}-step-{step:06d}", f"{stage} step {step}", tensors, info, cached=False)
         complete = [path for _, path in self._steps(stage) if _is_complete(path)]
         for path in complete[keep:]:
             atomic.remove(path)
@@ -184,11 +184,11 @@ class RunDirectory:
         """Remove the stage's working files."""
         atomic.remove(self.root / _SCRATCH / _checked(stage))
 
-    def _publish(self, path: Path, what: str, tensors: Mapping[str, torch.Tensor], info: Mapping[str, Any] | None) -> None:
+    def _publish(self, path: Path, what: str, tensors: Mapping[str, torch.Tensor], info: Mapping[str, Any] | None, cached: bool = True) -> None:
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise FloatingPointError(f"{what}: tensor {name!r} holds NaN or infinity; nothing was stored")
-        atomic.publish_dir(path, {_TENSORS: writer(tensors)}, info, needed=total_bytes(tensors))
+        atomic.publish_dir(path, {_TENSORS: writer(tensors)}, info, needed=total_bytes(tensors), cached=cached)
 
     def _steps(self, stage: str) -> list[tuple[int, Path]]:
         """Step directories, newest first. The pattern is anchored: leftovers and neighbours with similar names never match."""

@@ -34,9 +34,12 @@ _DTYPES = {
 }
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Publish tensors (any shape, device and layout) as one safetensors file. Returns its sha256, to be given to `load_tensors`."""
-    return atomic.write_file(path, writer(tensors, metadata), needed=total_bytes(tensors))["sha256"]
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None, *, cached: bool = True) -> str:
+    """Publish tensors (any shape, device and layout) as one safetensors file. Returns its sha256, to be given to `load_tensors`.
+
+    `cached`: as for `atomic.write_file`.
+    """
+    return atomic.write_file(path, writer(tensors, metadata), needed=total_bytes(tensors), cached=cached)["sha256"]
 
 
 def load_tensors(path: Path, sha256: str | None = None, *, device: str = "cpu") -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -115,6 +116,47 @@ def test_failure_at_every_call_is_one_line_and_keeps_the_old_state(tmp_path, mon
         assert not list(tmp_path.glob("*.tmp"))
         assert content(tmp_path / "r") in (OLD, NEW)
     assert content(tmp_path / "r") == NEW
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 40])
+def test_what_does_not_stay_in_memory_is_written_whole(tmp_path, monkeypatch, size):
+    """In parts, each on the disk before the next; size and hash are those of the whole."""
+    monkeypatch.setattr(atomic, "STRIDE", 8)
+    data, synced = bytes(range(size)), []
+
+    def payload(sink):
+        for start in range(0, size, 5):
+            sink.write(data[start : start + 5])
+
+    inner = atomic.sync
+    monkeypatch.setattr(atomic, "sync", lambda target: (synced.append(target), inner(target)))
+    for what in (data, payload):
+        synced.clear()
+        entry = atomic.write_file(tmp_path / "file", what, cached=False)
+        assert (tmp_path / "file").read_bytes() == data
+        assert entry == {"sha256": hashlib.sha256(data).hexdigest(), "size": size}
+        assert len(synced) == size // 8 + 2  # each whole part, the end, the directory
+    entry = atomic.publish_dir(tmp_path / "r", {"x": payload}, cached=False)
+    assert content(tmp_path / "r") == {"x": data}
+    atomic.verify_dir(tmp_path / "r")
+
+
+@pytest.mark.parametrize("name", ["write", "sync"])
+def test_a_full_disk_between_its_parts_leaves_nothing(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(atomic, "STRIDE", 8)
+    original, left = getattr(atomic, name), 3
+
+    def failing(*args):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(*args)
+
+    monkeypatch.setattr(atomic, name, failing)
+    with pytest.raises(UserError, match="40 bytes needed"):
+        atomic.write_file(tmp_path / "file", bytes(40), cached=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_short_writes_are_completed(tmp_path):
