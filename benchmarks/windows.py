@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ from muralist.nn.windows import Run, Shape, partition, reorder
 WIDTH, HEADS, LAYERS, FFN, TEXT, EXTRA = 256, 4, 4, 1536, 512, 64
 WINDOW: Shape = (8, 8, 8)
 CHUNK = 4096
+RESULTS = Path(__file__).parent / "results"
 WIDE, WIDE_LAYERS, WIDE_TOKENS = 512, 2, 65536  # the size of the real-size goals; two layers, since full attention over them takes minutes
 GRIDS: dict[int, Shape] = {2048: (8, 16, 16), 8192: (8, 32, 32), 16384: (8, 32, 64), 32768: (8, 64, 64), 65536: (16, 64, 64)}
+DOUBLING = [8192, 16384, 32768, 65536]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -101,15 +104,14 @@ def floor(tokens: int, dtype: torch.dtype) -> dict[str, float]:
     return result | {"ratio": seconds["sdpa"] / seconds["identity"], "ratio_self_only": seconds["sdpa"] / seconds["identity self"], "goal": 1.6}
 
 
-def scaling(sizes: list[int], dtype: torch.dtype) -> list[dict[str, float]]:
-    """Time of the windowed forward as the grid doubles."""
+def scaling(sizes: list[int], dtype: torch.dtype, rounds: int = 4) -> list[dict[str, float]]:
+    """Time of the windowed forward as the grid doubles; all sizes in turn, several times, since a shared machine has slow minutes."""
     mural = MuralTransformer.adopt(model(dtype)).configure(Graft(WindowAttention(WINDOW), token_chunk=CHUNK))
-    rows = []
-    for tokens in sizes:
-        given = latents(tokens, dtype)
-        seconds = best(lambda given=given: mural(*given), 2)
-        rows.append({"tokens": tokens, "s": seconds, "ratio": seconds / rows[-1]["s"] if rows else None, "goal": 2.1})
-    return rows
+    given = {tokens: latents(tokens, dtype) for tokens in sizes}
+    times = [{tokens: best(lambda tokens=tokens: mural(*given[tokens]), 1) for tokens in sizes} for _ in range(rounds)]
+    seconds = [min(one[tokens] for one in times) for tokens in sizes]
+    ratios = [None, *(large / small for small, large in pairwise(seconds))]
+    return [{"tokens": tokens, "s": s, "ratio": ratio, "goal": 2.1} for tokens, s, ratio in zip(sizes, seconds, ratios)]
 
 
 def matmul_flops(dtype: torch.dtype) -> float:
@@ -201,7 +203,7 @@ def machine() -> dict[str, object]:
 
 
 def measure(quick: bool) -> dict[str, object]:
-    large, doubling = (8192, [2048, 8192]) if quick else (32768, [8192, 16384, 32768, 65536])
+    large, doubling = (8192, [2048, 8192]) if quick else (32768, DOUBLING)
     report: dict[str, object] = {"machine": machine()}
     for name, dtype in DTYPES.items():
         size = large if name == "fp32" else 8192  # bf16 without AMX is several times slower: smaller, for the record
@@ -263,6 +265,7 @@ def markdown(report: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, print only")
+    parser.add_argument("--scaling", action="store_true", help="measure only time against tokens, for the results that are there (same machine)")
     parser.add_argument("--peak", choices=list(GRAFTS), help=argparse.SUPPRESS)
     parser.add_argument("--tokens", type=int, choices=list(GRIDS), help=argparse.SUPPRESS)
     parser.add_argument("--width", type=int, default=WIDTH, help=argparse.SUPPRESS)
@@ -273,12 +276,15 @@ def main() -> None:
         if options.peak:
             print(peak(options.peak, options.tokens, DTYPES[options.dtype], options.width, options.layers))
             return
-        report = measure(options.quick)
+        if options.scaling:
+            report = json.loads((RESULTS / "windows.json").read_text())
+            report["fp32"]["scaling"] = scaling(DOUBLING, torch.float32)
+        else:
+            report = measure(options.quick)
     print(markdown(report))
     if not options.quick:
-        results = Path(__file__).parent / "results"
-        (results / "windows.json").write_text(json.dumps(report, indent=2) + "\n")
-        (results / "windows.md").write_text(markdown(report))
+        (RESULTS / "windows.json").write_text(json.dumps(report, indent=2) + "\n")
+        (RESULTS / "windows.md").write_text(markdown(report))
 
 
 if __name__ == "__main__":

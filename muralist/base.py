@@ -284,13 +284,23 @@ def select_adapter(transformer: MuralTransformer, adapter: str | None) -> None:
         if adapter is not None:
             raise UserError(f"the base has no adapter {adapter!r}", where="adapter", fix="choose a base or a recipe that has it")
         return
+    if adapter is not None and adapter not in transformer.peft_config:
+        raise UserError(f"the base has no adapter {adapter!r}", where="adapter", fix=f"use one of {', '.join(transformer.peft_config)}")
+    if _is_selected(transformer, adapter):
+        return
     if adapter is None:
         transformer.disable_adapters()
     else:
-        if adapter not in transformer.peft_config:
-            raise UserError(f"the base has no adapter {adapter!r}", where="adapter", fix=f"use one of {', '.join(transformer.peft_config)}")
         transformer.enable_adapters()
         transformer.set_adapters([adapter])
+
+
+def _is_selected(transformer: MuralTransformer, adapter: str | None) -> bool:
+    """Told by the first layer that has adapters: they are switched all together, which takes as long as a small forward."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer = next(module for module in transformer.modules() if isinstance(module, BaseTunerLayer))
+    return layer.disable_adapters if adapter is None else not layer.disable_adapters and layer.active_adapters == [adapter]
 
 
 @contextmanager

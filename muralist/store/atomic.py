@@ -103,7 +103,7 @@ class Sink:
     def let_go(self) -> None:
         """What has been written so far goes to the disk and leaves the system's memory, which serves the next part again."""
         sync(self._handle)
-        if hasattr(os, "posix_fadvise"):
+        with suppress(AttributeError, OSError):  # not everywhere, and no more than advice
             os.posix_fadvise(self._handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     @property
