@@ -4,7 +4,7 @@
     python benchmarks/adherence.py --count 12 --size 3840x2160      # by the cascade
     python benchmarks/adherence.py --count 12 --size 1920x1080 --recipe luve
 
-What stands in the folder of `--keep` is not painted again, so a stopped run goes on, and several can share the work (`--first`, then one over all).
+What stands in the folder of `--keep` is not painted again, so a stopped run goes on.
 Writes results/adherence-SIZE.{json,md} (-RECIPE where one is given) and a contact sheet of first, middle and last frames.
 """
 
@@ -42,17 +42,16 @@ def main() -> None:
     recipe = options.recipe or ("direct" if (width, height) == (448, 256) else "cascade")
     pipe = muralist.load(options.model, recipe=recipe)
     sheet, rows, started = [], [], time.time()
-    for number, scene in list(enumerate(scenes(options.count, options.seed)))[options.first :]:
+    about = {"size": options.size, "recipe": recipe, "model": options.model, "num_frames": options.num_frames, "seed": options.seed}
+    for number, scene in enumerate(scenes(options.count, options.seed)):
         kept = options.keep and options.keep / f"{number:03d}"
-        if not (kept and kept.is_dir()):
-            frames = painted(pipe, scene, width, height, options.num_frames)
-            row = judged(frames, scene)
-            if kept:
-                keep(kept, row, frames)
-        if kept:  # what several processes have made is read alike
-            row, three = json.loads((kept / "score.json").read_text()), torch.from_numpy(np.array(Image.open(kept / "small.png")))
+        if kept and kept.is_dir():
+            row, three = known(kept, about), torch.from_numpy(np.array(Image.open(kept / "small.png")))
         else:
-            three = small(frames)
+            frames = painted(pipe, scene, width, height, options.num_frames)
+            row, three = judged(frames, scene), small(frames)
+            if kept:
+                keep(kept, {"about": about, "row": row}, frames)
         rows.append(row)
         sheet.append(three)
         print(row, f"{(time.time() - started) / len(rows):.1f} s a clip", flush=True)
@@ -76,12 +75,20 @@ def judged(frames: torch.Tensor, scene: world.Scene) -> dict[str, Any]:
     return {"prompt": world.caption(scene)} | {a: bool(getattr(result, a)) for a in ATTRIBUTES} | {"objects": result.num_objects}
 
 
-def keep(folder: Path, row: dict[str, Any], frames: torch.Tensor) -> None:
+def known(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """The scores in a kept folder. Ends the run if they are of other options."""
+    record = json.loads((folder / "score.json").read_text())
+    if record["about"] != about:
+        raise SystemExit(f"{folder} holds {record['about']}, not {about}: keep each in a folder of its own")
+    return record["row"]
+
+
+def keep(folder: Path, record: dict[str, Any], frames: torch.Tensor) -> None:
     """The scores, the middle frame as it is and three small ones; the folder is there when all of it is."""
     pending = folder.with_suffix(".tmp")
     shutil.rmtree(pending, ignore_errors=True)
     pending.mkdir(parents=True)
-    (pending / "score.json").write_text(json.dumps(row))
+    (pending / "score.json").write_text(json.dumps(record))
     Image.fromarray((frames[len(frames) // 2] * 255).round().byte().numpy()).save(pending / "middle.png")
     Image.fromarray(small(frames).numpy()).save(pending / "small.png")
     pending.rename(folder)
@@ -102,7 +109,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num-frames", type=int, default=29)
     parser.add_argument("--model", default="miniature")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="leave out the prompts before this one")
     parser.add_argument("--keep", type=Path, help="a folder for scores and pictures of each prompt")
     parser.add_argument("--sheet", type=Path, default=Path("adherence.png"))
     return parser.parse_args()

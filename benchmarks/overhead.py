@@ -65,8 +65,7 @@ def child(ahead: int, size: tuple[int, int], folder: Path) -> dict[str, Any]:
         (StreamingEncoder, "second_part", "vae_encode"),
         (SegmentEncoder, "add_planes", "compress"),
         (SegmentEncoder, "finish", "compress"),
-        (atomic, "write_file", "store"),
-        (atomic, "publish_dir", "store"),
+        *((atomic, name, "store") for name in ("open_new", "write", "sync", "publish", "remove")),
     ):
         watch.over(owner, method, name)
     device = pipe.base.device.type

@@ -9,6 +9,7 @@ Writes results/spectrum.{json,md} (difference to the true renders in dB, per oct
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 
@@ -74,9 +75,12 @@ def main() -> None:
 
 def kept(folder: Path) -> list[tuple[world.Scene, torch.Tensor]]:
     """Scenes and middle frames that `adherence.py` has painted."""
-    every, cases = scenes(200, seed=0), []
+    every, cases = {world.caption(scene): scene for scene in world.all_scenes(held_out=True)}, []
     for path in sorted(folder.glob("[0-9][0-9][0-9]")):
-        cases.append((every[int(path.name)], torch.from_numpy(np.array(Image.open(path / "middle.png"))) / 255))
+        record = json.loads((path / "score.json").read_text())
+        if (record["about"]["size"], record["about"]["recipe"], record["about"]["num_frames"]) != (f"{WIDTH}x{HEIGHT}", "cascade", 29):
+            raise SystemExit(f"{path} holds {record['about']}: keep clips of {WIDTH}x{HEIGHT}, cascade, 29 frames")
+        cases.append((every[record["row"]["prompt"]], torch.from_numpy(np.array(Image.open(path / "middle.png"))) / 255))
     return cases
 
 
@@ -92,7 +96,8 @@ def pictures(scene: world.Scene, model: str, large: torch.Tensor | None) -> dict
     small = painted("direct", 448, 256)
     enlarged = torch.nn.functional.interpolate(small.permute(2, 0, 1)[None], size=(HEIGHT, WIDTH), mode="bicubic")[0].permute(1, 2, 0).clamp(0, 1)
     true = next(iter(world.render(scene, Grid(num_frames=29, height=HEIGHT, width=WIDTH), frames=range(MIDDLE, MIDDLE + 1))))
-    return {"muralist": large, "true render": true, "bicubic of 448x256": enlarged}
+    frames = {"muralist": large, "true render": true, "bicubic of 448x256": enlarged}
+    return {name: (frame * 255).round() / 255 for name, frame in frames.items()}  # kept ones are of 8 bits, whose noise shows in the finest octave
 
 
 def middle(video) -> torch.Tensor:

@@ -227,7 +227,8 @@ def markdown(report: dict) -> str:
     lines += [f"load average {info['load_before']} before and {info['load_after']} after (above {info['threads']} the machine was busy with other work)."]
     lines += ["Times are CPU seconds of the one thread." if info["threads"] == 1 else "Times are wall seconds."]
     lines += [f"Python {info['python']}, torch {info['torch']}, diffusers {info['diffusers']}.", ""]
-    lines += [f"Width {WIDTH}, {HEADS} heads, {LAYERS} layers, FFN {FFN}, window {WINDOW}, text {TEXT}, token_chunk {CHUNK}.", ""]
+    lines += [f"Width {WIDTH}, {HEADS} heads, {LAYERS} layers, FFN {FFN}, window {WINDOW}, text {TEXT}, token_chunk {CHUNK};"]
+    lines += [f"rows of width {WIDE}: {WIDE_LAYERS} layers, FFN {WIDE * FFN // WIDTH}.", ""]
     lines += ["| what | type | tokens | one side | other side | ratio | goal | limit |", "|---|---|---|---|---|---|---|---|"]
     for name in DTYPES:
         part = report[name]
@@ -256,7 +257,7 @@ def markdown(report: dict) -> str:
     lines += ["", f"Changing the order of {row['tokens']:,} tokens once: {row['s'] * 1e3:.1f} ms."]
     stream = report["fp32"]["peak"]["residual_stream_mib"]
     lines += [
-        f"One fp32 residual stream of the peak rows: {stream:.0f} MiB. Peaks are growth of peak resident memory over one forward, each in its own process."
+        f"One fp32 residual stream of the first peak rows: {stream:.0f} MiB. Peaks: growth of peak resident memory over one forward, each in its own process."
     ]
     lines += ["", *(f"- {note}" for note in report.get("notes", []))]
     return "\n".join(lines) + "\n"

@@ -296,11 +296,11 @@ def select_adapter(transformer: MuralTransformer, adapter: str | None) -> None:
 
 
 def _is_selected(transformer: MuralTransformer, adapter: str | None) -> bool:
-    """Told by the first layer that has adapters: they are switched all together, which takes as long as a small forward."""
+    """Whether every layer that has adapters stands so already: to ask is much faster than to switch them all."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layer = next(module for module in transformer.modules() if isinstance(module, BaseTunerLayer))
-    return layer.disable_adapters if adapter is None else not layer.disable_adapters and layer.active_adapters == [adapter]
+    layers = (module for module in transformer.modules() if isinstance(module, BaseTunerLayer))
+    return all(layer.disable_adapters if adapter is None else not layer.disable_adapters and layer.active_adapters == [adapter] for layer in layers)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from muralist.errors import UserError
 from muralist.nn.attention import WindowAttention, attend_full, attend_windows
 from muralist.nn.attention.reference import reference_attention, window_mask
+from muralist.nn.attention.window import AT_A_TIME
 from muralist.nn.windows import Run, choose_window, chunks, partition, reorder, spans, split_axis, switch, traveled, windows_of
 
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 8), st.integers(1, 8))
@@ -180,22 +181,27 @@ def test_shifting_connects_all_tokens_within_few_layers():
     assert (torch.linalg.multi_dot([even, even, even, even]) == 0).any()
 
 
-def test_extra_keys_are_seen_by_their_window_only():
-    shape, size = (1, 4, 6), (1, 4, 3)
+@pytest.mark.parametrize("at_a_time", [1, 24, 8192])
+def test_extra_keys_are_seen_by_their_window_only(monkeypatch, at_a_time):
+    """Five windows of twelve tokens: one at a time, two and a rest, all of them."""
+    monkeypatch.setitem(AT_A_TIME, "cpu", at_a_time)
+    shape, size = (1, 4, 15), (1, 4, 3)
     cut = partition(shape, size)
-    q, k, v = (reorder(x, partition(shape, shape), cut) for x in random_qkv(24))
-    more_k, more_v = (torch.randn(2, 2, 5, 2, 8) for _ in range(2))
+    q, k, v = (reorder(x, partition(shape, shape), cut) for x in random_qkv(60))
+    more_k, more_v = (torch.randn(2, 5, 5, 2, 8) for _ in range(2))
 
     def extra(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
         windows = slice(run.first, run.first + run.num_windows)
         return more_k[:, windows], more_v[:, windows]
 
     result = attend_windows(q, k, v, cut.groups, extra)
-    for window in range(2):
+    for window in range(5):
         part = slice(12 * window, 12 * window + 12)
         expected = attend_full(q[:, part], torch.cat([k[:, part], more_k[:, window]], 1), torch.cat([v[:, part], more_v[:, window]], 1))
         assert (result[:, part] - expected).abs().max() < 1e-5
     assert (result - attend_windows(q, k, v, cut.groups)).abs().max() > 0.1
+    with pytest.raises(ValueError, match="6 windows for 5"):
+        attend_windows(q, k, v, cut.groups, lambda run: (torch.cat([more_k, more_k[:, :1]], 1),) * 2)
 
 
 @given(st.tuples(st.integers(1, 40), st.integers(1, 140), st.integers(1, 260)), st.integers(1, 5000))

@@ -12,7 +12,7 @@ from muralist.nn.windows import Run
 
 ExtraKeys = Callable[[Run], tuple[torch.Tensor, torch.Tensor]]
 """Keys and values that the windows of a run see besides their own tokens: two tensors [B, windows, m, H, d]."""
-AT_A_TIME = {"cpu": 8192}  # tokens; 4,096 to 8,192 are 15 to 20 % faster there than 32,768 (`benchmarks/windows.py`)
+AT_A_TIME = {"cpu": 8192}  # tokens; 4,096 to 8,192 are 15 to 20 % faster there than 32,768
 
 
 def attend_windows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, runs: Sequence[Run], extra: ExtraKeys | None = None) -> torch.Tensor:
@@ -36,6 +36,8 @@ def attend_windows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, runs: Sequ
 def _with_extra(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, more_keys: torch.Tensor, more_values: torch.Tensor) -> list[torch.Tensor]:
     """A few windows at a time where that is faster: their keys are copied beside the further ones, and read while they are in the cache."""
     windows, tokens = q.shape[1:3]
+    if more_keys.shape[1] != windows:
+        raise ValueError(f"further keys of {more_keys.shape[1]} windows for {windows}")
     size = max(AT_A_TIME.get(q.device.type, windows * tokens) // tokens, 1)
     parts = (slice(first, first + size) for first in range(0, windows, size))
     return [_attend(q[:, w], torch.cat((k[:, w], more_keys[:, w]), dim=2), torch.cat((v[:, w], more_values[:, w]), dim=2)) for w in parts]
