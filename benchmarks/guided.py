@@ -18,7 +18,7 @@ from common import write
 from windows import CHUNK, HEADS, TEXT, WIDTH, best, model
 
 from muralist.nn.attention import attend_full, attend_windows
-from muralist.nn.attention.guided import GuidedWindows, Near, ProxyMemory, Within, joined, neighbours, places
+from muralist.nn.attention.guided import GuidedWindows, Near, Within, joined, neighbours, places
 from muralist.nn.transformer import Graft, MuralTransformer
 from muralist.nn.windows import Shape, WindowAttention, partition
 
@@ -29,12 +29,12 @@ TIME_SCALE, LAYERS = 4.0, 2
 GOALS = {"full / windows": 40.0, "slope": 1.05}
 
 
-def against_full(grid: Shape, full: bool) -> list[dict[str, Any]]:
+def against_full(grid: Shape) -> list[dict[str, Any]]:
     """One layer of self-attention: all keys, against those of a window and of the proxy around it."""
     tokens, head = math.prod(grid), WIDTH // HEADS
     q, k, v = (torch.randn(1, tokens, HEADS, head) for _ in range(3))
     key, value = (torch.randn(1, math.prod(PROXY), HEADS, head) for _ in range(2))
-    full_s = best(lambda: attend_full(q, k, v), 2) if full else None
+    full_s = best(lambda: attend_full(q, k, v), 2)
     rows = []
     for window in WINDOWS:
         cut, near = partition(grid, window), Near().within(PROXY)
@@ -48,16 +48,17 @@ def against_full(grid: Shape, full: bool) -> list[dict[str, Any]]:
 
 def against_tokens(window: Shape) -> list[dict[str, Any]]:
     """A step as the grid grows, and the slope of a line through the logarithms."""
-    attention = GuidedWindows(WindowAttention(window), Near().within(PROXY))
+    near = Near().within(PROXY)
+    attention = GuidedWindows(WindowAttention(window), near)
     mural = MuralTransformer.adopt(model(torch.float32, WIDTH, LAYERS)).configure(Graft(attention, token_chunk=CHUNK))
     text, timestep = torch.randn(1, TEXT, WIDTH), torch.tensor([500.0])
     coarse = torch.randn(1, 16, PROXY[0], 2 * PROXY[1], 2 * PROXY[2])
-    rows = []
+    memory = mural.remember(coarse, timestep, text, TIME_SCALE)
+    keys, rows = math.prod(window) + math.prod(near.count), []
     for grid in GRIDS:
         z = torch.randn(1, 16, grid[0], 2 * grid[1], 2 * grid[2])
-        memory: ProxyMemory = mural.remember(coarse, timestep, text, TIME_SCALE)
-        seconds = best(lambda z=z, memory=memory: mural(z, timestep, text, attention_kwargs={"proxy": memory}), 2)
-        rows.append({"what": "a step, two layers", "window": window, "tokens": math.prod(grid), "keys": math.prod(window) + 64, "s": seconds})
+        seconds = best(lambda z=z: mural(z, timestep, text, attention_kwargs={"proxy": memory}), 2)
+        rows.append({"what": "a step, two layers", "window": window, "tokens": math.prod(grid), "keys": keys, "s": seconds})
         rows[-1] |= {"other_s": None, "ratio": seconds / rows[-2]["s"] if len(rows) > 1 else None, "goal": None}
         print(rows[-1], flush=True)
     slope = float(np.polyfit(np.log([row["tokens"] for row in rows]), np.log([row["s"] for row in rows]), 1)[0])
@@ -68,7 +69,7 @@ def against_tokens(window: Shape) -> list[dict[str, Any]]:
 def main() -> None:
     torch.manual_seed(0)
     with torch.inference_mode():
-        rows = against_full((16, 64, 64), full=True)
+        rows = against_full((16, 64, 64))
         print(rows, flush=True)
         rows += [row for window in WINDOWS for row in against_tokens(window)]
     write("guided", rows, f"width {WIDTH}, {HEADS} heads, proxy of {PROXY} tokens, chunks of {CHUNK}")

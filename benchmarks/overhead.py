@@ -31,14 +31,16 @@ class Watch:
 
     def over(self, owner: Any, method: str, name: str) -> None:
         """Count the method of a class under a name."""
+        import torch
+
         inner = getattr(owner, method)
 
         @wraps(inner)
         def timed(*arguments: Any, **options: Any) -> Any:
             started = time.perf_counter()
             result = inner(*arguments, **options)
-            if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
-                sys.modules["torch"].cuda.synchronize()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
             return result
 

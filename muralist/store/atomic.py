@@ -98,13 +98,14 @@ class Sink:
             self._hash.update(part)
             self.size += len(part)
             if not self._cached and self.size // STRIDE > (self.size - len(part)) // STRIDE:
-                self.let_go()
+                self.sync()
 
-    def let_go(self) -> None:
-        """What has been written so far goes to the disk and leaves the system's memory, which serves the next part again."""
+    def sync(self) -> None:
+        """What has been written so far goes to the disk, and if it is not to stay, leaves the system's memory, which serves the next part again."""
         sync(self._handle)
-        with suppress(AttributeError, OSError):  # not everywhere, and no more than advice
-            os.posix_fadvise(self._handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if not self._cached:
+            with suppress(AttributeError, OSError):  # not everywhere, and no more than advice
+                os.posix_fadvise(self._handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     @property
     def entry(self) -> dict[str, Any]:
@@ -307,10 +308,7 @@ def _write_new(path: Path, payload: Payload, cached: bool = True) -> dict[str, A
             payload(sink)
         else:
             sink.write(payload)
-        if cached:
-            sync(handle)
-        else:
-            sink.let_go()
+        sink.sync()
     return sink.entry
 
 
