@@ -12,10 +12,11 @@ import re
 import secrets
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,7 +84,8 @@ def parse_duration(text: str) -> float:
 
 def make_request(asked: Asked, info: BaseInfo, note: Callable[[str], None]) -> Request:
     """Every choice made: the recipe's configuration with the overrides, the exact grid, the resolved seed. `note` is told of each adjustment."""
-    config = changed(override(recipes.find(asked.recipe)(info), asked), asked.settings)
+    own = recipes.find(asked.recipe)(info)
+    config = changed(own, asked.settings, _typed(own, asked))
     _require_parts(config, info)
     request = Request(
         prompt=_text("prompt", asked.prompt),
@@ -163,14 +165,14 @@ def _snapped(frames: int, fps: float, geometry: Geometry, note: Callable[[str], 
     return nearest
 
 
-def override(config: Config, asked: Asked) -> Config:
-    """The configuration with the typed numbers in place of the recipe's, in every stage that has them."""
+def _typed(config: Config, asked: Asked) -> dict[str, Any]:
+    """What was typed in place of the recipe's own numbers, by its name in the configuration, for every stage that has it."""
     values = {name: getattr(asked, name) for name in ("num_inference_steps", "guidance_scale", "flow_shift", "skip_steps")}
     whole = ("num_inference_steps", "skip_steps")
     values = {name: value if name in whole else float(value) for name, value in values.items() if value is not None}
-    proxy = config.proxy and _replaced(config.proxy, values)
-    computing = {name: value for name in ("attention", "linears") if (value := getattr(asked, name)) is not None}
-    return replace(config, proxy=proxy, refine=_replaced(config.refine, _with_skip(config.refine, values)), kernels=replace(config.kernels, **computing))
+    kernels = {name: value for name in ("attention", "linears") if (value := getattr(asked, name)) is not None}
+    stages = {"proxy": (config.proxy, values), "refine": (config.refine, _with_skip(config.refine, values)), "kernels": (config.kernels, kernels)}
+    return {f"{stage}.{name}": value for stage, (part, typed) in stages.items() for name, value in typed.items() if hasattr(part, name)}
 
 
 def tell_of_kernels(request: Request, info: BaseInfo, device: torch.device, note: Callable[[str], None]) -> None:
@@ -179,13 +181,16 @@ def tell_of_kernels(request: Request, info: BaseInfo, device: torch.device, note
         note(text)
 
 
-def changed(config: Config, settings: Sequence[str]) -> Config:
+def changed(config: Config, settings: Sequence[str], typed: Mapping[str, Any] = MappingProxyType({})) -> Config:
     """The configuration with single values replaced: `refine.experts=["low"]`, `refine.adapter=null`, `upsample={"kind": "PixelInterpolation"}`.
 
     Names lead through the configuration's parts; values are JSON, bare words strings. A part may be replaced as a whole by its `kind` and
-    the fields that shall differ from that kind's defaults. Raises UserError.
+    the fields that shall differ from that kind's defaults. `typed`: values by name, placed before. Only all of them together have to make sense.
+    Raises UserError.
     """
     record = jsonable(config)
+    for name, value in typed.items():
+        _place(record, name, value)
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
@@ -193,8 +198,10 @@ def changed(config: Config, settings: Sequence[str]) -> Config:
         _place(record, name.strip(), _value(text))
     try:
         return _restored(Config, record)
+    except UserError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        what = f"{' '.join(settings)!r:.80}: {error}"
+        what = f"{' '.join([*(f'{name}={value}' for name, value in typed.items()), *settings])!r:.80}: {error}"
         raise UserError(what, where="set", fix="give a value of the kind that the field has, and of a part its fields") from None
 
 
@@ -247,11 +254,6 @@ def _with_skip(refine: Any, values: dict[str, Any]) -> dict[str, Any]:
     if steps is None or not skipped or "skip_steps" in values:
         return values
     return values | {"skip_steps": min(max(round(skipped * steps / refine.num_inference_steps), 1), max(steps - 1, 0))}
-
-
-def _replaced(part: Any, values: dict[str, Any]) -> Any:
-    names = {field.name for field in fields(part)}
-    return replace(part, **{name: value for name, value in values.items() if name in names})
 
 
 # --- back from a record -----------------------------------------------------------------------------------------------------------

@@ -1,19 +1,22 @@
 """`branched`: what a base learns to paint a large video from noise at once (Hu et al., arXiv 2510.18775).
 
-Trained together on whole videos, as many frames of each size as fit a number of tokens: the compressed branches of every block, and a low-rank
-adapter on every projection. The paper trains the whole model; its change fits an adapter here, so that one base serves all recipes. It starts as
-the base's adapter `uhr`, if there is one: a window of a large video shows what that one's crops do.
+Trained together on whole videos, as many frames of each size as fit a number of tokens, and on single frames of them: the compressed branches of
+every block, and a low-rank adapter on every projection. Where one object is and where none is, windows have to learn from their branches: that
+is seen in single frames, many times as many of which fit a step, and so these come first. The paper trains the whole model; its change fits
+an adapter here, so that one base serves all recipes. It starts as the base's adapter `uhr`, if there is one: a window of a large video shows what
+that one's crops do.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from muralist.data.latents import PoolConfig
+from muralist.data.latents import LatentPool, PoolConfig
 from muralist.errors import UserError
 from muralist.nn.attention import BranchedWindows
 from muralist.nn.branches import attach_branches
@@ -21,17 +24,18 @@ from muralist.nn.kinds import BRANCHES, BranchesConfig, hierarchical
 from muralist.nn.transformer import Graft
 from muralist.store.parts import save_part
 from muralist.train.loop import Report, begin
-from muralist.train.objectives.flow import FlowConfig, FlowMatching
-from muralist.train.trainee import Crops, Trainee, VideoData, fit_adapter, give_adapter
+from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
+from muralist.train.trainee import Trainee, VideoData, fit_adapter, give_adapter
 from muralist.train.uhr import ADAPTER as UHR
 from muralist.types import Grid
 
 BRANCHED = "branched"  # the adapter
 HEIGHTS = (512, 1088)  # of the world's renders
-TIMES = 7  # the tokens of a training video, in clips of the base's own size; the embedded base: 29 frames at 512, 9 at 1088
+TIMES = 7  # the tokens of a training video, and about those of a batch, in clips of the base's own size; the embedded base: 29 frames at 512, 9 at 1088
 SHIFT = 5.0  # of the noise levels, as in sampling
-BATCH = 2
 CLIPS = 200  # of each height
+SINGLES = 2  # single frames of each height, for every latent frame of its clips
+SINGLE_SHARE = (0.75, 0.35)  # of the batches in each half of the training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +69,31 @@ def train_branched(
     begin(folder, resume=resume)
     trainee, data = Trainee(model, device), (data or VideoData()).settled(HEIGHTS, CLIPS)
     branches, attention = (config or BranchedConfig()).of(trainee)
-    pools = trainee.encoded([_pool(trainee, height, data.clips, attention) for height in data.heights], data, folder, report)
+    whole = [_pool(trainee, height, data.clips, attention) for height in data.heights]
+    pools = trainee.encoded([_singles(pool, trainee.info.geometry.temporal_factor) for pool in whole] + whole, data, folder, report)
     give_adapter(trainee, BRANCHED, like=UHR)
     attached = _attached(trainee, branches).to(device).requires_grad_(True)
     flow = FlowConfig(prediction=trainee.info.prediction, shift=SHIFT, graft=Graft(attention=attention))
-    objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Crops(pools, batch=BATCH), flow, device)
+    source = Whole(pools[: len(whole)], pools[len(whole) :], TIMES * math.prod(trainee.info.geometry.latent_shape(trainee.own_grid)[1:]))
+    objective = FlowMatching(trainee, trainee.transformer, trainee.embed, source, flow, device)
     adapter = fit_adapter(trainee, BRANCHED, objective, folder, minutes, resume, trainee.origin(data), report)
     save_part(folder / "parts" / BRANCHES, BRANCHES, asdict(branches), {name: p.detach().half().cpu() for name, p in attached.named_parameters()})
     return adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """Batches of whole pictures, of one size each: single frames of `frames` or videos of `clips`, as many as have about `latents` latents."""
+
+    frames: tuple[LatentPool, ...]
+    clips: tuple[LatentPool, ...]
+    latents: int
+
+    def __call__(self, rng: np.random.Generator, progress: float) -> Batch:
+        pools = self.frames if rng.random() < SINGLE_SHARE[progress >= 0.5] else self.clips
+        pool = pools[rng.integers(len(pools))]
+        count = max(1, round(self.latents / pool.z[0, 0].numel()))
+        return Batch(*pool.take(rng.integers(len(pool.captions), size=count)))
 
 
 def _attached(trainee: Trainee, branches: BranchesConfig) -> torch.nn.ModuleDict:
@@ -100,3 +121,9 @@ def _pool(trainee: Trainee, height: int, clips: int, attention: BranchedWindows)
     if latent_frames < min(2, shape[0]):
         raise UserError(f"of a video {height} pixels high only single frames fit {budget:,} tokens", where="height", fix="use smaller ones, such as 1088")
     return PoolConfig(name=f"whole-{height}", count=clips, grid=large, frames=(latent_frames - 1) * geometry.temporal_factor + 1, seed=height + 1)
+
+
+def _singles(clips: PoolConfig, group: int) -> PoolConfig:
+    """Single frames of the same size, SINGLES for each latent frame of the clips; `group`: frames that a latent one stands for."""
+    latent_frames = (clips.length - 1) // group + 1
+    return replace(clips, name=f"frame-{clips.grid.height}", count=SINGLES * latent_frames * clips.count, frames=1, seed=clips.seed + 1)

@@ -163,3 +163,12 @@ def test_settings_that_need_each_other_go_together(tiny22):
     config = RECIPES["luve"](inspect_base(str(tiny22)))
     alone = changed(config, ["proxy=null", "refine.skip_steps=0", "upsample=null"])
     assert alone.proxy is None and alone.upsample is None and alone.refine.experts == config.refine.experts
+
+
+def test_typed_numbers_and_settings_are_judged_together(tiny22):
+    proxy = 'proxy={"kind": "LowResolutionProxy", "height": 64, "width": 96, "num_inference_steps": 4, "guidance_scale": 4, "flow_shift": 3}'
+    more = ("--set", proxy, "--set", 'upsample={"kind": "LatentInterpolation"}')
+    alone = muralist("plan", "--recipe", "ultragen", "--model", tiny22, "--size", "192x96", "--skip-steps", 2)
+    assert alone.code == 2 and "without a guide" in alone.err
+    answer = muralist("plan", "--recipe", "ultragen", "--model", tiny22, "--size", "192x96", "--skip-steps", 2, *more)
+    assert answer.code == 0, answer.err
