@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from einops import rearrange
 
-from muralist.data.world import Crop, layout, render_clip, sample_scene
+from muralist.data.shapes import REACH
+from muralist.data.world import Crop, Scene, object_on, render_clip, sample_scene
 from muralist.nn.single_frame import single_frame_convolutions
 from muralist.types import Grid
 
@@ -109,18 +110,18 @@ def _batch(rng: np.random.Generator, choice: tuple[int, ...], count: int, frames
         grid = Grid(num_frames=29, height=height, width=height * 7 // 4)
         scene = sample_scene(rng)
         first = int(rng.integers(29 - frames + 1))
-        crop = _crop_at(rng, scene, grid, (first + rng.uniform(0, frames - 1)) / 29, side)  # else what moves fast is there in the first frames alone
+        crop = _crop_at(rng, scene, grid, int(rng.integers(first, first + frames)), side)  # of the first frame, what moves fast is gone in the third
         clips.append(render_clip(scene, grid, crop=crop, frames=range(first, first + frames)))
         heights.append(height)
     return rearrange(torch.stack(clips), "b t h w c -> b c t h w") * 2 - 1, torch.tensor(heights)
 
 
-def _crop_at(rng: np.random.Generator, scene, grid: Grid, moment: float, side: int) -> Crop:
+def _crop_at(rng: np.random.Generator, scene: Scene, grid: Grid, frame: int, side: int) -> Crop:
+    """Two thirds have the object's outline in their middle on that frame, as far as the picture's borders allow."""
     if rng.random() < 0.67:
-        where = layout(scene)
+        x, y, reach = object_on(scene, grid, frame)
         angle = rng.uniform(0, 2 * np.pi)
-        x, y = (a + (b - a) * moment + where.radius * trig for a, b, trig in zip(where.start, where.end, (np.cos(angle), np.sin(angle))))
-        left, top = (x / 1.75 + 0.5) * grid.width - side / 2, (y + 0.5) * grid.height - side / 2
+        left, top = (at + reach / REACH * trig - side / 2 for at, trig in ((x, np.cos(angle)), (y, np.sin(angle))))
     else:
         left, top = rng.uniform(0, grid.width - side), rng.uniform(0, grid.height - side)
     return Crop(int(np.clip(top, 0, grid.height - side)), int(np.clip(left, 0, grid.width - side)), side, side)
