@@ -10,6 +10,7 @@ import logging
 import math
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -241,10 +242,11 @@ class Base:
 
     def release(self, *names: str) -> None:
         """Let components go and give their memory back."""
-        if any([self._loaded.pop(name, None) is not None for name in names]):
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+        released = [module for name in names for module in _modules(self._loaded.pop(name, None))]
+        if any(module() is not None for module in released):
+            gc.collect()  # it takes a good part of a second: only for what refers to itself
+        if released and self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _component(self, name: str, load):
         if name not in self._loaded:
@@ -276,6 +278,11 @@ class Base:
         if self._linears == "fp8":  # after all that is added to their weights, before they are moved
             quantise(transformer.blocks, self.device)
         return transformer.eval().stream_blocks(self.device) if self._streamed else transformer.to(self.device).eval()
+
+
+def _modules(component: Any) -> list[weakref.ref]:
+    """The modules of a component, none of them kept alive; what is no module holds no memory to speak of."""
+    return [weakref.ref(module) for module in component.modules()] if isinstance(component, torch.nn.Module) else []
 
 
 def select_adapter(transformer: MuralTransformer, adapter: str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -35,14 +36,20 @@ def measure(folder: Path, part: LearnedUpsampling, source: Tile, target: Tile) -
     spans = pieces(source, part.tile, part.overlap)
     frames, height, width = (len(axis[0]) for axis in spans)
     size = (round(height * target[1] / source[1]), round(width * target[2] / source[2]))
-    with torch.device("meta"), torch.no_grad():
-        network, z = LatentUpsampler(config), torch.empty(1, config.channels, frames, height, width)
-        with FlopCounterMode(display=False) as counter:
-            network(z, size)
     count = math.prod(len(axis) for axis in spans)
     inner, outer = frames * height * width, frames * math.prod(size)
     live = max(inner * _width(config.encoder), outer * _width(config.decoder)) * LIVE * FLOAT
-    return UpsamplingCost(count, counter.get_total_flops() * count, live)
+    return UpsamplingCost(count, _flops(config, (frames, height, width), size) * count, live)
+
+
+@lru_cache(maxsize=64)
+def _flops(config: LatentUpsamplerConfig, piece: Tile, size: tuple[int, int]) -> int:
+    """Of one piece; a plan asks several times, for each level of memory."""
+    with torch.device("meta"), torch.no_grad():
+        network, z = LatentUpsampler(config), torch.empty(1, config.channels, *piece)
+        with FlopCounterMode(display=False) as counter:
+            network(z, size)
+    return counter.get_total_flops()
 
 
 def _width(network: VrtConfig | None) -> int:

@@ -14,7 +14,7 @@ from muralist.request import Asked, changed, make_request, restore
 from muralist.store import atomic
 from tests.shell import muralist
 
-SMALL = ("--size", "160x96", "--num-frames", 9, "--seed", 5)
+SMALL = ("--size", "160x96", "--num-frames", 9, "--seed", 5, "--num-inference-steps", 4)
 every_recipe = pytest.mark.parametrize("recipe", sorted(RECIPES))
 
 

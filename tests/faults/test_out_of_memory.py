@@ -127,8 +127,7 @@ def small_tiles(monkeypatch):
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("call", [1, 4, 9])
-@pytest.mark.parametrize("first_frame", [0, 5])
+@pytest.mark.parametrize(("call", "first_frame"), [(1, 0), (4, 5), (9, 0)])
 def test_decoding_goes_on_in_smaller_tiles(plan, call, first_frame, latent, vae, monkeypatch, tmp_path, small_tiles):
     expected = list(decode(latent, vae, plan, first_frame=first_frame))
     monkeypatch.setattr(StreamingDecoder, "second_part", Failing(StreamingDecoder.second_part, (call, call + 3)))

@@ -294,7 +294,7 @@ def test_a_process_may_see_many_graphs_of_one_function(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.long) if kind == "full" else kind for kind in GRAFTS])
+@pytest.mark.parametrize("kind", [kind if kind == "guided" else pytest.param(kind, marks=pytest.mark.long) for kind in GRAFTS])
 def test_compiled_blocks_equal_eager_ones(base, kind):
     eager, fast = forward(base, GRAFTS[kind]), forward(base, compiled(GRAFTS[kind]))
     assert counters["stats"]["unique_graphs"] > 0 and (eager - fast).abs().max() <= 1e-5 and eager.std() > 0.1

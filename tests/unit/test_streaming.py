@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -125,3 +127,17 @@ def test_the_plan_counts_two_blocks_on_the_device_and_all_in_main_memory():
     (held, none), (few, host) = held_bytes(resident), held_bytes(replace(resident, streamed=True))
     assert none == 0 and held == 2 * SIZES["5B"].parameters
     assert few < held / 8 and held < host < 2 * held
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_is_released_is_gone_at_once(streamed, tiny22):
+    base = Base(inspect_base(str(tiny22)), CPU, torch.float32)
+    base.stream(streamed)
+    gc.disable()  # else it might come by itself
+    try:
+        for name in ("transformer", "text_encoder", "vae"):
+            held = [weakref.ref(parameter) for parameter in getattr(base, name)().parameters()]
+            base.release(name)
+            assert held and not any(parameter() is not None for parameter in held), name
+    finally:
+        gc.enable()

@@ -80,13 +80,14 @@ def test_branches_are_trained_with_an_adapter_and_serve(source, tiny22, videos, 
     assert "train it (muralist train branched)" in muralist("plan", "--recipe", "ultragen", "--model", model).err
     data = VideoData(source=World() if source == "world" else read_footage(videos), heights=(96,), clips=2)
     config = BranchedConfig(branches=hierarchical(24, 2, windows=2, rank=2))
-    made = train_branched(tmp_path / "run", minutes=0.1, device=CPU, resume=False, model=model, data=data, config=config, report=quiet)
+    made = train_branched(tmp_path / "run", minutes=0.05, device=CPU, resume=False, model=model, data=data, config=config, report=quiet)
     assert any(tensor.abs().max() > 0 for key, tensor in load_file(made / "pytorch_lora_weights.safetensors").items() if "lora_B" in key)
     found = load_file(tmp_path / "run" / "parts" / "branches" / "model.safetensors")
     assert all(tensor.abs().max() > 0 for name, tensor in found.items() if "lora_B" in name), "a branch has learned nothing"
     for place in ("adapters/branched", "parts/branches"):
         shutil.copytree(tmp_path / "run" / place, model / place)
-    answer = muralist("generate", "a red ball", "--recipe", "ultragen", "--model", model, "-o", tmp_path / "a.mp4", "--size", "192x96", "--num-frames", 5)
+    size = ("--size", "192x96", "--num-frames", 5, "--steps", 4)
+    answer = muralist("generate", "a red ball", "--recipe", "ultragen", "--model", model, "-o", tmp_path / "a.mp4", *size)
     assert answer.code == 0, answer.err
 
 
