@@ -3,9 +3,10 @@
     python benchmarks/adherence.py --count 105                      # at the base's own size
     python benchmarks/adherence.py --count 12 --size 3840x2160      # by the cascade
     python benchmarks/adherence.py --count 12 --size 1920x1080 --recipe luve
+    python benchmarks/adherence.py --count 12 --size 896x512 --num-frames 1 --recipe ultragen --set 'refine.attention.branches=["coarse"]' --label no-global
 
-What stands in the folder of `--keep` is not painted again, so a stopped run goes on.
-Writes results/adherence-SIZE.{json,md} (-RECIPE where one is given) and a contact sheet of first, middle and last frames.
+What stands in the folder of `--keep` is not painted again, so a stopped run goes on. Of a single frame motion is not judged.
+Writes results/adherence-SIZE.{json,md} (-RECIPE and -LABEL where they are given) and a contact sheet of first, middle and last frames.
 """
 
 from __future__ import annotations
@@ -43,35 +44,39 @@ def main() -> None:
     pipe = muralist.load(options.model, recipe=recipe)
     sheet, rows, started = [], [], time.time()
     about = {"size": options.size, "recipe": recipe, "model": options.model, "num_frames": options.num_frames, "seed": options.seed}
+    about |= {"settings": options.settings} if options.settings else {}
     for number, scene in enumerate(scenes(options.count, options.seed)):
         kept = options.keep and options.keep / f"{number:03d}"
         if kept and kept.is_dir():
             row, three = known(kept, about), torch.from_numpy(np.array(Image.open(kept / "small.png")))
         else:
-            frames = painted(pipe, scene, width, height, options.num_frames)
+            frames = painted(pipe, scene, width, height, options.num_frames, options.settings)
             row, three = judged(frames, scene), small(frames)
             if kept:
                 keep(kept, {"about": about, "row": row}, frames)
         rows.append(row)
         sheet.append(three)
         print(row, f"{(time.time() - started) / len(rows):.1f} s a clip", flush=True)
-    means = [{"measure": a, "percent": 100 * float(np.mean([r[a] for r in rows]))} for a in ATTRIBUTES]
+    judgeable = [a for a in ATTRIBUTES if options.num_frames > 1 or a not in ("motion", "camera")]
+    means = [{"measure": a, "percent": 100 * float(np.mean([r[a] for r in rows]))} for a in judgeable]
     means.append({"measure": "exactly one object", "percent": 100 * float(np.mean([r["objects"] == 1 for r in rows]))})
     print(means)
-    name = f"adherence-{options.size}" + (f"-{recipe}" if options.recipe else "")
-    write(name, means, note=f"{len(rows)} held-out prompts, recipe {recipe}, {options.size} x {options.num_frames}, seed {options.seed}")
+    name = "-".join(["adherence", options.size, *filter(None, (options.recipe, options.label))])
+    settings = "".join(f", {setting}" for setting in options.settings)
+    write(name, means, note=f"{len(rows)} held-out prompts, recipe {recipe}, {options.size} x {options.num_frames}, seed {options.seed}{settings}")
     Image.fromarray(torch.cat(sheet[:24]).numpy()).save(options.sheet)
 
 
-def painted(pipe: muralist.Pipeline, scene: world.Scene, width: int, height: int, num_frames: int) -> torch.Tensor:
+def painted(pipe: muralist.Pipeline, scene: world.Scene, width: int, height: int, num_frames: int, settings: list[str]) -> torch.Tensor:
     """Frames [t, H, W, 3] of a prompt; of large clips every fourth: a whole one at 4K is 2.9 GB of floats."""
     with tempfile.TemporaryDirectory() as folder:
-        video = pipe(world.caption(scene), width=width, height=height, num_frames=num_frames, seed=scene.seed, run_dir=Path(folder) / "run")
+        sized = {"width": width, "height": height, "num_frames": num_frames}
+        video = pipe(world.caption(scene), **sized, seed=scene.seed, settings=tuple(settings), run_dir=Path(folder) / "run")
         return torch.cat([chunk.frames[:: (1 if height < 1000 else 4)] for chunk in video])
 
 
 def judged(frames: torch.Tensor, scene: world.Scene) -> dict[str, Any]:
-    result = score(frames, scene)
+    result = score(frames if len(frames) > 1 else frames.expand(5, -1, -1, -1), scene)  # which looks at what changes
     return {"prompt": world.caption(scene)} | {a: bool(getattr(result, a)) for a in ATTRIBUTES} | {"objects": result.num_objects}
 
 
@@ -106,6 +111,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=105)
     parser.add_argument("--size", default="448x256")
     parser.add_argument("--recipe", help="another than the usual one of the size")
+    parser.add_argument("--set", dest="settings", metavar="NAME=VALUE", action="append", default=[], help="a value of the recipe's configuration; often")
+    parser.add_argument("--label", help="of such values, in the results' name")
     parser.add_argument("--num-frames", type=int, default=29)
     parser.add_argument("--model", default="miniature")
     parser.add_argument("--seed", type=int, default=0)
