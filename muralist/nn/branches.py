@@ -9,7 +9,7 @@ the block's output projection; a fusion weight for each channel follows the nois
 
 A grid that the blocks do not divide has smaller blocks at its far edges: their weights are scaled by how many tokens are missing, so that
 nothing is resized. Positions are those of the pooled grid itself, as in the release: at K times the base's size its whole picture then
-has about the positions that the base knows.
+has about the positions that the base knows, and so it can lead from the start (`Fusion`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from muralist.nn.rope import RopeScale, RotaryTable, rotary_table, rotate
 from muralist.nn.step_size import waves
 from muralist.nn.windows import Chunk, Partition, Shape, partition_evenly
 
-START = 0.1  # the fusion weight that training starts from
+START, LEAD = 0.1, 0.8  # weights of a branch that training starts from; LEAD: of a view of the whole picture where noise hides all but the layout
+LEADS = (500.0, 700.0)  # timesteps between which that weight rises
+FIT = 1e-2  # of the mean square of what the weight is made from: what its start gives up in exactness to stay small
 
 
 class LowRank(nn.Module):
@@ -46,24 +48,47 @@ class LowRank(nn.Module):
 
 
 class Fusion(nn.Module):
-    """The fusion weight of every channel for timesteps [B], 0 to 1000: [B, 1, D]; `START` everywhere before training."""
+    """The fusion weight of every channel for timesteps [B], 0 to 1000: [B, 1, D].
 
-    def __init__(self, dim: int):
+    Before training it is START, alike in all channels; `leads`: it rises to LEAD at high noise. Windows alone, each of which takes itself for the picture
+    there, paint an object each; led by a view of the whole at about the base's own size, they paint one between them before anything is trained.
+    """
+
+    def __init__(self, dim: int, *, leads: bool, of_branch: bool = True):
         super().__init__()
         self.embedding = nn.Sequential(nn.Linear(FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.projection = nn.Linear(dim, dim)
+        sign = 1 if of_branch else -1
         nn.init.zeros_(self.projection.weight)
-        nn.init.constant_(self.projection.bias, math.log(START / (1 - START)))
+        nn.init.constant_(self.projection.bias, sign * _logit(START))
+        if leads:
+            self._rise(sign * (_logit(LEAD) - _logit(START)))
+
+    @torch.no_grad()
+    def _rise(self, height: float) -> None:
+        """Let the projection start as a function of the timestep: the ridge regression of a ramp, from the embedding as it was drawn."""
+        timesteps = torch.linspace(0, 1000, 201, device=self.projection.weight.device)
+        features = self._features(timesteps)
+        ramp = height * ((timesteps - LEADS[0]) / (LEADS[1] - LEADS[0])).clamp(0, 1)
+        products = features @ features.T
+        ridge = FIT * products.diagonal().mean() * torch.eye(len(products), device=products.device)
+        self.projection.weight += (features.T @ torch.linalg.solve(products + ridge, ramp)).to(self.projection.weight.dtype)
+
+    def _features(self, timestep: torch.Tensor) -> torch.Tensor:
+        return F.silu(self.embedding(waves(timestep).to(self.projection.weight.dtype)))
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
-        seen = self.embedding(waves(timestep).to(self.projection.weight.dtype))
-        return self.projection(F.silu(seen)).sigmoid()[:, None]
+        return self.projection(self._features(timestep)).sigmoid()[:, None]
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))
 
 
 class CompressedBranch(nn.Module):
     """One branch of one block; see the module's docstring."""
 
-    def __init__(self, dim: int, config: BranchConfig, rank: int, restoring: Restoring, pooled: int):
+    def __init__(self, dim: int, config: BranchConfig, rank: int, restoring: Restoring, pooled: int, *, of_branch: bool = True):
         super().__init__()
         self.config = config
         self.pool_weight = nn.Parameter(torch.full((pooled, config.stride**2, dim), config.stride**-2.0))
@@ -71,7 +96,7 @@ class CompressedBranch(nn.Module):
         self.q, self.k, self.v = (LowRank(dim, rank) for _ in range(3))
         self.restoring = _passing(nn.Conv3d(dim, dim, 3, padding=1, groups=1 if restoring == "dense" else dim))
         self.across = _passing(nn.Linear(dim, dim)) if restoring == "separable" else None
-        self.fusion = Fusion(dim)
+        self.fusion = Fusion(dim, leads=config.windows == 1 and not config.alternate, of_branch=of_branch)
 
     def shares(self, tensors: Sequence[torch.Tensor], blocks: Blocks, span: slice) -> list[torch.Tensor]:
         """What a chunk adds to the pooled tokens: the tensors [B, n, D] of its tokens, each times its weights."""
@@ -107,7 +132,8 @@ class Branches(nn.ModuleDict):
     """The branches of one block by name, in the order in which they are fused."""
 
     def __init__(self, config: BranchesConfig):
-        super().__init__({name: CompressedBranch(config.dim, branch, config.rank, config.restoring, config.pooled) for name, branch in config.branches.items()})
+        of_all = {"rank": config.rank, "restoring": config.restoring, "pooled": config.pooled, "of_branch": config.of_branch}
+        super().__init__({name: CompressedBranch(config.dim, branch, **of_all) for name, branch in config.branches.items()})
         self.config = config
 
 

@@ -6,6 +6,8 @@ Attention is local in K x K windows (K + 1 in odd blocks), beside it windows twi
 K-th of them along each side, fused by weights that follow the noise level. 30 steps and shift 5 are the paper's, guidance is the base's own
 (5 for Wan, as in the paper). At K = 4 the attention map
 costs a twelfth of the full one where all blocks have K windows (equation 13), a fifteenth as they alternate.
+New branches change the windows by a tenth each, but for the view of the whole above a noise level of 0.6: it leads there (`nn/branches.py`), since
+windows alone paint an object each.
 
 Ablations of Table 4 are other values of this configuration (`--set NAME=VALUE`, or `override` in `muralist.compare.ablation`):
 

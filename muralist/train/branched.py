@@ -3,8 +3,7 @@
 Trained together on whole videos, as many frames of each size as fit a number of tokens, and on single frames of them: the compressed branches of
 every block, and a low-rank adapter on every projection. Where one object is and where none is, windows have to learn from their branches: that
 is seen in single frames, many times as many of which fit a step, and so these come first. The paper trains the whole model; its change fits
-an adapter here, so that one base serves all recipes. It starts as the base's adapter `uhr`, if there is one: a window of a large video shows what
-that one's crops do.
+an adapter here, so that one base serves all recipes. It does not start as `uhr`, which knows noise with a guide in it alone.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from muralist.store.parts import save_part
 from muralist.train.loop import Report, begin
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
 from muralist.train.trainee import Trainee, VideoData, fit_adapter, give_adapter
-from muralist.train.uhr import ADAPTER as UHR
 from muralist.types import Grid
 
 BRANCHED = "branched"  # the adapter
@@ -71,7 +69,7 @@ def train_branched(
     branches, attention = (config or BranchedConfig()).of(trainee)
     whole = [_pool(trainee, height, data.clips, attention) for height in data.heights]
     pools = trainee.encoded([_singles(pool, trainee.info.geometry.temporal_factor) for pool in whole] + whole, data, folder, report)
-    give_adapter(trainee, BRANCHED, like=UHR)
+    give_adapter(trainee, BRANCHED)
     attached = _attached(trainee, branches).to(device).requires_grad_(True)
     flow = FlowConfig(prediction=trainee.info.prediction, shift=SHIFT, graft=Graft(attention=attention))
     source = Whole(pools[: len(whole)], pools[len(whole) :], TIMES * math.prod(trainee.info.geometry.latent_shape(trainee.own_grid)[1:]))

@@ -18,7 +18,7 @@ from muralist.errors import UserError
 from muralist.nn.attention import BranchedWindows, CloseRemote, attend_windows
 from muralist.nn.attention.close_remote import remote
 from muralist.nn.attention.reference import reference_attention
-from muralist.nn.branches import START, Blocks, Branches, Pools, attach_branches, fused
+from muralist.nn.branches import LEAD, START, Blocks, Branches, Pools, attach_branches, fused
 from muralist.nn.kinds import BranchConfig, BranchesConfig, hierarchical
 from muralist.nn.rope import RopeScale, rotary_table, rotate
 from muralist.nn.transformer import Graft, MuralTransformer
@@ -54,6 +54,8 @@ def stirred(made: MuralTransformer) -> MuralTransformer:
     torch.manual_seed(1)
     with torch.no_grad():
         for block in made.blocks:
+            for branch in block.branches.values():
+                branch.fusion.projection.weight.zero_()  # fitted to an embedding that is stirred too, it would leave nothing but one branch
             for parameter in block.branches.parameters():
                 parameter.add_(torch.randn_like(parameter) / 8)
     return made
@@ -100,9 +102,14 @@ def test_a_new_branch_of_no_weight_leaves_the_windows_as_they_are():
         assert torch.equal(forward(made, (2, 5, 7), attention=BranchedWindows(2, branches=BRANCHES)), windows)
 
 
-def test_new_branches_weigh_what_is_said():
-    branch = model(hierarchical(DIM, LAYERS, rank=4)).blocks[0].branches["whole"]
-    assert torch.allclose(branch.fusion(torch.tensor([10.0, 900.0])), torch.full((2, 1, DIM), START))
+@pytest.mark.parametrize("of_branch", [True, False])
+def test_new_branches_weigh_what_is_said(of_branch):
+    torch.manual_seed(0)
+    branches = Branches(replace(hierarchical(256, LAYERS, rank=4), of_branch=of_branch))
+    timesteps, low, high = torch.tensor([0.0, 250.0, 450.0, 750.0, 900.0, 1000.0]), torch.full((3, 1, 256), START), torch.full((3, 1, 256), LEAD)
+    for name, expected in (("coarse", torch.cat([low, low])), ("whole", torch.cat([low, high]))):
+        alpha = branches[name].fusion(timesteps)
+        assert ((alpha if of_branch else 1 - alpha) - expected).abs().max() < 0.02, name
 
 
 def slow_block(made: MuralTransformer, x: torch.Tensor, t: torch.Tensor, shape: tuple[int, int, int], number: int, windows: int) -> torch.Tensor:
