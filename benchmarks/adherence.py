@@ -6,7 +6,7 @@
     python benchmarks/adherence.py --count 12 --size 896x512 --num-frames 1 --recipe ultragen --set 'refine.attention.branches=["coarse"]' --label no-global
 
 What stands in the folder of `--keep` is not painted again, so a stopped run goes on. Of a single frame motion is not judged.
-Writes results/adherence-SIZE.{json,md} (-RECIPE and -LABEL where they are given) and a contact sheet of first, middle and last frames.
+Writes results/adherence-SIZE.{json,md} (-RECIPE, -N-frames and -LABEL where they are given) and a contact sheet of first, middle and last frames.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ def scenes(count: int, seed: int) -> list[world.Scene]:
 
 def main() -> None:
     options = arguments()
+    if options.settings and not options.label:
+        raise SystemExit("--set: give the results a name of their own by --label")
     width, height = (int(v) for v in options.size.split("x"))
     recipe = options.recipe or ("direct" if (width, height) == (448, 256) else "cascade")
     pipe = muralist.load(options.model, recipe=recipe)
@@ -61,7 +63,8 @@ def main() -> None:
     means = [{"measure": a, "percent": 100 * float(np.mean([r[a] for r in rows]))} for a in judgeable]
     means.append({"measure": "exactly one object", "percent": 100 * float(np.mean([r["objects"] == 1 for r in rows]))})
     print(means)
-    name = "-".join(["adherence", options.size, *filter(None, (options.recipe, options.label))])
+    frames = None if options.num_frames == 29 else f"{options.num_frames}-frames"
+    name = "-".join(["adherence", options.size, *filter(None, (options.recipe, frames, options.label))])
     settings = "".join(f", {setting}" for setting in options.settings)
     write(name, means, note=f"{len(rows)} held-out prompts, recipe {recipe}, {options.size} x {options.num_frames}, seed {options.seed}{settings}")
     Image.fromarray(torch.cat(sheet[:24]).numpy()).save(options.sheet)

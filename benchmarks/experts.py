@@ -23,7 +23,7 @@ from muralist.nn.filters import RadialFilter
 from muralist.nn.transformer import Graft, MuralTransformer
 from muralist.nn.windows import Shape
 
-GOAL, ROUNDS, CHUNK = 1.03, 7, 4096
+GOAL, ROUNDS, CHUNK = 1.03, 8, 4096
 WINDOW: Shape = (8, 8, 8)
 EXPERTS = {
     "low": ExpertConfig(place="attention", band=RadialFilter(band="low"), sigmas=(0.875, 1.0)),
@@ -46,8 +46,8 @@ def measured(heads: int, head: int, layers: int, ffn: int, grid: Shape) -> list[
             torch.nn.init.normal_(parameter, std=0.02)  # a new one is zero, which may cost less
     given = torch.randn(1, 16, grid[0], 2 * grid[1], 2 * grid[2]), torch.tensor([500.0]), torch.randn(1, 512, 256)
     seconds: dict[str, list[float]] = {"none": [], "low": [], "high": []}
-    for _ in range(ROUNDS + 1):  # the first is a warm-up
-        for name, times in seconds.items():
+    for number in range(ROUNDS + 1):  # the first is a warm-up
+        for name, times in list(seconds.items())[:: 1 if number % 2 else -1]:  # a machine that slows down slows no side alone
             mural.configure(Graft(WindowAttention(WINDOW), token_chunk=CHUNK, experts=() if name == "none" else (name,)))
             started = time.perf_counter()
             mural(*given)
@@ -55,7 +55,7 @@ def measured(heads: int, head: int, layers: int, ffn: int, grid: Shape) -> list[
     of_round = {name: [one / other for one, other in zip(times[1:], seconds["none"][1:])] for name, times in seconds.items()}
     shape = {"width": width, "blocks": layers, "tokens": math.prod(grid)}
     return [
-        {**shape, "expert": name, "s": min(times[1:]), "with / without": statistics.median(of_round[name]), "goal": f"<= {GOAL}"}
+        {**shape, "expert": name, "s": statistics.median(times[1:]), "with / without": statistics.median(of_round[name]), "goal": f"<= {GOAL}"}
         for name, times in seconds.items()
         if name != "none"
     ]

@@ -7,6 +7,7 @@ same way and refuse them with the same words. Nothing here reads a weight.
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 import secrets
@@ -84,8 +85,7 @@ def parse_duration(text: str) -> float:
 
 def make_request(asked: Asked, info: BaseInfo, note: Callable[[str], None]) -> Request:
     """Every choice made: the recipe's configuration with the overrides, the exact grid, the resolved seed. `note` is told of each adjustment."""
-    own = recipes.find(asked.recipe)(info)
-    config = changed(own, asked.settings, _typed(own, asked))
+    config = changed(recipes.find(asked.recipe)(info), asked.settings, _typed(asked))
     _require_parts(config, info)
     request = Request(
         prompt=_text("prompt", asked.prompt),
@@ -165,14 +165,21 @@ def _snapped(frames: int, fps: float, geometry: Geometry, note: Callable[[str], 
     return nearest
 
 
-def _typed(config: Config, asked: Asked) -> dict[str, Any]:
-    """What was typed in place of the recipe's own numbers, by its name in the configuration, for every stage that has it."""
-    values = {name: getattr(asked, name) for name in ("num_inference_steps", "guidance_scale", "flow_shift", "skip_steps")}
-    whole = ("num_inference_steps", "skip_steps")
-    values = {name: value if name in whole else float(value) for name, value in values.items() if value is not None}
-    kernels = {name: value for name in ("attention", "linears") if (value := getattr(asked, name)) is not None}
-    stages = {"proxy": (config.proxy, values), "refine": (config.refine, _with_skip(config.refine, values)), "kernels": (config.kernels, kernels)}
-    return {f"{stage}.{name}": value for stage, (part, typed) in stages.items() for name, value in typed.items() if hasattr(part, name)}
+def _typed(asked: Asked) -> dict[str, Any]:
+    """What was typed in place of the recipe's own numbers, by its name in the configuration, for every stage that may have it. Raises UserError."""
+    numbers = {"num_inference_steps": operator.index, "guidance_scale": float, "flow_shift": float, "skip_steps": operator.index}
+    values = {name: _number(name, value, kind) for name, kind in numbers.items() if (value := getattr(asked, name)) is not None}
+    kernels = {f"kernels.{name}": value for name in ("attention", "linears") if (value := getattr(asked, name)) is not None}
+    return {f"{stage}.{name}": value for stage in ("proxy", "refine") for name, value in values.items()} | kernels
+
+
+def _number(name: str, value: Any, kind: Callable[[Any], float]) -> float:
+    try:
+        if isinstance(value, bool):
+            raise TypeError("true or false")
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{value!r:.40} is none", where=name, fix="use a whole number" if kind is operator.index else "use a number") from None
 
 
 def tell_of_kernels(request: Request, info: BaseInfo, device: torch.device, note: Callable[[str], None]) -> None:
@@ -185,24 +192,42 @@ def changed(config: Config, settings: Sequence[str], typed: Mapping[str, Any] = 
     """The configuration with single values replaced: `refine.experts=["low"]`, `refine.adapter=null`, `upsample={"kind": "PixelInterpolation"}`.
 
     Names lead through the configuration's parts; values are JSON, bare words strings. A part may be replaced as a whole by its `kind` and
-    the fields that shall differ from that kind's defaults. `typed`: values by name, placed before. Only all of them together have to make sense.
-    Raises UserError.
+    the fields that shall differ from that kind's defaults. `typed`: values by name, for the parts that have them and where no setting says otherwise.
+    With another number of steps the guide replaces the same share of them, unless told. Only all of it together has to make sense. Raises UserError.
     """
-    record = jsonable(config)
-    for name, value in typed.items():
-        _place(record, name, value)
+    record, told = jsonable(config), set()
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
             raise UserError(f"{setting!r:.60} sets nothing", where="set", fix='write NAME=VALUE, such as refine.experts=["low"]')
-        _place(record, name.strip(), _value(text))
+        name, value = name.strip(), _value(text)
+        _place(record, name, value)
+        told |= {name} | ({f"{name}.{field}" for field in value} if isinstance(value, dict) else set())
+    for name, value in typed.items():
+        part, _, field = name.partition(".")
+        if name not in told and field in (record[part] or {}):
+            _place(record, name, value)
+    if "refine.skip_steps" not in told | typed.keys():
+        _keep_share(record["refine"], config)
+    return _judged(record, settings)
+
+
+def _judged(record: dict[str, Any], settings: Sequence[str]) -> Config:
+    """The configuration of a record that `settings` have changed. Raises UserError."""
+    said = f"{' '.join(settings)!r:.80}: " if settings else ""
     try:
         return _restored(Config, record)
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{said}{error.what}", where=error.where, fix=error.fix) from None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        what = f"{' '.join([*(f'{name}={value}' for name, value in typed.items()), *settings])!r:.80}: {error}"
-        raise UserError(what, where="set", fix="give a value of the kind that the field has, and of a part its fields") from None
+        raise UserError(f"{said}{error}", where="set", fix="give a value of the kind that the field has, and of a part its fields") from None
+
+
+def _keep_share(refine: Any, config: Config) -> None:
+    """Let the guide replace the share of the steps in a record of refinement that it replaces of the configuration's."""
+    own, steps = config.refine, refine.get("num_inference_steps") if isinstance(refine, dict) else None
+    if own.skip_steps and type(steps) is int and steps not in (own.num_inference_steps, 0) and refine.get("skip_steps") == own.skip_steps:
+        refine["skip_steps"] = min(max(round(own.skip_steps * steps / own.num_inference_steps), 1), max(steps - 1, 0))
 
 
 def _value(text: str) -> Any:
@@ -246,14 +271,6 @@ def _hints(hint: Any, value: Any) -> dict[str, Any]:
 def _members(hint: Any) -> tuple[Any, ...]:
     """Those of a union, else the type alone."""
     return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-
-
-def _with_skip(refine: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """With another number of steps the guide replaces the same share of them, unless told otherwise."""
-    steps, skipped = values.get("num_inference_steps"), getattr(refine, "skip_steps", 0)
-    if steps is None or not skipped or "skip_steps" in values:
-        return values
-    return values | {"skip_steps": min(max(round(skipped * steps / refine.num_inference_steps), 1), max(steps - 1, 0))}
 
 
 # --- back from a record -----------------------------------------------------------------------------------------------------------

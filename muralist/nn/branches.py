@@ -52,10 +52,13 @@ class Fusion(nn.Module):
 
     Before training it is START, alike in all channels; `leads`: it rises to LEAD at high noise. Windows alone, each of which takes itself for the picture
     there, paint an object each; led by a view of the whole at about the base's own size, they paint one between them before anything is trained.
+    The embedding of one that leads is not to be trained (`trainable`): all channels start by one row of weights, and what they have in common would move it
+    by several units of the logit a step, until one side of the fusion is gone for good (seen).
     """
 
     def __init__(self, dim: int, *, leads: bool, of_branch: bool = True):
         super().__init__()
+        self.leads = leads
         self.embedding = nn.Sequential(nn.Linear(FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.projection = nn.Linear(dim, dim)
         sign = 1 if of_branch else -1
@@ -68,7 +71,7 @@ class Fusion(nn.Module):
     def _rise(self, height: float) -> None:
         """Let the projection start as a function of the timestep: the ridge regression of a ramp, from the embedding as it was drawn."""
         timesteps = torch.linspace(0, 1000, 201, device=self.projection.weight.device)
-        features = self._features(timesteps)
+        features = self._features(timesteps).float()
         ramp = height * ((timesteps - LEADS[0]) / (LEADS[1] - LEADS[0])).clamp(0, 1)
         products = features @ features.T
         ridge = FIT * products.diagonal().mean() * torch.eye(len(products), device=products.device)
@@ -142,6 +145,15 @@ def attach_branches(blocks: Sequence[nn.Module], config: BranchesConfig) -> nn.M
     for number in config.blocks:
         blocks[number].branches = Branches(config)
     return nn.ModuleDict({str(number): blocks[number].branches for number in config.blocks})
+
+
+def trainable(branches: nn.ModuleDict) -> nn.ModuleDict:
+    """The same, all of it trained but for what must not be: embeddings of fusion weights that lead."""
+    branches.requires_grad_(True)
+    for module in branches.modules():
+        if isinstance(module, Fusion) and module.leads:
+            module.embedding.requires_grad_(False)
+    return branches
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,7 +18,7 @@ import torch
 from muralist.data.latents import LatentPool, PoolConfig
 from muralist.errors import UserError
 from muralist.nn.attention import BranchedWindows
-from muralist.nn.branches import attach_branches
+from muralist.nn.branches import attach_branches, trainable
 from muralist.nn.kinds import BRANCHES, BranchesConfig, hierarchical
 from muralist.nn.transformer import Graft
 from muralist.store.parts import save_part
@@ -32,7 +32,7 @@ HEIGHTS = (512, 1088)  # of the world's renders
 TIMES = 7  # the tokens of a training video, and about those of a batch, in clips of the base's own size; the embedded base: 29 frames at 512, 9 at 1088
 SHIFT = 5.0  # of the noise levels, as in sampling
 CLIPS = 200  # of each height
-SINGLES = 2  # single frames of each height, for every latent frame of its clips
+SINGLES = 4  # single frames of each height for each of its clips
 SINGLE_SHARE = (0.75, 0.35)  # of the batches in each half of the training
 
 
@@ -68,13 +68,14 @@ def train_branched(
     trainee, data = Trainee(model, device), (data or VideoData()).settled(HEIGHTS, CLIPS)
     branches, attention = (config or BranchedConfig()).of(trainee)
     whole = [_pool(trainee, height, data.clips, attention) for height in data.heights]
-    pools = trainee.encoded([_singles(pool, trainee.info.geometry.temporal_factor) for pool in whole] + whole, data, folder, report)
+    pools = trainee.encoded([_singles(pool) for pool in whole] + whole, data, folder, report)
     give_adapter(trainee, BRANCHED)
-    attached = _attached(trainee, branches).to(device).requires_grad_(True)
+    attached = trainable(_attached(trainee, branches).to(device))
     flow = FlowConfig(prediction=trainee.info.prediction, shift=SHIFT, graft=Graft(attention=attention))
     source = Whole(pools[: len(whole)], pools[len(whole) :], TIMES * math.prod(trainee.info.geometry.latent_shape(trainee.own_grid)[1:]))
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, source, flow, device)
-    adapter = fit_adapter(trainee, BRANCHED, objective, folder, minutes, resume, trainee.origin(data), report)
+    origin = trainee.origin(data) | {"singles": f"{SINGLES}, {SINGLE_SHARE}"}
+    adapter = fit_adapter(trainee, BRANCHED, objective, folder, minutes, resume, origin, report)
     save_part(folder / "parts" / BRANCHES, BRANCHES, asdict(branches), {name: p.detach().half().cpu() for name, p in attached.named_parameters()})
     return adapter
 
@@ -121,7 +122,6 @@ def _pool(trainee: Trainee, height: int, clips: int, attention: BranchedWindows)
     return PoolConfig(name=f"whole-{height}", count=clips, grid=large, frames=(latent_frames - 1) * geometry.temporal_factor + 1, seed=height + 1)
 
 
-def _singles(clips: PoolConfig, group: int) -> PoolConfig:
-    """Single frames of the same size, SINGLES for each latent frame of the clips; `group`: frames that a latent one stands for."""
-    latent_frames = (clips.length - 1) // group + 1
-    return replace(clips, name=f"frame-{clips.grid.height}", count=SINGLES * latent_frames * clips.count, frames=1, seed=clips.seed + 1)
+def _singles(clips: PoolConfig) -> PoolConfig:
+    """Single frames of the same size, SINGLES for each clip."""
+    return replace(clips, name=clips.name.replace("whole", "frame"), count=SINGLES * clips.count, frames=1, seed=clips.seed + 1)

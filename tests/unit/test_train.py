@@ -11,6 +11,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders import autoencoder_kl_wan
 from torch import nn
 
+from muralist.data import world
 from muralist.data.latents import LatentPool, PoolConfig, build_pool, decode, encode
 from muralist.errors import UserError
 from muralist.nn.single_frame import single_frame_convolutions
@@ -169,6 +170,15 @@ def test_single_frame_convolutions_change_nothing_but_time():
             got = vae.decode(vae.encode(x).latent_dist.mean).sample
     assert autoencoder_kl_wan.WanCausalConv3d.forward is original
     assert (expected - got).abs().max() < 1e-5
+
+
+def test_two_thirds_of_the_crops_hold_the_outline_also_under_a_moving_camera():
+    rng, grid, seen = np.random.default_rng(0), Grid(num_frames=29, height=2176, width=3808), []
+    for number in range(200):
+        scene, frame = world.sample_scene(rng, camera_share=1.0), number % 29
+        crop = reconstruction._crop_at(rng, scene, grid, frame, 96)
+        seen.append(world.near_object(scene, grid, cell=96, crop=crop, frames=range(frame, frame + 1)).any().item())
+    assert 0.6 <= sum(seen) / len(seen) <= 0.8
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.9])

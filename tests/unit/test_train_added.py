@@ -15,7 +15,7 @@ from muralist.base import Base
 from muralist.base_info import inspect_base
 from muralist.data import latents
 from muralist.data.degrade import AnchorDamage
-from muralist.data.latents import PoolConfig
+from muralist.data.latents import LatentPool, PoolConfig
 from muralist.data.sources import World, read_footage
 from muralist.errors import UserError
 from muralist.nn.decoder import StreamingDecoder
@@ -29,7 +29,7 @@ from muralist.stages.upsample import LATENT_SCALE, PixelInterpolation, upsample
 from muralist.store import prompt_cache, weights
 from muralist.tiling import Box
 from muralist.train.anchored import train_anchored
-from muralist.train.branched import BranchedConfig, train_branched
+from muralist.train.branched import SINGLE_SHARE, BranchedConfig, Whole, train_branched
 from muralist.train.experts import LESSONS, train_experts
 from muralist.train.objectives.flow import Batch, from_guide
 from muralist.train.trainee import Trainee, VideoData, cut_to
@@ -108,6 +108,20 @@ def test_a_base_with_branches_goes_on_from_them(tiny22, tmp_path, small_shards, 
         assert any(".branches." in name for name in names)
         found.append(objective.transformer.blocks[0].branches["coarse"].q.lora_B.weight.any().item())
     assert found == [True, False]
+
+
+def test_whole_pictures_are_single_frames_first_and_as_many_as_fit():
+    def pool(name: str, *shape: int) -> LatentPool:
+        return LatentPool(torch.zeros(5, 2, *shape), [name] * 5, None)
+
+    whole = Whole((pool("frame", 1, 4, 8), pool("large frame", 1, 8, 16)), (pool("clip", 3, 4, 8), pool("large clip", 3, 8, 16)), 128)
+    sizes, shares = {}, []
+    for progress in (0.1, 0.9):
+        batches = [whole(np.random.default_rng(seed), progress) for seed in range(400)]
+        sizes |= {batch.captions[0]: len(batch.x) for batch in batches}
+        shares.append(sum(batch.x.shape[2] == 1 for batch in batches) / len(batches))
+    assert sizes == {"frame": 4, "large frame": 1, "clip": 1, "large clip": 1}
+    assert shares == pytest.approx(SINGLE_SHARE, abs=0.06) and SINGLE_SHARE[0] > SINGLE_SHARE[1]
 
 
 def test_an_expert_trains_itself_alone_on_its_own_noise(tiny22, tmp_path, small_shards, monkeypatch):
