@@ -28,6 +28,7 @@ from muralist.base_info import BaseInfo, check_structure
 from muralist.config import MAX_FRAMES, MAX_PROMPT, Config, Request, jsonable
 from muralist.errors import UserError
 from muralist.nn.attention import BranchedWindows
+from muralist.nn.kernels import Kernels
 from muralist.nn.kinds import INJECTOR, STEP_SIZE
 from muralist.sampling.shortcut import ShortcutSteps
 from muralist.store.run import SETTLED, TYPED, RunDirectory
@@ -169,8 +170,10 @@ def _typed(asked: Asked) -> dict[str, Any]:
     """What was typed in place of the recipe's own numbers, by its name in the configuration, for every stage that may have it. Raises UserError."""
     numbers = {"num_inference_steps": operator.index, "guidance_scale": float, "flow_shift": float, "skip_steps": operator.index}
     values = {name: _number(name, value, kind) for name, kind in numbers.items() if (value := getattr(asked, name)) is not None}
-    kernels = {f"kernels.{name}": value for name in ("attention", "linears") if (value := getattr(asked, name)) is not None}
-    return {f"{stage}.{name}": value for stage in ("proxy", "refine") for name, value in values.items()} | kernels
+    kernels = {name: value for name in ("attention", "linears") if (value := getattr(asked, name)) is not None}
+    Kernels(**kernels)  # refuses words that are none, by the names of their options
+    stages = {f"{stage}.{name}": value for stage in ("proxy", "refine") for name, value in values.items()}
+    return stages | {f"kernels.{name}": value for name, value in kernels.items()}
 
 
 def _number(name: str, value: Any, kind: Callable[[Any], float]) -> float:
