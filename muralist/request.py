@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from muralist.errors import UserError
 from muralist.nn.attention import BranchedWindows
 from muralist.nn.kernels import Kernels
 from muralist.nn.kinds import INJECTOR, STEP_SIZE
+from muralist.restoring import restored
 from muralist.sampling.shortcut import ShortcutSteps
 from muralist.store.run import SETTLED, TYPED, RunDirectory
 from muralist.store.vocabulary import read_prompt
@@ -219,7 +220,7 @@ def _judged(record: dict[str, Any], settings: Sequence[str]) -> Config:
     """The configuration of a record that `settings` have changed. Raises UserError."""
     said = f"{' '.join(settings)!r:.80}: " if settings else ""
     try:
-        return _restored(Config, record)
+        return restored(Config, record)
     except UserError as error:
         raise UserError(f"{said}{error.what}", where=error.where, fix=error.fix) from None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -282,7 +283,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 def restore(record: Any) -> Request:
     """The Request whose `record()` this is; UserError if it is not one of this version."""
     try:
-        request = _restored(Request, record)
+        request = restored(Request, record)
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -349,55 +350,3 @@ def _bytes_in(folder: Path) -> int:
 
 def _foreign(why: str) -> UserError:
     return UserError(f"its request cannot be read ({why})", where="run_dir", fix="use the version that started the run, or start a new one")
-
-
-def _restored(hint: Any, value: Any) -> Any:
-    """`value` (JSON) as the type that `hint` names. Only classes that appear in the annotations of `Request` can come into being."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return _restored(_member(arguments, value), value)
-    if is_dataclass(hint):
-        return _dataclass(hint, value)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise TypeError(f"{value!r:.40} is no list")
-        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-        return tuple(_restored(kind, item) for kind, item in zip(kinds, value, strict=True))
-    if origin is typing.Literal and value not in arguments:
-        raise TypeError(f"{value!r:.40} is none of {arguments}")
-    if hint is float and type(value) is int:
-        return value  # as it was: a float in its place would change the bytes of the file's metadata
-    if isinstance(hint, type) and type(value) is not hint:
-        raise TypeError(f"{value!r:.40} is no {hint.__name__}")
-    return value
-
-
-def _member(members: tuple[Any, ...], value: Any) -> Any:
-    """The member of a union that a JSON value belongs to."""
-    if isinstance(value, dict):
-        known = {m.__name__: m for m in members if is_dataclass(m)}
-        if value.get("kind") not in known:
-            raise TypeError(f"{value.get('kind')!r:.40} is none of {', '.join(known)}")
-        return known[value["kind"]]
-    found = [m for m in members if _takes(m, value)]
-    if not found:
-        raise TypeError(f"{value!r:.40} is none of {', '.join(getattr(m, '__name__', str(m)) for m in members)}")
-    return found[0]
-
-
-def _takes(member: Any, value: Any) -> bool:
-    """Whether a member of a union is what a plain JSON value can be."""
-    if isinstance(value, list):
-        return typing.get_origin(member) is tuple
-    if value is None or typing.get_origin(member) is not typing.Literal:
-        return member is type(value) or (member is float and isinstance(value, int))
-    return True
-
-
-def _dataclass(hint: type, value: dict[str, Any]) -> Any:
-    hints = typing.get_type_hints(hint)
-    if value["kind"] != hint.__name__:
-        raise TypeError(f"{value['kind']!r:.40} is no {hint.__name__}")
-    if unknown := value.keys() - hints.keys() - {"kind"}:
-        raise TypeError(f"{hint.__name__} has no {sorted(unknown)[0]!r:.40}")
-    return hint(**{field.name: _restored(hints[field.name], value[field.name]) for field in fields(hint) if field.name in value})
