@@ -178,12 +178,13 @@ def _typed(asked: Asked) -> dict[str, Any]:
 
 
 def _number(name: str, value: Any, kind: Callable[[Any], float]) -> float:
+    wanted = "whole number" if kind is operator.index else "number"
     try:
         if isinstance(value, bool):
-            raise TypeError("true or false")
+            raise TypeError
         return kind(value)
     except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{value!r:.40} is none", where=name, fix="use a whole number" if kind is operator.index else "use a number") from None
+        raise UserError(f"{value!r:.40} is no {wanted}", where=name, fix=f"use a {wanted}") from None
 
 
 def tell_of_kernels(request: Request, info: BaseInfo, device: torch.device, note: Callable[[str], None]) -> None:
@@ -209,7 +210,7 @@ def changed(config: Config, settings: Sequence[str], typed: Mapping[str, Any] = 
         told |= {name} | ({f"{name}.{field}" for field in value} if isinstance(value, dict) else set())
     for name, value in typed.items():
         part, _, field = name.partition(".")
-        if name not in told and field in (record[part] or {}):
+        if name not in told and isinstance(record[part], dict) and field in record[part]:
             _place(record, name, value)
     if "refine.skip_steps" not in told | typed.keys():
         _keep_share(record["refine"], config)

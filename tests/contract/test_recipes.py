@@ -9,6 +9,7 @@ import pytest
 
 from muralist.base_info import inspect_base
 from muralist.config import Config
+from muralist.errors import UserError
 from muralist.recipes import RECIPES, summary
 from muralist.request import Asked, changed, make_request, restore
 from muralist.store import atomic
@@ -172,3 +173,11 @@ def test_typed_numbers_and_settings_are_judged_together(tiny22):
     assert alone.code == 2 and "without a guide" in alone.err
     answer = muralist("plan", "--recipe", "ultragen", "--model", tiny22, "--size", "192x96", "--skip-steps", 2, *more)
     assert answer.code == 0, answer.err
+    for no_part in ("proxy=5", "refine=steps", "kernels=[]"):
+        assert no_part in muralist("plan", "--model", tiny22, "--num-inference-steps", 3, "--attention", "sdpa", "--set", no_part).error
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_inference_steps", "ten"), ("num_inference_steps", True), ("guidance_scale", "x"), ("flow_shift", 10**400)])
+def test_what_is_no_number_is_refused_by_its_name(name, value, tiny22):
+    with pytest.raises(UserError, match=f"^{name}: .* is no "):
+        make_request(Asked(prompt="a red ball", **{name: value}), inspect_base(str(tiny22)), note=print)

@@ -37,7 +37,7 @@ NOISY = ("refine.attention.proxy_noise=same", "refine.attention.pool=[1, 2, 2]")
 )
 def test_the_flops_of_a_recipe_are_those_counted(recipe, settings, dtype, tiny_base, tmp_path):
     info = inspect_base(str(tiny_base))
-    asked = Asked(prompt="a red ball", width=320, height=192, num_frames=9, seed=1, recipe=recipe, settings=settings, num_inference_steps=5)
+    asked = Asked(prompt="a red ball", width=320, height=192, num_frames=17, seed=1, recipe=recipe, settings=settings, num_inference_steps=5)
     request = make_request(asked, info, note=print)
     said = plan(request, info, replace(Machine.measure(CPU), dtype=str(dtype).removeprefix("torch.")))
     with RunDirectory.create(tmp_path / "run", {"test": True}) as run, counter() as counted:
