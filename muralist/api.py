@@ -108,7 +108,6 @@ class Pipeline:
         unknown = sorted(options.keys() - Asked.__dataclass_fields__.keys())
         if unknown:
             raise TypeError(f"unknown option {unknown[0]!r}")
-        options |= {"settings": tuple(options.get("settings", ()))}
         asked = Asked(prompt=prompt, **{"recipe": self.recipe, "revision": self._revision} | options)
         request = make_request(asked, self.base.info, note=lambda _: None)
         tell_of_kernels(request, self.base.info, self.base.device, note=_warn)

@@ -6,18 +6,15 @@ same way and refuse them with the same words. Nothing here reads a weight.
 
 from __future__ import annotations
 
-import json
+import math
 import operator
 import os
 import re
 import secrets
-import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,13 +22,14 @@ import torch
 from muralist import recipes
 from muralist.base import pick_dtype
 from muralist.base_info import BaseInfo, check_structure
-from muralist.config import MAX_FRAMES, MAX_PROMPT, Config, Request, jsonable
+from muralist.config import MAX_FRAMES, MAX_PROMPT, Config, Request
 from muralist.errors import UserError
 from muralist.nn.attention import BranchedWindows
 from muralist.nn.kernels import Kernels
 from muralist.nn.kinds import INJECTOR, STEP_SIZE
 from muralist.restoring import restored
 from muralist.sampling.shortcut import ShortcutSteps
+from muralist.settings import changed
 from muralist.store.run import SETTLED, TYPED, RunDirectory
 from muralist.store.vocabulary import read_prompt
 from muralist.types import Geometry, Grid, nearest_frames
@@ -41,6 +39,7 @@ if TYPE_CHECKING:  # the plan imports diffusers, which takes seconds: not for wh
     from muralist.plan import Machine, Plan
 
 SIZES = {"1080p": (1920, 1080), "2k": (2560, 1440), "4k": (3840, 2160), "8k": (7680, 4320)}
+STAGE_NUMBERS = {"num_inference_steps": operator.index, "guidance_scale": float, "flow_shift": float, "skip_steps": operator.index}
 _UNITS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0}
 
 
@@ -87,7 +86,8 @@ def parse_duration(text: str) -> float:
 
 def make_request(asked: Asked, info: BaseInfo, note: Callable[[str], None]) -> Request:
     """Every choice made: the recipe's configuration with the overrides, the exact grid, the resolved seed. `note` is told of each adjustment."""
-    config = changed(recipes.find(asked.recipe)(info), asked.settings, _typed(asked))
+    asked = _with_numbers(asked)
+    config = changed(recipes.find(asked.recipe)(info), _settings(asked.settings), _typed(asked))
     _require_parts(config, info)
     request = Request(
         prompt=_text("prompt", asked.prompt),
@@ -137,7 +137,9 @@ def check_prompt(prompt: str) -> None:
         raise UserError(f"{len(prompt)} characters", where="prompt", fix=f"use at most {MAX_PROMPT}")
 
 
-def _text(name: str, text: str) -> str:
+def _text(name: str, text: Any) -> str:
+    if not isinstance(text, str):
+        raise UserError(f"{_shown(text)} is no text", where=name, fix="give a string")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -153,6 +155,8 @@ def _grid(asked: Asked, info: BaseInfo, note: Callable[[str], None]) -> Grid:
         raise UserError("both num_frames and duration are given", where="duration", fix="give one of them")
     frames = info.defaults.grid.num_frames if asked.num_frames is None else asked.num_frames
     if asked.duration is not None:
+        if not 0 < asked.duration < math.inf:
+            raise UserError(f"{asked.duration} seconds", where="duration", fix="use a number above 0")
         frames = max(round(asked.duration * fps), 1)
     return Grid(num_frames=_snapped(frames, fps, info.geometry, note), height=asked.height, width=asked.width, fps=float(fps))
 
@@ -169,22 +173,42 @@ def _snapped(frames: int, fps: float, geometry: Geometry, note: Callable[[str], 
 
 def _typed(asked: Asked) -> dict[str, Any]:
     """What was typed in place of the recipe's own numbers, by its name in the configuration, for every stage that may have it. Raises UserError."""
-    numbers = {"num_inference_steps": operator.index, "guidance_scale": float, "flow_shift": float, "skip_steps": operator.index}
-    values = {name: _number(name, value, kind) for name, kind in numbers.items() if (value := getattr(asked, name)) is not None}
+    values = {name: value for name in STAGE_NUMBERS if (value := getattr(asked, name)) is not None}
     kernels = {name: value for name in ("attention", "linears") if (value := getattr(asked, name)) is not None}
     Kernels(**kernels)  # refuses words that are none, by the names of their options
     stages = {f"{stage}.{name}": value for stage in ("proxy", "refine") for name, value in values.items()}
     return stages | {f"kernels.{name}": value for name, value in kernels.items()}
 
 
+def _with_numbers(asked: Asked) -> Asked:
+    """The same, its numbers of their own types whatever a caller of the Python interface gave. Raises UserError."""
+    kinds = dict.fromkeys(("width", "height", "num_frames", "seed"), operator.index) | dict.fromkeys(("duration", "fps"), float) | STAGE_NUMBERS
+    return replace(asked, **{name: _number(name, value, kind) for name, kind in kinds.items() if (value := getattr(asked, name)) is not None})
+
+
+def _settings(settings: Any) -> tuple[str, ...]:
+    if settings is None:
+        return ()
+    if not isinstance(settings, list | tuple) or not all(isinstance(setting, str) for setting in settings):
+        raise UserError(f"{_shown(settings)} is no list of settings", where="settings", fix="give a list of NAME=VALUE strings")
+    return tuple(settings)
+
+
 def _number(name: str, value: Any, kind: Callable[[Any], float]) -> float:
     wanted = "whole number" if kind is operator.index else "number"
     try:
-        if isinstance(value, bool):
+        if isinstance(value, bool | str | bytes) or type(value).__name__ in ("bool", "bool_"):  # truth values of numpy are numbers too
             raise TypeError
         return kind(value)
     except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{value!r:.40} is no {wanted}", where=name, fix=f"use a {wanted}") from None
+        raise UserError(f"{_shown(value)} is no {wanted}", where=name, fix=f"use a {wanted}") from None
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.40}"
+    except ValueError:  # a whole number of thousands of digits
+        return "this"
 
 
 def tell_of_kernels(request: Request, info: BaseInfo, device: torch.device, note: Callable[[str], None]) -> None:
@@ -193,92 +217,7 @@ def tell_of_kernels(request: Request, info: BaseInfo, device: torch.device, note
         note(text)
 
 
-def changed(config: Config, settings: Sequence[str], typed: Mapping[str, Any] = MappingProxyType({})) -> Config:
-    """The configuration with single values replaced: `refine.experts=["low"]`, `refine.adapter=null`, `upsample={"kind": "PixelInterpolation"}`.
-
-    Names lead through the configuration's parts; values are JSON, bare words strings. A part may be replaced as a whole by its `kind` and
-    the fields that shall differ from that kind's defaults. `typed`: values by name, for the parts that have them and where no setting says otherwise.
-    With another number of steps the guide replaces the same share of them, unless told. Only all of it together has to make sense. Raises UserError.
-    """
-    record, told = jsonable(config), set()
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise UserError(f"{setting!r:.60} sets nothing", where="set", fix='write NAME=VALUE, such as refine.experts=["low"]')
-        name, value = name.strip(), _value(text)
-        _place(record, name, value)
-        told |= {name} | ({f"{name}.{field}" for field in value} if isinstance(value, dict) else set())
-    for name, value in typed.items():
-        part, _, field = name.partition(".")
-        if name not in told and isinstance(record[part], dict) and field in record[part]:
-            _place(record, name, value)
-    if "refine.skip_steps" not in told | typed.keys():
-        _keep_share(record["refine"], config)
-    return _judged(record, settings)
-
-
-def _judged(record: dict[str, Any], settings: Sequence[str]) -> Config:
-    """The configuration of a record that `settings` have changed. Raises UserError."""
-    said = f"{' '.join(settings)!r:.80}: " if settings else ""
-    try:
-        return restored(Config, record)
-    except UserError as error:
-        raise UserError(f"{said}{error.what}", where=error.where, fix=error.fix) from None
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{said}{error}", where="set", fix="give a value of the kind that the field has, and of a part its fields") from None
-
-
-def _keep_share(refine: Any, config: Config) -> None:
-    """Let the guide replace the share of the steps in a record of refinement that it replaces of the configuration's."""
-    own, steps = config.refine, refine.get("num_inference_steps") if isinstance(refine, dict) else None
-    if own.skip_steps and type(steps) is int and steps not in (own.num_inference_steps, 0) and refine.get("skip_steps") == own.skip_steps:
-        refine["skip_steps"] = min(max(round(own.skip_steps * steps / own.num_inference_steps), 1), max(steps - 1, 0))
-
-
-def _value(text: str) -> Any:
-    """JSON, or the text itself; numbers that JSON does not have are not read as such."""
-    try:
-        return json.loads(text, parse_constant=lambda name: name)
-    except ValueError:
-        return text
-
-
-def _place(record: dict[str, Any], name: str, value: Any) -> None:
-    *path, last = name.split(".")
-    hint: Any = Config
-    for part in path:
-        hint, record = _hints(hint, record).get(part), record.get(part) if isinstance(record, dict) else None
-    if not isinstance(record, dict) or last not in record or last == "kind":
-        known = ", ".join(field for field in record if field != "kind") if isinstance(record, dict) else "the names of its parts"
-        raise UserError(f"the configuration has no {name!r:.60}", where="set", fix=f"use one of {known}")
-    record[last] = _with_points(_hints(hint, record).get(last), value)
-
-
-def _with_points(hint: Any, value: Any) -> Any:
-    """A typed JSON value with its whole numbers as floats where `hint` says so, else 3 and 3.0 are two runs; what does not fit stays, to be refused."""
-    if isinstance(value, dict):
-        hints = _hints(hint, value)
-        return {name: _with_points(hints[name], item) if name in hints else item for name, item in value.items()}
-    if isinstance(value, list):
-        kinds = next((typing.get_args(member) for member in _members(hint) if typing.get_origin(member) is tuple), ())
-        kinds = kinds[:1] * len(value) if kinds[1:] == (...,) else kinds
-        return [_with_points(kind, item) for kind, item in zip(kinds, value)] + value[len(kinds) :]
-    return float(value) if float in _members(hint) and type(value) is int and abs(value) < 2**53 else value
-
-
-def _hints(hint: Any, value: Any) -> dict[str, Any]:
-    """Types of the fields of the part that a JSON object is, by its kind; empty where it is none that `hint` allows."""
-    known = {member.__name__: member for member in _members(hint) if is_dataclass(member)}
-    part = known.get(str(value.get("kind"))) if isinstance(value, dict) else None
-    return typing.get_type_hints(part) if part else {}
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    """Those of a union, else the type alone."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-
-
-# --- back from a record -----------------------------------------------------------------------------------------------------------
+# --- what a run directory remembers ---------------------------------------------------------------------------------------------
 
 
 def restore(record: Any) -> Request:
@@ -300,13 +239,14 @@ def stored_seed(run_dir: Path) -> int:
         seed = (RunDirectory.stored(run_dir) or {})[TYPED]["seed"]
     except (KeyError, TypeError):
         return -1
-    return seed if isinstance(seed, int) else -1
+    return seed if type(seed) is int and seed >= 0 else -1
 
 
 def plan_run(request: Request, info: BaseInfo, machine: Machine, run_dir: Path, budget: Budget) -> Plan:
     """The plan of a request in a run directory, after checking the model's structure; what a run there has decided and written counts."""
     from muralist.plan import plan
 
+    _require_parts(request.config, info)  # again: a run that goes on may stand on another base by now
     check_structure(info)
     begun, held = _begun(request, run_dir)
     return plan(begun or request, info, replace(machine, disk_free=machine.disk_free + held), budget=budget, begun=begun is not None)

@@ -9,9 +9,12 @@ from typing import Any
 
 
 def restored(hint: Any, value: Any) -> Any:
-    """`value` (JSON) as the type that `hint` names. Only classes that appear in the annotations of `Request` can come into being."""
+    """`value` (JSON) as the type that `hint` names. Only classes that appear in the annotations of `hint` can come into being.
+
+    Raises TypeError (a value of another kind) or UserError (values that a part refuses).
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
+    if len(members(hint)) > 1:
         return restored(_member(arguments, value), value)
     if is_dataclass(hint):
         return _dataclass(hint, value)
@@ -19,7 +22,9 @@ def restored(hint: Any, value: Any) -> Any:
         if not isinstance(value, list):
             raise TypeError(f"{value!r:.40} is no list")
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-        return tuple(restored(kind, item) for kind, item in zip(kinds, value, strict=True))
+        if len(kinds) != len(value):
+            raise TypeError(f"{len(value)} values instead of {len(kinds)}")
+        return tuple(restored(kind, item) for kind, item in zip(kinds, value))
     if origin is typing.Literal and value not in arguments:
         raise TypeError(f"{value!r:.40} is none of {arguments}")
     if hint is float and type(value) is int:
@@ -29,16 +34,22 @@ def restored(hint: Any, value: Any) -> Any:
     return value
 
 
-def _member(members: tuple[Any, ...], value: Any) -> Any:
+def members(hint: Any) -> tuple[Any, ...]:
+    """Those of a union, else the type alone."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _member(among: tuple[Any, ...], value: Any) -> Any:
     """The member of a union that a JSON value belongs to."""
     if isinstance(value, dict):
-        known = {m.__name__: m for m in members if is_dataclass(m)}
-        if value.get("kind") not in known:
-            raise TypeError(f"{value.get('kind')!r:.40} is none of {', '.join(known)}")
-        return known[value["kind"]]
-    found = [m for m in members if _takes(m, value)]
+        known = {m.__name__: m for m in among if is_dataclass(m)}
+        kind = value.get("kind")
+        if not isinstance(kind, str) or kind not in known:
+            raise TypeError(f"{f'its kind {kind!r:.40}' if kind else 'what says no kind'} is none of {', '.join(known)}")
+        return known[kind]
+    found = [m for m in among if _takes(m, value)]
     if not found:
-        raise TypeError(f"{value!r:.40} is none of {', '.join(getattr(m, '__name__', str(m)) for m in members)}")
+        raise TypeError(f"{value!r:.40} is none of {', '.join(getattr(m, '__name__', str(m)) for m in among)}")
     return found[0]
 
 
@@ -46,15 +57,15 @@ def _takes(member: Any, value: Any) -> bool:
     """Whether a member of a union is what a plain JSON value can be."""
     if isinstance(value, list):
         return typing.get_origin(member) is tuple
-    if value is None or typing.get_origin(member) is not typing.Literal:
-        return member is type(value) or (member is float and isinstance(value, int))
-    return True
+    return member is type(value) or (member is float and type(value) is int)
 
 
-def _dataclass(hint: type, value: dict[str, Any]) -> Any:
+def _dataclass(hint: type, value: Any) -> Any:
     hints = typing.get_type_hints(hint)
-    if value["kind"] != hint.__name__:
-        raise TypeError(f"{value['kind']!r:.40} is no {hint.__name__}")
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r:.40} is no {hint.__name__}")
+    if value.get("kind") != hint.__name__:
+        raise TypeError(f"its kind is {value.get('kind')!r:.40}, not {hint.__name__}")
     if unknown := value.keys() - hints.keys() - {"kind"}:
         raise TypeError(f"{hint.__name__} has no {sorted(unknown)[0]!r:.40}")
     return hint(**{field.name: restored(hints[field.name], value[field.name]) for field in fields(hint) if field.name in value})

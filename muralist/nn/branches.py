@@ -51,7 +51,8 @@ class Fusion(nn.Module):
     """The fusion weight of every channel for timesteps [B], 0 to 1000: [B, 1, D].
 
     Before training it is START, alike in all channels; `leads`: it rises to LEAD at high noise. Windows alone, each of which takes itself for the picture
-    there, paint an object each; led by a view of the whole at about the base's own size, they paint one between them before anything is trained.
+    there, paint an object each; led by a view of the whole at about the base's own size, they paint one or two between them before anything is trained.
+    The start of a narrow base is coarser: off the ramp it is within 0.07 of these weights from a width of 256 on, within 0.3 at 64.
     The embedding of one that leads is not to be trained (`trainable`): all channels start by one row of weights, and what they have in common would move it
     by several units of the logit a step, until one side of the fusion is gone for good (seen).
     """
@@ -70,7 +71,7 @@ class Fusion(nn.Module):
     @torch.no_grad()
     def _rise(self, height: float) -> None:
         """Let the projection start as a function of the timestep: the ridge regression of a ramp, from the embedding as it was drawn."""
-        timesteps = torch.linspace(0, 1000, 201, device=self.projection.weight.device)
+        timesteps = torch.linspace(0, 1000, 201, device=self.projection.weight.device, dtype=torch.float32)
         features = self._features(timesteps).float()
         ramp = height * ((timesteps - LEADS[0]) / (LEADS[1] - LEADS[0])).clamp(0, 1)
         products = features @ features.T

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from muralist.nn.kinds import LARGEST, require_whole
+
+MOST_BYTES = 1 << 50
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeOptions:
@@ -17,3 +21,8 @@ class DecodeOptions:
     memory_bytes: int = 4 << 30
     order: Literal["auto", "time", "tile"] = "auto"
     tile: int | None = None
+
+    def __post_init__(self) -> None:
+        require_whole("decode.memory_bytes", self.memory_bytes, 1, MOST_BYTES)
+        if self.tile is not None:
+            require_whole("decode.tile", self.tile, 1, LARGEST)

@@ -40,6 +40,9 @@ _REORDER = 2  # frames by which decoding runs ahead of display: both encoders st
 _BT709, _LIMITED = 1, 1
 
 
+MOST_POOLS = 256
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodeOptions:
     """How the file is compressed.
@@ -67,14 +70,15 @@ class EncodeOptions:
             codec = "h265" if max(grid.width, grid.height) >= _UHD else "h264"
         _require(codec in _ENCODERS, "codec", self.codec, "use auto, h264 or h265")
         depth = (10 if codec == "h265" else 8) if self.bit_depth is None else self.bit_depth
-        preset = self.preset or ("superfast" if codec == "h265" else "medium")
+        preset = ("superfast" if codec == "h265" else "medium") if self.preset is None else self.preset
         _require(depth in (8, 10), "bit_depth", depth, "use 8 or 10")
         _require(preset in PRESETS, "preset", preset, f"use one of {', '.join(PRESETS)}")
         _require(0 <= self.crf <= 51, "crf", self.crf, "use 0 (best) to 51")
         _require(1 <= self.gop <= 250, "gop", self.gop, "use 1 to 250 frames")
+        _require(self.pools is None or 1 <= self.pools <= MOST_POOLS, "pools", self.pools, f"use 1 to {MOST_POOLS} threads")
         _require(grid.width % 2 == grid.height % 2 == 0, "size", f"{grid.width}x{grid.height}", "use even numbers: chroma has half the resolution")
         _require(min(grid.width, grid.height) >= 16, "size", f"{grid.width}x{grid.height}", "use 16 pixels or more")
-        _require(0 < grid.fps <= 1000, "fps", grid.fps, "use more than 0 and at most 1000")
+        _require(0.01 <= grid.fps <= 1000, "fps", grid.fps, "use 0.01 to 1000")
         rate = str(Fraction(grid.fps).limit_denominator(1001))
         size = {"num_frames": grid.num_frames, "height": grid.height, "width": grid.width}
         return Settings(codec=codec, bit_depth=depth, crf=float(self.crf), preset=preset, gop=self.gop, rate=rate, pools=self.pools, **size)

@@ -21,6 +21,7 @@ from muralist.nn.attention import BranchedWindows
 from muralist.nn.branches import attach_branches, trainable
 from muralist.nn.kinds import BRANCHES, BranchesConfig, hierarchical
 from muralist.nn.transformer import Graft
+from muralist.store import weights
 from muralist.store.parts import save_part
 from muralist.train.loop import Report, begin
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
@@ -70,11 +71,12 @@ def train_branched(
     whole = [_pool(trainee, height, data.clips, attention) for height in data.heights]
     pools = trainee.encoded([_singles(pool) for pool in whole] + whole, data, folder, report)
     give_adapter(trainee, BRANCHED)
-    attached = trainable(_attached(trainee, branches).to(device))
+    attached, stands_on = _attached(trainee, branches, report)
+    attached = trainable(attached.to(device))
     flow = FlowConfig(prediction=trainee.info.prediction, shift=SHIFT, graft=Graft(attention=attention))
     source = Whole(pools[: len(whole)], pools[len(whole) :], TIMES * math.prod(trainee.info.geometry.latent_shape(trainee.own_grid)[1:]))
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, source, flow, device)
-    origin = trainee.origin(data) | {"singles": f"{SINGLES}, {SINGLE_SHARE}"}
+    origin = trainee.origin(data) | {"singles": f"{SINGLES}, {SINGLE_SHARE}", BRANCHES: stands_on}
     adapter = fit_adapter(trainee, BRANCHED, objective, folder, minutes, resume, origin, report)
     save_part(folder / "parts" / BRANCHES, BRANCHES, asdict(branches), {name: p.detach().half().cpu() for name, p in attached.named_parameters()})
     return adapter
@@ -95,16 +97,19 @@ class Whole:
         return Batch(*pool.take(rng.integers(len(pool.captions), size=count)))
 
 
-def _attached(trainee: Trainee, branches: BranchesConfig) -> torch.nn.ModuleDict:
-    """The base's own branches if they are these, else new ones in their place."""
+def _attached(trainee: Trainee, branches: BranchesConfig, report: Report) -> tuple[torch.nn.ModuleDict, str]:
+    """The base's own branches if they are these, else new ones in their place; and what they are, of which a checkpoint holds what is trained alone."""
     blocks = trainee.transformer.blocks
     if trainee.info.branches == branches:
-        return torch.nn.ModuleDict({str(number): blocks[number].branches for number in branches.blocks})
+        own = torch.nn.ModuleDict({str(number): blocks[number].branches for number in branches.blocks})
+        return own, weights.fingerprint(trainee.info.folder / "parts" / BRANCHES)
+    if trainee.info.branches is not None:
+        report("the base's own branches are of another configuration: new ones take their place")
     for block in blocks:
         if hasattr(block, "branches"):
             del block.branches
     torch.manual_seed(0)
-    return attach_branches(blocks, branches)
+    return attach_branches(blocks, branches), "new"
 
 
 def _pool(trainee: Trainee, height: int, clips: int, attention: BranchedWindows) -> PoolConfig:

@@ -40,7 +40,7 @@ REFINE_STEPS = 10  # of the schedule on a guide
 REFINE_GUIDANCE = (0.5, 0.93)  # the last two of four steps look the same without
 SKIP_SHARE = 0.6  # of these that the guide replaces: with the adapter for large sizes more of them leave the edges of windows in the object's outline
 VAE_CONFIG = dict(
-    base_dim=32, decoder_base_dim=16, z_dim=48, dim_mult=[1, 1, 2, 2], num_res_blocks=1, attn_scales=[], temperal_downsample=[False, True, True],
+    base_dim=16, decoder_base_dim=16, z_dim=48, dim_mult=[1, 1, 4, 4], num_res_blocks=1, attn_scales=[], temperal_downsample=[False, True, True],
     is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_temporal=4, scale_factor_spatial=16,
     latents_mean=[0.0] * 48, latents_std=[1.0] * 48,
 )  # fmt: skip
@@ -49,6 +49,10 @@ TRANSFORMER_CONFIG = dict(
     ffn_dim=1024, num_layers=6, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=1024,
 )  # fmt: skip
 TEXT_CONFIG = dict(vocab_size=64, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0)
+
+
+FURTHER_VAE = ReconstructionConfig(heights=FURTHER_HEIGHTS, single_share=0.0, band_from=0.0)  # weights that are gone on with have had their single frames
+TAUGHT_VAE = ReconstructionConfig(side=128, batch_clip=3, single_share=0.0, taught=0.4)  # crops through which what moves fast is seen to go
 
 
 def new_vae(seed: int = 0) -> AutoencoderKLWan:
@@ -92,15 +96,34 @@ def train_vae(folder: Path, *, minutes: float, device: torch.device, resume: boo
     """`miniature-vae`: reconstruction of world crops at all scales; writes `folder/vae` in diffusers layout.
 
     `init`: a model folder whose VAE it starts from instead of a fresh one, and to whose latents it is held at the base's own size and where nothing moves.
+    One of other layers teaches it these latents first.
     """
-    vae, earlier = (new_vae(), None) if init is None else (load_vae(init / "vae"), load_vae(init / "vae"))
-    vae = _fit_vae(vae, folder, minutes, device, resume, report, _origin(init, "vae"), earlier, fresh=init is None)
-    if init is None:
+    earlier = None if init is None else load_vae(init / "vae")
+    vae, config = (new_vae(), ReconstructionConfig()) if earlier is None else _successor(earlier)
+    vae = _fit_vae(vae, config, folder, minutes, device, resume, report, _origin(init, "vae"), earlier)
+    if earlier is None:
         mean, std = _latent_statistics(vae, device)
         vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.save_pretrained(folder / "vae")
     draw_curve(folder)
     return folder / "vae"
+
+
+def _successor(earlier: AutoencoderKLWan) -> tuple[AutoencoderKLWan, ReconstructionConfig]:
+    """A VAE for the same latents with every weight of the earlier one that fits, and how it is trained: gone on with, or taught where layers are others.
+
+    Raises UserError for latents of other channels.
+    """
+    vae = new_vae()
+    if earlier.config.z_dim != vae.config.z_dim:
+        raise UserError(f"its latents have {earlier.config.z_dim} channels", where="init", fix=f"give a VAE of {vae.config.z_dim}")
+    old, new = earlier.state_dict(), vae.state_dict()
+    fitting = {name: old[name] for name, weight in new.items() if name in old and old[name].shape == weight.shape}
+    vae.load_state_dict(new | fitting)
+    vae.register_to_config(latents_mean=earlier.config.latents_mean, latents_std=earlier.config.latents_std)
+    if fitting.keys() == new.keys() == old.keys():
+        return vae, FURTHER_VAE
+    return vae, TAUGHT_VAE
 
 
 def train_decoder(
@@ -111,7 +134,7 @@ def train_decoder(
     What was trained on those latents goes on working. `init`: a model folder whose decoder it starts from instead of a fresh one.
     """
     old = load_vae(vae)
-    new = new_vae() if init is None else load_vae(init / "vae")
+    new, config = (new_vae(), ReconstructionConfig()) if init is None else (load_vae(init / "vae"), FURTHER_VAE)
     for part in ("encoder", "quant_conv"):
         try:
             getattr(new, part).load_state_dict(getattr(old, part).state_dict())
@@ -120,13 +143,14 @@ def train_decoder(
         getattr(new, part).requires_grad_(False)
     new.register_to_config(latents_mean=old.config.latents_mean, latents_std=old.config.latents_std)
     origin = _origin(init, "vae") | {"--from": latents.digest_of(old)}
-    _fit_vae(new, folder, minutes, device, resume, report, origin, fresh=init is None).save_pretrained(folder / "vae")
+    _fit_vae(new, config, folder, minutes, device, resume, report, origin).save_pretrained(folder / "vae")
     draw_curve(folder)
     return folder / "vae"
 
 
 def _fit_vae(
     vae: AutoencoderKLWan,
+    config: ReconstructionConfig,
     folder: Path,
     minutes: float,
     device: torch.device,
@@ -134,14 +158,10 @@ def _fit_vae(
     report: Callable[[str], None],
     origin: Mapping[str, str],
     earlier: AutoencoderKLWan | None = None,
-    *,
-    fresh: bool,
 ) -> AutoencoderKLWan:
-    """Weights that are gone on with (not `fresh`) have had their single frames."""
-    config = ReconstructionConfig() if fresh else ReconstructionConfig(heights=FURTHER_HEIGHTS, single_share=0.0, band_from=0.0)
     objective = Reconstruction(_trainable(vae).to(device), config, device, None if earlier is None else earlier.to(device).requires_grad_(False))
     # at the rate of fresh weights, trained ones lose in 200 steps what they took an hour to learn
-    schedule = Schedule(minutes=minutes, learning_rate=1e-3 if fresh else 2e-4, decay=0.6)
+    schedule = Schedule(minutes=minutes, learning_rate=2e-4 if config is FURTHER_VAE else 1e-3, decay=0.6)
     return fit(objective, schedule, folder, resume=resume, origin=origin, report=report)
 
 

@@ -20,7 +20,7 @@ from muralist.cli import _bars
 from muralist.cli.main import app
 from muralist.config import jsonable
 from muralist.recipes import RECIPES
-from muralist.request import changed
+from muralist.settings import changed
 from muralist.store import atomic
 from tests.shell import muralist
 
@@ -248,6 +248,19 @@ def test_a_record_at_odds_with_itself_is_refused(tiny22, tmp_path):
     whole["format"] = 1
     record.write_text(json.dumps(whole))
     assert "not a request of this version" in muralist("resume", f"{output}.run").error
+
+
+def test_a_run_that_asks_for_what_its_base_has_not_is_refused(tiny22, tmp_path):
+    """Its base, or its record, was changed since."""
+    output = tmp_path / "a.mp4"
+    assert generate(tiny22, output, "--keep-run").code == 0
+    record = tmp_path / "a.mp4.run" / "request.json"
+    whole = json.loads(record.read_text())
+    for asked in (whole["options"]["typed"], whole["options"]["request"]):
+        asked["config"]["refine"]["adapter"] = "nope"
+    record.write_text(json.dumps(whole))
+    answer = muralist("resume", f"{output}.run")
+    assert answer.code == 2 and "has no adapter 'nope'" in answer.error
 
 
 def part(kind, **values):

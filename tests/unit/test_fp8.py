@@ -25,7 +25,8 @@ from muralist.nn.fp8 import Fp8Linear, quantise, scaled
 from muralist.nn.kernels import Kernels
 from muralist.nn.transformer import Graft, MuralTransformer
 from muralist.plan import Machine, plan
-from muralist.request import Asked, changed, make_request, restore
+from muralist.request import Asked, make_request, restore
+from muralist.settings import changed
 from muralist.store import atomic
 from muralist.types import TextCond
 from tests import tiny

@@ -8,23 +8,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders import autoencoder_kl_wan
 from torch import nn
 
-from muralist.data import world
 from muralist.data.latents import LatentPool, PoolConfig, build_pool, decode, encode
 from muralist.errors import UserError
-from muralist.nn.single_frame import single_frame_convolutions
 from muralist.nn.transformer import MuralTransformer
 from muralist.store.tensors import load_tensors, save_tensors
 from muralist.train import state
 from muralist.train.experts import train_experts
 from muralist.train.latent_upsampler import train_latent_upsampler
 from muralist.train.loop import Schedule, _Curve, draw_curve, fit
-from muralist.train.miniature import FURTHER, PHASES, Curriculum, TextToVideo, new_tokenizer, new_vae, train_base, train_decoder, train_vae
-from muralist.train.objectives import reconstruction
+from muralist.train.miniature import FURTHER, PHASES, Curriculum, TextToVideo, new_tokenizer, new_vae, train_base, train_decoder
 from muralist.train.objectives.flow import FOCUS, Batch, FlowConfig, FlowMatching
-from muralist.train.objectives.reconstruction import Reconstruction, ReconstructionConfig, band_error, still
 from muralist.train.uhr import train_uhr
 from muralist.types import Grid
 
@@ -159,70 +154,6 @@ def test_a_schedule_has_one_budget():
     with pytest.raises(UserError, match="minutes and steps"):
         Schedule()
     assert schedule(10).rate(9, 0.999) < 0.1 * schedule(10).rate(5, 0.5)
-
-
-def test_single_frame_convolutions_change_nothing_but_time():
-    vae, x = new_vae(), torch.rand(1, 3, 1, 64, 96) * 2 - 1
-    original = autoencoder_kl_wan.WanCausalConv3d.forward
-    with torch.no_grad():
-        expected = vae.decode(vae.encode(x).latent_dist.mean).sample
-        with single_frame_convolutions():
-            got = vae.decode(vae.encode(x).latent_dist.mean).sample
-    assert autoencoder_kl_wan.WanCausalConv3d.forward is original
-    assert (expected - got).abs().max() < 1e-5
-
-
-def test_two_thirds_of_the_crops_hold_the_outline_also_under_a_moving_camera():
-    rng, grid, seen = np.random.default_rng(0), Grid(num_frames=29, height=2176, width=3808), []
-    for number in range(200):
-        scene, frame = world.sample_scene(rng, camera_share=1.0), number % 29
-        crop = reconstruction._crop_at(rng, scene, grid, frame, 96)
-        seen.append(world.near_object(scene, grid, cell=96, crop=crop, frames=range(frame, frame + 1)).any().item())
-    assert 0.6 <= sum(seen) / len(seen) <= 0.8
-
-
-@pytest.mark.parametrize("progress", [0.0, 0.9])
-def test_reconstruction_gives_gradients_to_every_trained_parameter(progress):
-    objective = Reconstruction(new_vae(), ReconstructionConfig(side=32, batch_single=2, batch_clip=1), torch.device("cpu"))
-    loss, metrics = objective.loss(1, progress)
-    loss.backward()
-    assert torch.isfinite(loss) and np.isfinite(metrics["psnr"])
-    # on single frames the convolutions over time alone are not used
-    missing = [n for n, p in objective.module.named_parameters() if p.requires_grad and p.grad is None and not (progress == 0 and "time_conv" in n)]
-    assert missing == []
-
-
-def test_a_vae_that_goes_on_is_held_to_its_earlier_latents_at_the_bases_own_scale_and_where_nothing_moves(monkeypatch):
-    config = ReconstructionConfig(side=32, batch_clip=2, frames=5, single_share=0.0)
-    vae, same, other = new_vae(0), new_vae(0), new_vae(1)
-    moving = 2 * torch.rand(2, 3, 5, 32, 32) - 1
-
-    def pull(video, height):
-        """What holding adds to the loss, where the earlier VAE is another one."""
-        monkeypatch.setattr(reconstruction, "_batch", lambda *given: (video, torch.full((2,), height)))
-        one, alike, free = (Reconstruction(vae, config, torch.device("cpu"), earlier).loss(1, 0.5)[0].item() for earlier in (other, same, None))
-        assert alike == pytest.approx(free, abs=1e-5)
-        return one - free
-
-    frozen = moving[:, :, :1].expand_as(moving)
-    assert pull(frozen, 2176) == pytest.approx(pull(frozen, 256), rel=1e-3)
-    assert 0 < pull(moving, 2176) < 0.8 * pull(moving, 256)  # the first latent alone, a frame of its own
-
-
-def test_latents_are_still_but_for_those_whose_pictures_or_neighbours_move():
-    video = torch.zeros(1, 3, 9, 96, 96)
-    video[..., 6, 70:, 70:] = 1.0  # the last but two: in the second group of four
-    kept = still(video, (3, 6, 6))
-    assert kept[:, :2].all()
-    assert kept[0, 2].tolist() == [[not (row >= 3 and column >= 3) for column in range(6)] for row in range(6)]
-    assert still(video[:, :, :1], (1, 6, 6)).all()
-
-
-def test_band_error_sees_blur_and_not_phase():
-    torch.manual_seed(0)
-    sharp = torch.randn(2, 3, 1, 64, 64)
-    blurred = nn.functional.avg_pool3d(sharp, (1, 3, 3), stride=1, padding=(0, 1, 1))
-    assert band_error(torch.randn(2, 3, 1, 64, 64), sharp) < 0.3 < band_error(blurred, sharp)
 
 
 class Small(TextToVideo):
@@ -381,41 +312,3 @@ def test_the_tokenizer_knows_every_word_of_the_world_and_nothing_else():
     tokenizer = new_tokenizer()
     assert tokenizer.unk_token_id not in tokenizer("An orange star moves left over lava, camera zooms in")["input_ids"]
     assert tokenizer.unk_token_id in tokenizer("a red dinosaur rises over sand")["input_ids"]
-
-
-def test_a_new_decoder_keeps_the_encoder_and_its_statistics(tmp_path):
-    old = new_vae()
-    old.register_to_config(latents_mean=[0.5] * 48, latents_std=[2.0] * 48)
-    old.save_pretrained(tmp_path / "old")
-    made = train_decoder(tmp_path / "run", minutes=0.01, device=torch.device("cpu"), resume=False, vae=tmp_path / "old", report=lambda line: None)
-    new = AutoencoderKLWan.from_pretrained(made)
-    assert new.config.latents_mean == [0.5] * 48 and new.config.latents_std == [2.0] * 48
-    assert all(torch.equal(p, new.encoder.state_dict()[name]) for name, p in old.encoder.state_dict().items())
-    assert not torch.equal(old.decoder.conv_out.weight, new.decoder.conv_out.weight)
-
-
-def test_a_decoder_goes_on_with_the_encoder_that_it_started_with(tmp_path):
-    def train(source, resume=True):
-        return train_decoder(tmp_path / "run", minutes=0.01, device=torch.device("cpu"), resume=resume, vae=tmp_path / source, report=lambda line: None)
-
-    for seed, name in enumerate("ab"):
-        new_vae(seed=seed).save_pretrained(tmp_path / name)
-    train("a", resume=False)
-    with pytest.raises(UserError, match="stand on another --from"):
-        train("b")
-    train("a")
-
-
-def test_what_started_from_a_model_goes_on_with_that_model_alone(tmp_path):
-    new_vae().save_pretrained(tmp_path / "a" / "vae")
-    new_vae(seed=1).save_pretrained(tmp_path / "b" / "vae")
-
-    def train(init, resume=True):
-        return train_vae(tmp_path / "run", minutes=0.01, device=torch.device("cpu"), resume=resume, init=init, report=lambda line: None)
-
-    made = AutoencoderKLWan.from_pretrained(train(tmp_path / "a", resume=False))
-    assert made.config.latents_mean == new_vae().config.latents_mean  # latents of the base's own size stay, and so does what normalises them
-    for other in (None, tmp_path / "b"):
-        with pytest.raises(UserError, match="stand on another --init"):
-            train(other)
-    train(tmp_path / "a")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -27,6 +27,7 @@ from muralist.stages import prompt
 from muralist.stages.prompt import encode_prompt
 from muralist.stages.upsample import LATENT_SCALE, PixelInterpolation, upsample
 from muralist.store import prompt_cache, weights
+from muralist.store.parts import save_part
 from muralist.tiling import Box
 from muralist.train.anchored import train_anchored
 from muralist.train.branched import SINGLE_SHARE, BranchedConfig, Whole, train_branched
@@ -108,6 +109,23 @@ def test_a_base_with_branches_goes_on_from_them(tiny22, tmp_path, small_shards, 
         assert any(".branches." in name for name in names)
         found.append(objective.transformer.blocks[0].branches["coarse"].q.lora_B.weight.any().item())
     assert found == [True, False]
+
+
+def test_a_training_does_not_go_on_on_other_branches(tiny22, tmp_path, small_shards):
+    """What of them is not trained is in no checkpoint."""
+    model, data = shutil.copytree(tiny22, tmp_path / "model"), VideoData(heights=(96,), clips=2)
+    config = BranchedConfig(branches=inspect_base(str(model)).branches)
+
+    def train(resume):
+        return train_branched(tmp_path / "run", minutes=0.01, device=CPU, resume=resume, model=model, data=data, config=config, report=quiet)
+
+    train(resume=False)
+    train(resume=True)
+    folder = model / "parts" / "branches"
+    tensors = {name: -3 * tensor if "fusion.embedding" in name else tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_part(folder, "branches", asdict(config.branches), tensors)
+    with pytest.raises(UserError, match="stand on another branches"):
+        train(resume=True)
 
 
 def test_whole_pictures_are_single_frames_first_and_as_many_as_fit():

@@ -19,6 +19,7 @@ import torch
 
 from muralist.errors import UserError
 from muralist.nn.attention.window import ExtraKeys
+from muralist.nn.kinds import LARGEST
 from muralist.nn.rope import axis_dims, frequencies, rotate
 from muralist.nn.windows import Partition, Run, Shape, WindowAttention
 
@@ -36,10 +37,10 @@ class Near:
     reach: tuple[float, float, float] = (16.0, 16.0, 24.0)
 
     def __post_init__(self) -> None:
-        if len(self.count) != 3 or any(not isinstance(side, int) or side < 1 for side in self.count):
-            raise UserError(f"{self.count} coarse tokens", where="attention.near", fix="give three whole numbers of at least 1")
-        if len(self.reach) != 3 or min(self.reach) <= 0:
-            raise UserError(f"reach {self.reach}", where="attention.near", fix="give three numbers above 0")
+        if len(self.count) != 3 or not all(isinstance(side, int) and 1 <= side <= LARGEST for side in self.count):
+            raise UserError(f"{self.count} coarse tokens", where="attention.near", fix=f"give three whole numbers from 1 to {LARGEST}")
+        if len(self.reach) != 3 or not all(0 < far <= LARGEST for far in self.reach):
+            raise UserError(f"reach {self.reach}", where="attention.near", fix=f"give three numbers above 0, at most {LARGEST}")
 
     def within(self, coarse: Shape) -> Near:
         """The same, with no more tokens along an axis than there are."""
@@ -54,8 +55,8 @@ class Middle:
     near: Near = Near(count=(4, 4, 4))
 
     def __post_init__(self) -> None:
-        if len(self.pool) != 3 or any(not isinstance(side, int) or side < 1 for side in self.pool):
-            raise UserError(f"blocks of {self.pool} tokens", where="attention.middle", fix="give three whole numbers of at least 1")
+        if len(self.pool) != 3 or not all(isinstance(side, int) and 1 <= side <= LARGEST for side in self.pool):
+            raise UserError(f"blocks of {self.pool} tokens", where="attention.middle", fix=f"give three whole numbers from 1 to {LARGEST}")
 
 
 @dataclass(frozen=True, slots=True)

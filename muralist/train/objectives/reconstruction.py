@@ -7,7 +7,8 @@ Beside L1, squared and gradient losses there are three terms that the later stag
 - band energy: the finest two octaves carry as much power as the original, whatever their phase, so that frames are not smooth.
 
 A VAE that goes on learning can be held to its earlier latents at the base's own size and wherever nothing moves: what was trained on those latents goes on
-working, while what moves fast in large videos finds a place in them.
+working, while what moves fast in large videos finds a place in them. One with other layers is `taught` first: its encoder learns those latents everywhere and
+its decoder reads the earlier encoder's, each from the first step on and neither through the other.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ STILL = 0.01  # mean change of a picture in [-1, 1] from frame to frame, below w
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReconstructionConfig:
     """Heights of the frames, one of which a crop is from; its side in pixels; batch of single frames and of clips; share of the budget spent on single
-    frames; loss weights."""
+    frames and, at its start, `taught` by an earlier VAE; loss weights."""
 
     heights: tuple[int, ...] = HEIGHTS
     side: int = 96
@@ -50,6 +51,7 @@ class ReconstructionConfig:
     band_from: float = 0.3
     scale_every: int = 4
     held: float = 10.0
+    taught: float = 0.0
     seed: int = 0
 
 
@@ -71,16 +73,17 @@ class Reconstruction:
         generator = torch.Generator(self.device).manual_seed(c.seed * 1_000_003 + step)
         with single_frame_convolutions() if single else nullcontext():
             with torch.set_grad_enabled(any(p.requires_grad for p in self.module.encoder.parameters())):
-                posterior = self.module.encode(video).latent_dist
-            z = posterior.mean
-            target = video
+                mean = self.module.encode(video).latent_dist.mean
+            earlier = self._earlier(video)
+            taught = earlier is not None and progress < c.taught
+            z, target = earlier if taught else mean, video
             if step % c.scale_every == 0:
                 z, target = _halved(z), _halved(video)
             z = z + c.latent_noise * torch.randn(z.shape, generator=generator, device=z.device)
             rebuilt = self.module.decode(z).sample
         error = rebuilt - target
         # the mean of the posterior is held near zero mean and unit variance, so that noise of a fixed size means the same everywhere
-        spread = 0.5 * (posterior.mean**2).mean() - 0.5 * torch.log((posterior.mean**2).mean(dim=(0, 2, 3, 4)) + 1e-6).mean()
+        spread = 0.5 * (mean**2).mean() - 0.5 * torch.log((mean**2).mean(dim=(0, 2, 3, 4)) + 1e-6).mean()
         terms = {
             "l1": error.abs().mean(),
             "squared": c.squared * (error**2).mean(),
@@ -89,17 +92,20 @@ class Reconstruction:
         }
         if progress >= c.band_from:
             terms["band"] = c.band * band_error(rebuilt, target)
-        if self.earlier is not None:
-            held = (heights == min(HEIGHTS)).view(-1, 1, 1, 1).to(self.device) | still(video, posterior.mean.shape[2:])
-            terms["held"] = c.held * (self._drift(video, posterior.mean) * held).mean()
-        psnr = -10 * torch.log10((error.detach().clamp(-2, 2) ** 2).mean() / 4)
-        return sum(terms.values()), {"psnr": psnr.item(), "rms_z": posterior.mean.detach().pow(2).mean().sqrt().item()}
+        metrics = {"psnr": -10 * torch.log10((error.detach().clamp(-2, 2) ** 2).mean() / 4).item(), "rms_z": mean.detach().pow(2).mean().sqrt().item()}
+        if earlier is not None:
+            drift = (mean - earlier).square().mean(dim=1)  # [B, F, h, w]
+            held = taught | (heights == min(HEIGHTS)).view(-1, 1, 1, 1).to(self.device) | still(video, mean.shape[2:])
+            terms["held"] = c.held * (drift * held).mean()
+            metrics["drift"] = drift.detach().mean().sqrt().item()
+        return sum(terms.values()), metrics
 
-    def _drift(self, video: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """Mean square difference of each latent from the earlier one, [B, F, h, w]."""
+    def _earlier(self, video: torch.Tensor) -> torch.Tensor | None:
+        """What the earlier VAE makes of it."""
+        if self.earlier is None:
+            return None
         with torch.no_grad():
-            earlier = self.earlier.encode(video).latent_dist.mean
-        return (z - earlier).square().mean(dim=1)
+            return self.earlier.encode(video).latent_dist.mean
 
 
 def _batch(rng: np.random.Generator, choice: tuple[int, ...], count: int, frames: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
