@@ -1,5 +1,7 @@
 """The VAE's trainings: what their crops show, what a VAE that goes on is held to, and how one of other layers takes over."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +74,25 @@ def test_latents_are_still_but_for_those_whose_pictures_or_neighbours_move():
     assert kept[:, :2].all()
     assert kept[0, 2].tolist() == [[not (row >= 3 and column >= 3) for column in range(6)] for row in range(6)]
     assert still(video[:, :, :1], (1, 6, 6)).all()
+
+
+def test_errors_count_more_often_in_the_frames_and_places_that_move():
+    moves = torch.zeros(1, 3, 2, 2, dtype=torch.bool)
+    moves[0, 2, 1, 1] = True
+    over = reconstruction._over_pixels(moves, torch.Size((9, 32, 32)))
+    assert over.shape == (1, 1, 9, 32, 32)
+    assert over[0, 0, 5:, 16:, 16:].all() and over.sum() == 4 * 16 * 16  # the frames of its latent, at its place
+    assert not reconstruction._over_pixels(moves[:, :1], torch.Size((1, 8, 8))).any()
+
+
+@pytest.mark.parametrize("changing", [False, True])
+def test_what_moves_weighs_more_in_the_loss_and_what_stays_still_does_not(changing, monkeypatch):
+    video = 2 * torch.rand(1, 3, 5, 32, 32) - 1
+    video = video if changing else video[:, :, :1].expand_as(video)
+    monkeypatch.setattr(reconstruction, "_batch", lambda *given: (video, torch.full((1,), 2176)))
+    vae, plain = new_vae(), ReconstructionConfig(side=32, single_share=0.0, moving=1.0)
+    weighed, same = (Reconstruction(vae, replace(plain, moving=weight), torch.device("cpu")).loss(1, 0.5)[0].item() for weight in (4.0, 1.0))
+    assert weighed > 1.5 * same if changing else weighed == same
 
 
 def test_band_error_sees_blur_and_not_phase():

@@ -35,7 +35,7 @@ STILL = 0.01  # mean change of a picture in [-1, 1] from frame to frame, below w
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReconstructionConfig:
     """Heights of the frames, one of which a crop is from; its side in pixels; batch of single frames and of clips; share of the budget spent on single
-    frames and, at its start, `taught` by an earlier VAE; loss weights."""
+    frames and, at its start, `taught` by an earlier VAE; how often errors count where the picture moves; loss weights."""
 
     heights: tuple[int, ...] = HEIGHTS
     side: int = 96
@@ -52,6 +52,7 @@ class ReconstructionConfig:
     scale_every: int = 4
     held: float = 10.0
     taught: float = 0.0
+    moving: float = 4.0
     seed: int = 0
 
 
@@ -81,13 +82,14 @@ class Reconstruction:
                 z, target = _halved(z), _halved(video)
             z = z + c.latent_noise * torch.randn(z.shape, generator=generator, device=z.device)
             rebuilt = self.module.decode(z).sample
-        error = rebuilt - target
+        error, moves = rebuilt - target, ~still(video, tuple(mean.shape[2:]))
+        counts = 1 + (c.moving - 1) * _over_pixels(moves, error.shape[2:])
         # the mean of the posterior is held near zero mean and unit variance, so that noise of a fixed size means the same everywhere
         spread = 0.5 * (mean**2).mean() - 0.5 * torch.log((mean**2).mean(dim=(0, 2, 3, 4)) + 1e-6).mean()
         terms = {
-            "l1": error.abs().mean(),
-            "squared": c.squared * (error**2).mean(),
-            "gradient": c.gradient * _gradient_error(error),
+            "l1": (counts * error.abs()).mean(),
+            "squared": c.squared * (counts * error**2).mean(),
+            "gradient": c.gradient * _gradient_error(error, counts),
             "kl": c.kl * spread,
         }
         if progress >= c.band_from:
@@ -95,7 +97,7 @@ class Reconstruction:
         metrics = {"psnr": -10 * torch.log10((error.detach().clamp(-2, 2) ** 2).mean() / 4).item(), "rms_z": mean.detach().pow(2).mean().sqrt().item()}
         if earlier is not None:
             drift = (mean - earlier).square().mean(dim=1)  # [B, F, h, w]
-            held = taught | (heights == min(HEIGHTS)).view(-1, 1, 1, 1).to(self.device) | still(video, mean.shape[2:])
+            held = taught | (heights == min(HEIGHTS)).view(-1, 1, 1, 1).to(self.device) | ~moves
             terms["held"] = c.held * (drift * held).mean()
             metrics["drift"] = drift.detach().mean().sqrt().item()
         return sum(terms.values()), metrics
@@ -153,8 +155,14 @@ def _halved(x: torch.Tensor) -> torch.Tensor:
     return F.avg_pool3d(x, (1, 2, 2))
 
 
-def _gradient_error(error: torch.Tensor) -> torch.Tensor:
-    return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+def _over_pixels(moves: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Of each latent [B, F, h, w] for the pixels of its frames, the first of which it has for itself: [B, 1, T, H, W], 0 or 1."""
+    later = moves[:, 1:].repeat_interleave((shape[0] - 1) // max(moves.shape[1] - 1, 1), dim=1)
+    return F.interpolate(torch.cat([moves[:, :1], later], dim=1)[:, None].float(), size=tuple(shape))
+
+
+def _gradient_error(error: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    return (counts[..., 1:] * error.diff(dim=-1).abs()).mean() + (counts[..., 1:, :] * error.diff(dim=-2).abs()).mean()
 
 
 def band_error(rebuilt: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
