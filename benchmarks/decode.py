@@ -3,8 +3,8 @@
     python benchmarks/decode.py            the comparison and the memory ratio (minutes)
     python benchmarks/decode.py --uhd 29   also a 3840x2176 decode of that many frames
 
-Random weights of the embedded VAE's shape: speed does not depend on their values. Every measurement runs in its own process, so that peak
-memory (`ru_maxrss`) is its own. On a busy machine compare CPU seconds, not wall seconds. Results go to results/decode.md and .json.
+Random weights of the shape that the embedded VAE had at first (`dim_mult` 1, 1, 2, 2): speed does not depend on their values. Every measurement runs in its
+own process, so that peak memory (`ru_maxrss`) is its own. On a busy machine compare CPU seconds, not wall seconds. Results go to results/decode.md and .json.
 """
 
 from __future__ import annotations

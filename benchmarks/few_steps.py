@@ -35,7 +35,7 @@ DYNAMIC = "dynamic_degree[blocks]"
 def painted(pipe: muralist.api.Pipeline, scene: world.Scene, grid: Grid, settings: tuple[str, ...]) -> tuple[dict[str, float], torch.Tensor]:
     """What is measured of a video, and its middle frame."""
     observer = Silent()
-    sized = {"width": grid.width, "height": grid.height, "num_frames": grid.num_frames}
+    sized = {"width": grid.width, "height": grid.height, "num_frames": grid.num_frames, "fps": grid.fps}
     with pipe(world.caption(scene), **sized, seed=scene.seed, settings=settings, observer=observer) as video:
         frames = torch.cat([chunk.frames for chunk in video])
     found, distance, dynamic = score(frames, scene), SpectralDistance(len(frames)), DynamicDegree(grid.fps)

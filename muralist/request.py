@@ -40,12 +40,15 @@ if TYPE_CHECKING:  # the plan imports diffusers, which takes seconds: not for wh
 
 SIZES = {"1080p": (1920, 1080), "2k": (2560, 1440), "4k": (3840, 2160), "8k": (7680, 4320)}
 STAGE_NUMBERS = {"num_inference_steps": operator.index, "guidance_scale": float, "flow_shift": float, "skip_steps": operator.index}
+NEEDED = ("width", "height", "seed")  # numbers for which neither a recipe nor a base has a value
+LONGEST = 10**1000  # the most of a whole number, which can still be written
 _UNITS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "min": 60.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What was typed; None stands for the recipe's or the base's own value. `seed` -1: drawn at random; `settings`: as `changed` takes them."""
+    """What was typed; None stands for the recipe's or the base's own value (width, height and seed have none). `seed` -1: drawn at random;
+    `settings`: as `changed` takes them."""
 
     prompt: str
     negative_prompt: str | None = None
@@ -155,7 +158,7 @@ def _grid(asked: Asked, info: BaseInfo, note: Callable[[str], None]) -> Grid:
         raise UserError("both num_frames and duration are given", where="duration", fix="give one of them")
     frames = info.defaults.grid.num_frames if asked.num_frames is None else asked.num_frames
     if asked.duration is not None:
-        if not 0 < asked.duration < math.inf:
+        if not 0 < asked.duration * fps < math.inf:
             raise UserError(f"{asked.duration} seconds", where="duration", fix="use a number above 0")
         frames = max(round(asked.duration * fps), 1)
     return Grid(num_frames=_snapped(frames, fps, info.geometry, note), height=asked.height, width=asked.width, fps=float(fps))
@@ -182,8 +185,9 @@ def _typed(asked: Asked) -> dict[str, Any]:
 
 def _with_numbers(asked: Asked) -> Asked:
     """The same, its numbers of their own types whatever a caller of the Python interface gave. Raises UserError."""
-    kinds = dict.fromkeys(("width", "height", "num_frames", "seed"), operator.index) | dict.fromkeys(("duration", "fps"), float) | STAGE_NUMBERS
-    return replace(asked, **{name: _number(name, value, kind) for name, kind in kinds.items() if (value := getattr(asked, name)) is not None})
+    kinds = dict.fromkeys((*NEEDED, "num_frames"), operator.index) | dict.fromkeys(("duration", "fps"), float) | STAGE_NUMBERS
+    given = {name: getattr(asked, name) for name in kinds}
+    return replace(asked, **{name: _number(name, value, kinds[name]) for name, value in given.items() if value is not None or name in NEEDED})
 
 
 def _settings(settings: Any) -> tuple[str, ...]:
@@ -199,7 +203,10 @@ def _number(name: str, value: Any, kind: Callable[[Any], float]) -> float:
     try:
         if isinstance(value, bool | str | bytes) or type(value).__name__ in ("bool", "bool_"):  # truth values of numpy are numbers too
             raise TypeError
-        return kind(value)
+        number = kind(value)
+        if isinstance(number, int) and abs(number) > LONGEST:
+            raise OverflowError
+        return number
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"{_shown(value)} is no {wanted}", where=name, fix=f"use a {wanted}") from None
 

@@ -11,7 +11,7 @@ from typing import Any
 def restored(hint: Any, value: Any) -> Any:
     """`value` (JSON) as the type that `hint` names. Only classes that appear in the annotations of `hint` can come into being.
 
-    Raises TypeError (a value of another kind) or UserError (values that a part refuses).
+    Raises TypeError (a value of another kind), UserError (values that a part refuses) or what else a part's own checks run into.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if len(members(hint)) > 1:

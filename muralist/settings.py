@@ -47,7 +47,7 @@ def _judged(record: dict[str, Any], settings: Sequence[str]) -> Config:
         return restored(Config, record)
     except UserError as error:
         raise UserError(f"{said}{error.what}", where=error.where, fix=error.fix) from None
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{said}{error}", where="set", fix="give a value of the kind that the field has, and of a part its fields") from None
 
 

@@ -52,7 +52,7 @@ class Fusion(nn.Module):
 
     Before training it is START, alike in all channels; `leads`: it rises to LEAD at high noise. Windows alone, each of which takes itself for the picture
     there, paint an object each; led by a view of the whole at about the base's own size, they paint one or two between them before anything is trained.
-    The start of a narrow base is coarser: off the ramp it is within 0.07 of these weights from a width of 256 on, within 0.3 at 64.
+    The start of a narrow base is coarser: off the ramp it is within 0.07 of these weights from a width of 256 on, within about 0.3 at 64.
     The embedding of one that leads is not to be trained (`trainable`): all channels start by one row of weights, and what they have in common would move it
     by several units of the logit a step, until one side of the fusion is gone for good (seen).
     """

@@ -27,7 +27,7 @@ def sigmas(num_inference_steps: int, flow_shift: float) -> list[float]:
     if not 1 <= num_inference_steps <= 1000:
         raise UserError(f"{num_inference_steps} steps", where="num_inference_steps", fix="use 1 to 1000")
     if not 0.01 <= flow_shift < 1000:  # far below, a schedule that starts at 1 is lost in rounding
-        raise UserError(f"{flow_shift}", where="flow_shift", fix="use a number from 0.01, such as 5")
+        raise UserError(f"{flow_shift}", where="flow_shift", fix="use a number from 0.01 to below 1000, such as 5")
     uniform = [1 - i / num_inference_steps for i in range(num_inference_steps + 1)]
     return [shifted(u, flow_shift) for u in uniform]
 

@@ -12,6 +12,7 @@ import torch
 
 from muralist.errors import UserError
 from muralist.nn.enlarge import EnlargedPixels, between, enlarged
+from muralist.nn.kinds import LARGEST
 from muralist.nn.out_of_memory import in_less
 from muralist.stages.decode_options import DecodeOptions
 from muralist.tiling import latent_boxes
@@ -44,8 +45,9 @@ class LearnedUpsampling:
     overlap: tuple[int, int, int] = (4, 16, 16)
 
     def __post_init__(self):
-        if min(self.tile) < 1 or min(self.overlap) < 0:
-            raise UserError(f"tile {self.tile}, overlap {self.overlap}", where="upsample", fix="use tiles of at least 1 and overlaps of at least 0")
+        if not 1 <= min(self.tile) <= max(self.tile) <= LARGEST or not 0 <= min(self.overlap) <= max(self.overlap) <= LARGEST:
+            fix = f"use tiles of at least 1 and overlaps of at least 0, both at most {LARGEST}"
+            raise UserError(f"tile {self.tile}, overlap {self.overlap}", where="upsample", fix=fix)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +65,7 @@ class PixelInterpolation:
     latent_scale: float = 1.0
 
     def __post_init__(self):
-        if self.tile < NARROWEST or self.tile % NARROWEST:
+        if not NARROWEST <= self.tile <= LARGEST or self.tile % NARROWEST:
             raise UserError(f"tile {self.tile}", where="upsample", fix=f"use a multiple of {NARROWEST} pixels, such as 768")
         if not 1 <= self.latent_scale <= 64:
             raise UserError(f"latent_scale {self.latent_scale}", where="upsample", fix="use a number from 1, all by pixels, such as 2")

@@ -34,13 +34,11 @@ from muralist.types import Grid
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 _ENCODERS = {"h264": "libx264", "h265": "libx265"}
 _TAGS = {"h264": "avc1", "h265": "hvc1"}  # Apple's players open H.265 as hvc1 only
+MOST_POOLS = 256  # worker threads
 _UHD = 3840  # from this side length on, H.265 with 10 bits: level limits and banding both speak against 8-bit H.264
 _X264_THREADS = "4"
 _REORDER = 2  # frames by which decoding runs ahead of display: both encoders stay within a two-level pyramid of B-frames
 _BT709, _LIMITED = 1, 1
-
-
-MOST_POOLS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

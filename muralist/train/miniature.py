@@ -48,6 +48,7 @@ TRANSFORMER_CONFIG = dict(
     patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=64, in_channels=48, out_channels=48, text_dim=128, freq_dim=128,
     ffn_dim=1024, num_layers=6, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=1024,
 )  # fmt: skip
+LATENTS = "48 channels, 16x16x4"
 TEXT_CONFIG = dict(vocab_size=64, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0)
 
 
@@ -109,14 +110,20 @@ def train_vae(folder: Path, *, minutes: float, device: torch.device, resume: boo
     return folder / "vae"
 
 
+def _made_for(vae: AutoencoderKLWan) -> tuple[int, int, int]:
+    """Channels of its latents, and the pixels and frames that one stands for."""
+    return vae.config.z_dim, vae.config.scale_factor_spatial, vae.config.scale_factor_temporal
+
+
 def _successor(earlier: AutoencoderKLWan) -> tuple[AutoencoderKLWan, ReconstructionConfig]:
     """A VAE for the same latents with every weight of the earlier one that fits, and how it is trained: gone on with, or taught where layers are others.
 
-    Raises UserError for latents of other channels.
+    Raises UserError for latents of other channels or another scale.
     """
-    vae = new_vae()
-    if earlier.config.z_dim != vae.config.z_dim:
-        raise UserError(f"its latents have {earlier.config.z_dim} channels", where="init", fix=f"give a VAE of {vae.config.z_dim}")
+    vae, made_for = new_vae(), _made_for(earlier)
+    if made_for != _made_for(vae):
+        what = "its latents have {0} channels, {1}x{1}x{2}".format(*made_for)
+        raise UserError(what, where="init", fix=f"give a VAE of {LATENTS}")
     old, new = earlier.state_dict(), vae.state_dict()
     fitting = {name: old[name] for name, weight in new.items() if name in old and old[name].shape == weight.shape}
     vae.load_state_dict(new | fitting)
@@ -139,7 +146,9 @@ def train_decoder(
         try:
             getattr(new, part).load_state_dict(getattr(old, part).state_dict())
         except RuntimeError:
-            raise UserError(f"the encoder of {vae} has other layers", where="from", fix="give the folder of a VAE trained here") from None
+            raise UserError(
+                f"the encoder of {vae} has other layers", where="from", fix="give a VAE of today's miniature-vae, or its own model by --init"
+            ) from None
         getattr(new, part).requires_grad_(False)
     new.register_to_config(latents_mean=old.config.latents_mean, latents_std=old.config.latents_std)
     origin = _origin(init, "vae") | {"--from": latents.digest_of(old)}
@@ -298,9 +307,9 @@ def train_base(
     origin = _origin(init, "transformer")
     state.require_origin(folder / CHECKPOINTS, origin)
     autoencoder = load_vae(vae).to(device).eval()
-    made_for = (autoencoder.config.z_dim, autoencoder.config.scale_factor_spatial, autoencoder.config.scale_factor_temporal)
+    made_for = _made_for(autoencoder)
     if made_for != (TRANSFORMER_CONFIG["in_channels"], VAE_CONFIG["scale_factor_spatial"], VAE_CONFIG["scale_factor_temporal"]):
-        raise UserError(f"{vae} has (channels, space, time) {made_for}", where="from", fix="give a VAE of 48 channels, 16x16x4, such as miniature-vae makes")
+        raise UserError(f"{vae} has (channels, space, time) {made_for}", where="from", fix=f"give a VAE of {LATENTS}, such as miniature-vae makes")
     model = (TextToVideo() if init is None else TextToVideo.of(init)).to(device)
     pools = folder / "latents"
     single = latents.build_pool(autoencoder, latents.PoolConfig(name="frames", count=frames, grid=GRID, frames=1, seed=1), pools, report)

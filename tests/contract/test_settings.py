@@ -80,6 +80,9 @@ def test_a_setting_of_a_part_it_does_not_fit_names_what_there_is(luve):
         ("decode.tile=-64", "a whole number from 1"),
         ("decode.memory_bytes=-1", "decode.memory_bytes"),
         (f"decode.memory_bytes=1{'0' * 400}", "decode.memory_bytes"),
+        (f'upsample={{"kind": "PixelInterpolation", "tile": 1{"0" * 400}}}', "use a multiple of"),
+        (f'upsample={{"kind": "LearnedUpsampling", "tile": [1{"0" * 400}, 8, 8]}}', "both at most"),
+        ("refine=" + "[" * 993 + "]" * 993, "is no Refine"),
         ("encode.pools=0", "use 1 to 256 threads"),
         ('encode.preset=""', "use one of ultrafast"),
         ('refine.attention={"kind": "ProxyWindows", "reach": [1e999, 1, 1]}', "three numbers above 0"),
@@ -102,6 +105,7 @@ def test_a_number_of_steps_beyond_all_numbers_is_refused(tiny22):
     [
         ("num_inference_steps", "ten"), ("num_inference_steps", True), ("guidance_scale", "x"), ("guidance_scale", "5"), ("guidance_scale", np.True_),
         ("flow_shift", 10**400), pytest.param("flow_shift", 10**5000, id="digits without end"), ("width", 192.0), ("height", "96"),
+        ("seed", None), ("width", None), pytest.param("num_frames", 10**5000, id="frames without end"),
         ("seed", 1.5), ("seed", True), ("num_frames", "5"), ("num_frames", 5.5), ("fps", "24"), ("duration", "10s"),
     ],
 )  # fmt: skip
@@ -113,7 +117,7 @@ def test_what_is_no_number_is_refused_by_its_name(name, value, tiny22):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("negative_prompt", 5), ("prompt", None), ("settings", [5]), ("settings", 5), ("settings", "refine.skip_steps=2"),
-     ("duration", math.nan), ("duration", math.inf), ("duration", -1)],
+     ("duration", 1e308), ("duration", math.nan), ("duration", math.inf), ("duration", -1)],
 )  # fmt: skip
 def test_what_a_caller_cannot_mean_is_refused_by_its_name(name, value, tiny22):
     with pytest.raises(UserError, match=f"^{name}: "):

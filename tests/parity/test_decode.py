@@ -24,7 +24,7 @@ WAN22 = dict(
     base_dim=8, decoder_base_dim=8, z_dim=48, dim_mult=[1, 2, 4, 4], num_res_blocks=1, temperal_downsample=TEMPORAL, is_residual=True,
     in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16, latents_mean=[0.1] * 48, latents_std=[1.3] * 48,
 )  # fmt: skip
-EMBEDDED = {**WAN22, "base_dim": 32, "decoder_base_dim": 16, "dim_mult": [1, 1, 2, 2]}
+EMBEDDED = {**WAN22, "base_dim": 16, "decoder_base_dim": 16, "dim_mult": [1, 1, 4, 4]}
 CONFIGS = {"wan21": WAN21, "wan22": WAN22, "embedded": EMBEDDED}
 flavours = pytest.mark.parametrize("flavour", CONFIGS)
 PLANS = [TimeMajor(tile=64), TimeMajor(tile=4096), TimeMajor(tile=48, whole_blocks=2), TileMajor(tile=64), TileMajor(tile=4096)]

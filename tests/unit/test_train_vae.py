@@ -102,11 +102,17 @@ def test_band_error_sees_blur_and_not_phase():
     assert band_error(torch.randn(2, 3, 1, 64, 64), sharp) < 0.3 < band_error(blurred, sharp)
 
 
-def test_a_vae_of_other_layers_takes_over_what_fits_and_is_taught_the_rest():
-    with pytest.MonkeyPatch.context() as patch:
+@pytest.fixture
+def old(monkeypatch):
+    """A VAE of other layers."""
+    with monkeypatch.context() as patch:
         patch.setattr(miniature, "VAE_CONFIG", miniature.VAE_CONFIG | dict(base_dim=32, dim_mult=[1, 1, 2, 2]))
-        old = new_vae(seed=1)
-    old.register_to_config(latents_mean=[0.5] * 48)
+        made = new_vae(seed=1)
+    made.register_to_config(latents_mean=[0.5] * 48)
+    return made
+
+
+def test_a_vae_of_other_layers_takes_over_what_fits_and_is_taught_the_rest(old):
     vae, config = miniature._successor(old)
     assert config is TAUGHT_VAE and vae.config.dim_mult != old.config.dim_mult and vae.config.latents_mean == [0.5] * 48
     assert torch.equal(vae.decoder.conv_out.weight, old.decoder.conv_out.weight)
@@ -115,9 +121,26 @@ def test_a_vae_of_other_layers_takes_over_what_fits_and_is_taught_the_rest():
     assert config is FURTHER_VAE and all(torch.equal(weight, same.state_dict()[name]) for name, weight in vae.state_dict().items())
 
 
-def test_a_vae_of_other_channels_is_no_teacher(tmp_path):
-    AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).save_pretrained(tmp_path / "vae")
-    with pytest.raises(UserError, match="latents have 16 channels"):
+def test_a_taught_vae_keeps_what_its_latents_are_scaled_by_and_goes_on(old, tmp_path):
+    old.save_pretrained(tmp_path / "base" / "vae")
+    for minutes, resume in ((0.01, False), (0.02, True)):
+        made = train_vae(tmp_path / "run", minutes=minutes, device=torch.device("cpu"), resume=resume, init=tmp_path / "base", report=lambda line: None)
+    vae = AutoencoderKLWan.from_pretrained(made)
+    assert vae.config.latents_mean == [0.5] * 48 and vae.config.dim_mult == new_vae().config.dim_mult
+    with pytest.raises(UserError, match="has other layers"):
+        train_decoder(tmp_path / "decoder", minutes=0.01, device=torch.device("cpu"), resume=False, vae=tmp_path / "base" / "vae")
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (dict(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1), "latents have 16 channels, 8x8x4"),
+        (dict(base_dim=8, z_dim=48, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 48, latents_std=[1.0] * 48), "48 channels, 8x8x4"),
+    ],
+)
+def test_a_vae_of_other_latents_is_no_teacher(config, told, tmp_path):
+    AutoencoderKLWan(**config).save_pretrained(tmp_path / "vae")
+    with pytest.raises(UserError, match=told):
         train_vae(tmp_path / "run", minutes=0.01, device=torch.device("cpu"), resume=False, init=tmp_path)
 
 

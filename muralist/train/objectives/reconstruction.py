@@ -59,7 +59,7 @@ class ReconstructionConfig:
 class Reconstruction:
     """Objective of `miniature-vae` and, where the encoder is frozen, of `miniature-decoder`; `module` is a diffusers AutoencoderKLWan.
 
-    `earlier`: a VAE to whose latents those of `module` are held in crops at the base's own scale, and where a crop is `still`.
+    `earlier`: a VAE to whose latents those of `module` are held in crops at the base's own scale, and where a crop is `still`; everywhere while it is `taught`.
     """
 
     def __init__(self, vae: AutoencoderKLWan, config: ReconstructionConfig, device: torch.device, earlier: AutoencoderKLWan | None = None):
