@@ -42,9 +42,8 @@ def painted(pipe: muralist.api.Pipeline, scene: world.Scene, grid: Grid, setting
     for frame, true in zip(frames, world.render(scene, grid)):
         distance.add(frame, true)
         dynamic.add(frame)
-    judged = {attribute: float(bool(getattr(found, attribute))) for attribute in ATTRIBUTES if attribute != "camera"} | {
-        "one object": float(found.num_objects == 1)
-    }
+    judged = {name: float(bool(getattr(found, name))) for name in ATTRIBUTES if name != "camera"}  # the prompts say nothing of one
+    judged["one object"] = float(found.num_objects == 1)
     seconds = sum(report.seconds for report in observer.reports if report.stage == "refine")
     moved = dynamic.result()
     return {"refine_s": seconds} | judged | distance.result() | {"dynamic": moved[DYNAMIC], "speed": moved[f"{DYNAMIC}.speed"]}, small(frames)[:, 448:896]

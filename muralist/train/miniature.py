@@ -50,8 +50,6 @@ TRANSFORMER_CONFIG = dict(
 )  # fmt: skip
 LATENTS = "48 channels, 16x16x4"
 TEXT_CONFIG = dict(vocab_size=64, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0)
-
-
 FURTHER_VAE = ReconstructionConfig(heights=FURTHER_HEIGHTS, single_share=0.0, band_from=0.0)  # weights that are gone on with have had their single frames
 TAUGHT_VAE = ReconstructionConfig(side=128, batch_clip=3, single_share=0.0, taught=0.4)  # crops through which what moves fast is seen to go
 
