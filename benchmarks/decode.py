@@ -3,8 +3,8 @@
     python benchmarks/decode.py            the comparison and the memory ratio (minutes)
     python benchmarks/decode.py --uhd 29   also a 3840x2176 decode of that many frames
 
-Random weights of the shape that the embedded VAE had at first (`dim_mult` 1, 1, 2, 2): speed does not depend on their values. Every measurement runs in its
-own process, so that peak memory (`ru_maxrss`) is its own. On a busy machine compare CPU seconds, not wall seconds. Results go to results/decode.md and .json.
+Random weights of the embedded VAE's shape: speed does not depend on their values. Every measurement runs in its own process, so that peak memory
+(`ru_maxrss`) is its own. On a busy machine compare CPU seconds, not wall seconds. Results go to results/decode.md and .json.
 """
 
 from __future__ import annotations
@@ -20,10 +20,6 @@ import time
 from datetime import date
 from pathlib import Path
 
-CONFIG = dict(
-    base_dim=32, decoder_base_dim=16, z_dim=48, dim_mult=[1, 1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True], is_residual=True,
-    in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16, latents_mean=[0.0] * 48, latents_std=[1.0] * 48,
-)  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 WAYS = ("ours, time-major", "ours, tile-major", "diffusers, untiled", "diffusers, enable_tiling")
 
@@ -33,8 +29,11 @@ def build(num_frames: int, height: int, width: int):
     import torch
     from diffusers import AutoencoderKLWan
 
+    from muralist.base_info import inspect_base
+
     torch.manual_seed(0)
-    vae = AutoencoderKLWan(**CONFIG).eval().requires_grad_(False)
+    unscaled = {"latents_mean": [0.0] * 48, "latents_std": [1.0] * 48}  # ours scales latents back by these, diffusers leaves that to its pipeline
+    vae = AutoencoderKLWan.from_config(inspect_base("miniature").vae_config | unscaled).eval().requires_grad_(False)
     return vae, torch.randn(1, 48, (num_frames - 1) // 4 + 1, height // 16, width // 16)
 
 

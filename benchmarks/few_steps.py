@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from adherence import ATTRIBUTES, scenes, small
 from common import write
+from judged import paint_and_judge
 from PIL import Image
 
 import muralist
 from muralist.data import world
-from muralist.data.score import score
-from muralist.eval.metrics.spectrum import SpectralDistance
 from muralist.eval.metrics.temporal import DynamicDegree
 from muralist.progress import Silent
 from muralist.types import Grid
@@ -35,18 +34,16 @@ DYNAMIC = "dynamic_degree[blocks]"
 def painted(pipe: muralist.api.Pipeline, scene: world.Scene, grid: Grid, settings: tuple[str, ...]) -> tuple[dict[str, float], torch.Tensor]:
     """What is measured of a video, and its middle frame."""
     observer = Silent()
-    sized = {"width": grid.width, "height": grid.height, "num_frames": grid.num_frames, "fps": grid.fps}
-    with pipe(world.caption(scene), **sized, seed=scene.seed, settings=settings, observer=observer) as video:
-        frames = torch.cat([chunk.frames for chunk in video])
-    found, distance, dynamic = score(frames, scene), SpectralDistance(len(frames)), DynamicDegree(grid.fps)
-    for frame, true in zip(frames, world.render(scene, grid)):
-        distance.add(frame, true)
+    found = paint_and_judge(pipe, scene, grid, settings, fps=grid.fps, observer=observer)
+    dynamic = DynamicDegree(grid.fps)
+    for frame in found.frames:
         dynamic.add(frame)
-    judged = {name: float(bool(getattr(found, name))) for name in ATTRIBUTES if name != "camera"}  # the prompts say nothing of one
-    judged["one object"] = float(found.num_objects == 1)
-    seconds = sum(report.seconds for report in observer.reports if report.stage == "refine")
     moved = dynamic.result()
-    return {"refine_s": seconds} | judged | distance.result() | {"dynamic": moved[DYNAMIC], "speed": moved[f"{DYNAMIC}.speed"]}, small(frames)[:, 448:896]
+    right = {name: float(bool(getattr(found.score, name))) for name in ATTRIBUTES if name != "camera"}  # the prompts say nothing of one
+    right["one object"] = float(found.score.num_objects == 1)
+    seconds = sum(report.seconds for report in observer.reports if report.stage == "refine")
+    values = {"refine_s": seconds} | right | found.distance | {"dynamic": moved[DYNAMIC], "speed": moved[f"{DYNAMIC}.speed"]}
+    return values, small(found.frames)[:, 448:896]
 
 
 def main() -> None:

@@ -22,14 +22,13 @@ from typing import Any
 
 import torch
 from common import write
+from judged import paint_and_judge
 
 import muralist
 from muralist.base import pick_dtype
-from muralist.base_info import inspect_base
+from muralist.base_info import BaseInfo, inspect_base
 from muralist.compare.ablation import Budget, Measured, Study, Variant, held_out, run
 from muralist.data import world
-from muralist.data.score import score
-from muralist.eval.metrics.spectrum import SpectralDistance
 from muralist.nn.filters import RadialFilter
 from muralist.nn.kinds import InjectorConfig, hierarchical
 from muralist.train.anchored import AnchoredConfig, train_anchored
@@ -67,69 +66,80 @@ class Expertise:
     lessons: Mapping[str, Lesson] = field(default_factory=lambda: LESSONS)
 
 
-def subjects(model: Path) -> dict[str, Subject]:
-    info = inspect_base(str(model))
-    channels, width, layers = info.geometry.channels, info.width, info.transformer_config["num_layers"]
-    full = AnchoredConfig(injector=InjectorConfig(channels=channels, dim=width))
-    anchored = {"train": train_anchored, "without": ("adapters/anchored", "parts/injector", "parts/step_size"), "recipe": "pixelwizard"}
-    return {
-        "shortcut": Subject(
-            **anchored,
-            base=full,
-            paper="Tech. of Table 9.3",
-            variants=[
-                Variant("flow matching alone", {"shortcut.rate": 0.0}, {"quality": 12.98}),
-                Variant("uniform", {"shortcut.beta": 0.0, "shortcut.power": 0.0}, {"quality": 13.31}),
-                Variant("exponential", {"shortcut.power": 0.0}, {"quality": 13.88}),
-                Variant("exponential, calibrated", {}, {"quality": 14.31}),
-            ],
-        ),
-        "injector": Subject(
-            **anchored,
-            base=full,
-            paper="Tech. of Table 4",
-            settings=lambda config: ("proxy=null", "refine.anchor=none") if config.injector is None else (),
-            variants=[
-                Variant("no anchor", {"injector": None}),
-                Variant("added without an injector", {"injector.refined": False, "injector.gate": "none"}, {"quality": 12.51}),
-                Variant("no gate", {"injector.gate": "none"}, {"quality": 13.47}),
-                Variant("full", {}, {"quality": 14.31}),
-            ],
-        ),
-        "branches": Subject(
-            base=BranchedConfig(branches=hierarchical(width, layers)),
-            train=train_branched,
-            without=("adapters/branched", "parts/branches"),
-            recipe="ultragen",
-            paper="the mean of Table 4, by the order in its text",
-            settings=lambda config: tuple(branch_settings(config)),
-            variants=[
-                Variant("full", {}, {"quality": 2.0}),
-                Variant("no global", {"names": ("coarse",)}, {"quality": 0.0}),
-                Variant("no hierarchical", {"names": ("whole",)}, {"quality": 1.0}),
-                Variant("rank 1", {"branches.rank": 1}, {"quality": 1.0}),
-                Variant("no cross-window", {"odd": "same"}, {"quality": 0.0}),
-                Variant("Swin windows", {"odd": "shifted"}, {"quality": 1.0}),
-            ],
-        ),
-        "experts": Subject(
-            base=Expertise(),
-            train=train_lessons,
-            without=("parts/experts",),
-            recipe="luve",
-            paper="-FID-patch of Table 6",
-            # from a noise level above that at which the experts change places, so that both have work
-            settings=lambda config: (f"refine.experts={list_of(config.lessons)}", "refine.skip_steps=2"),
-            variants=[
-                Variant("no experts", {"lessons": {}}, {"quality": -46.48}),
-                Variant("no low", {"lessons": only("high")}, {"quality": -43.86}),
-                Variant("no high", {"lessons": only("low")}, {"quality": -44.44}),
-                Variant("LoRA experts", {"lessons": unfiltered()}, {"quality": -47.03}),
-                Variant("no sharpening", {"lessons": unsharpened()}, {"quality": -42.96}),
-                Variant("full", {}, {"quality": -41.03}),
-            ],
-        ),
-    }
+def anchored(info: BaseInfo, **about: Any) -> Subject:
+    """What the studies of the anchor and its few steps share."""
+    full = AnchoredConfig(injector=InjectorConfig(channels=info.geometry.channels, dim=info.width))
+    without = ("adapters/anchored", "parts/injector", "parts/step_size")
+    return Subject(base=full, train=train_anchored, without=without, recipe="pixelwizard", **about)
+
+
+def shortcut(info: BaseInfo) -> Subject:
+    return anchored(
+        info,
+        paper="Tech. of Table 9.3",
+        variants=[
+            Variant("flow matching alone", {"shortcut.rate": 0.0}, {"quality": 12.98}),
+            Variant("uniform", {"shortcut.beta": 0.0, "shortcut.power": 0.0}, {"quality": 13.31}),
+            Variant("exponential", {"shortcut.power": 0.0}, {"quality": 13.88}),
+            Variant("exponential, calibrated", {}, {"quality": 14.31}),
+        ],
+    )
+
+
+def injector(info: BaseInfo) -> Subject:
+    return anchored(
+        info,
+        paper="Tech. of Table 4",
+        settings=lambda config: ("proxy=null", "refine.anchor=none") if config.injector is None else (),
+        variants=[
+            Variant("no anchor", {"injector": None}),
+            Variant("added without an injector", {"injector.refined": False, "injector.gate": "none"}, {"quality": 12.51}),
+            Variant("no gate", {"injector.gate": "none"}, {"quality": 13.47}),
+            Variant("full", {}, {"quality": 14.31}),
+        ],
+    )
+
+
+def branches(info: BaseInfo) -> Subject:
+    return Subject(
+        base=BranchedConfig(branches=hierarchical(info.width, info.transformer_config["num_layers"])),
+        train=train_branched,
+        without=("adapters/branched", "parts/branches"),
+        recipe="ultragen",
+        paper="the mean of Table 4, by the order in its text",
+        settings=lambda config: tuple(branch_settings(config)),
+        variants=[
+            Variant("full", {}, {"quality": 2.0}),
+            Variant("no global", {"names": ("coarse",)}, {"quality": 0.0}),
+            Variant("no hierarchical", {"names": ("whole",)}, {"quality": 1.0}),
+            Variant("rank 1", {"branches.rank": 1}, {"quality": 1.0}),
+            Variant("no cross-window", {"odd": "same"}, {"quality": 0.0}),
+            Variant("Swin windows", {"odd": "shifted"}, {"quality": 1.0}),
+        ],
+    )
+
+
+def experts(info: BaseInfo) -> Subject:
+    return Subject(
+        base=Expertise(),
+        train=train_lessons,
+        without=("parts/experts",),
+        recipe="luve",
+        paper="-FID-patch of Table 6",
+        # from a noise level above that at which the experts change places, so that both have work
+        settings=lambda config: (f"refine.experts={list_of(config.lessons)}", "refine.skip_steps=2"),
+        variants=[
+            Variant("no experts", {"lessons": {}}, {"quality": -46.48}),
+            Variant("no low", {"lessons": only("high")}, {"quality": -43.86}),
+            Variant("no high", {"lessons": only("low")}, {"quality": -44.44}),
+            Variant("LoRA experts", {"lessons": unfiltered()}, {"quality": -47.03}),
+            Variant("no sharpening", {"lessons": unsharpened()}, {"quality": -42.96}),
+            Variant("full", {}, {"quality": -41.03}),
+        ],
+    )
+
+
+SUBJECTS: dict[str, Callable[[BaseInfo], Subject]] = {"shortcut": shortcut, "injector": injector, "branches": branches, "experts": experts}
 
 
 def branch_settings(config: BranchedConfig) -> list[str]:
@@ -164,10 +174,10 @@ def train_lessons(folder: Path, *, config: Expertise, minutes: float, **options:
 
 def main() -> None:
     options = arguments()
-    base = inspect_base(options.model).folder
-    subject = subjects(base)[options.name]
+    info = inspect_base(options.model)
+    subject = SUBJECTS[options.name](info)
     folder = (options.folder / options.name).absolute()
-    model = stripped(base, folder / "base", subject.without)
+    model = stripped(info.folder, folder / "base", subject.without)
     (folder / "latents").mkdir(parents=True, exist_ok=True)
 
     def train(config: Any, budget: Budget, directory: Path) -> tuple[Path, Any]:
@@ -238,16 +248,11 @@ def with_results(model: Path, results: Path, folder: Path) -> Path:
     return folder
 
 
-def judge(painter: muralist.api.Pipeline, scene: world.Scene, options: argparse.Namespace, settings: tuple[str, ...]) -> dict[str, float]:
+def judge(painter: muralist.Pipeline, scene: world.Scene, options: argparse.Namespace, settings: tuple[str, ...]) -> dict[str, float]:
     width, height = (int(side) for side in options.size.split("x"))
-    with painter(world.caption(scene), width=width, height=height, num_frames=options.num_frames, seed=scene.seed, settings=settings) as video:
-        frames = torch.cat([chunk.frames for chunk in video])
-    found = score(frames, scene)
-    distance = SpectralDistance(len(frames))
-    for frame, true in zip(frames, world.render(scene, Grid(num_frames=options.num_frames, height=height, width=width))):
-        distance.add(frame, true)
-    right = (found.colour, found.shape, found.motion, found.num_objects == 1)
-    return {"adherence": sum(map(bool, right)) / len(right), "spectral_distance": distance.result()["spectral_distance"]}
+    found = paint_and_judge(painter, scene, Grid(num_frames=options.num_frames, height=height, width=width), settings)
+    right = (found.score.colour, found.score.shape, found.score.motion, found.score.num_objects == 1)
+    return {"adherence": sum(map(bool, right)) / len(right), "spectral_distance": found.distance["spectral_distance"]}
 
 
 def steps(folder: Path) -> str:
@@ -257,7 +262,7 @@ def steps(folder: Path) -> str:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=("shortcut", "injector", "branches", "experts"))
+    parser.add_argument("name", choices=tuple(SUBJECTS))
     parser.add_argument("--model", default="miniature")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--clips", type=int, default=120)

@@ -9,11 +9,13 @@ import signal
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from muralist.nn import fp8
 from muralist.stages.encode import encode
 from muralist.store.video_write import EncodeOptions
 from muralist.types import FrameChunk
@@ -46,6 +48,26 @@ def tiny21(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny22(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Wan2.2-flavoured base."""
     return tiny.add_parts(tiny.save_pipeline(tmp_path_factory.mktemp("base") / "tiny22", "2.2"))
+
+
+@pytest.fixture(scope="session")
+def wide21(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As tiny21, with sides that are multiples of 16."""
+    return tiny.add_parts(tiny.save_pipeline(tmp_path_factory.mktemp("base") / "wide21", "2.1", head_dim=16))
+
+
+@pytest.fixture(scope="session")
+def wide22(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As tiny22, with sides that are multiples of 16."""
+    return tiny.add_parts(tiny.save_pipeline(tmp_path_factory.mktemp("base") / "wide22", "2.2", head_dim=16))
+
+
+@pytest.fixture
+def forget_fp8() -> Iterator[None]:
+    """Whether products in 8 bits run here is found out anew, and so after a test in which they were made to fail."""
+    fp8.why_not.cache_clear()
+    yield
+    fp8.why_not.cache_clear()
 
 
 @pytest.fixture(params=["2.1", "2.2"])

@@ -35,7 +35,7 @@ STILL = 0.01  # mean change of a picture in [-1, 1] from frame to frame, below w
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReconstructionConfig:
     """Heights of the frames, one of which a crop is from; its side in pixels; batch of single frames and of clips; share of the budget spent on single
-    frames and, at its start, `taught` by an earlier VAE; how often errors count where the picture moves; loss weights."""
+    frames and, at its start, `taught` by an earlier VAE; how often errors count where the picture moves; loss weights; learning rate at its highest."""
 
     heights: tuple[int, ...] = HEIGHTS
     side: int = 96
@@ -53,6 +53,7 @@ class ReconstructionConfig:
     held: float = 10.0
     taught: float = 0.0
     moving: float = 4.0
+    learning_rate: float = 1e-3
     seed: int = 0
 
 
