@@ -55,10 +55,11 @@ def _encode(config_json: str, num_frames: int, size: Size, tile: int, quick: boo
     height, width = (side // encoder.spatial_factor for side in size)
     found = kinds(latent_boxes(height, width, tile, encoder.spatial_factor), (height, width), _reach(encoder))
     walks = [(encoder.boxes(box, size), count) for box, count in found.items()]
-    total = _middle(encoder, (height, width)) * frames
-    for boxes, count in walks:
-        for first, times in ((True, 1), (False, frames - 1)):
-            total = total + _tile(encoder, boxes, size, first) * (times * count)
+    total = vae.Cost()
+    for step, times in vae.steps(frames):
+        total = total + _middle(encoder, (height, width), step) * times
+        for boxes, count in walks:
+            total = total + _tile(encoder, boxes, size, step) * (times * count)
     read = tuple((boxes[0].times(encoder.patch), count) for boxes, count in walks)
     live = _live_bytes(encoder, [boxes for boxes, _ in walks], size, frames)
     weights = _bytes(p for part in (model.encoder, model.quant_conv) for p in part.parameters())
@@ -81,41 +82,41 @@ def _reach(encoder: StreamingEncoder) -> int:
 # -- FLOPs --
 
 
-def _tile(encoder: StreamingEncoder, boxes: list[Box], size: Size, first: bool) -> vae.Cost:
+def _tile(encoder: StreamingEncoder, boxes: list[Box], size: Size, step: vae.Step) -> vae.Cost:
     """One latent frame of a tile through the layers that see pixels."""
-    total, frames, size = vae.Cost(), 1 if first else encoder.temporal_factor, (size[0] // encoder.patch, size[1] // encoder.patch)
+    total, frames, size = vae.Cost(), 1 if step.first else encoder.temporal_factor, (size[0] // encoder.patch, size[1] // encoder.patch)
     for operator, out in zip(encoder.tiled, boxes[1:]):
-        total = total + _COSTS[type(operator)](operator, out, size, frames, first)
-        size, frames = (size[0] // operator.scale, size[1] // operator.scale), _frames_after(operator, frames, first)
+        total = total + _COSTS[type(operator)](operator, out, size, frames, step)
+        size, frames = (size[0] // operator.scale, size[1] // operator.scale), _frames_after(operator, frames, step)
     return total
 
 
-def _middle(encoder: StreamingEncoder, size: Size) -> vae.Cost:
-    return sum((_COSTS[type(operator)](operator, Box.whole(*size), size, 1, False) for operator in encoder.whole), vae.Cost())
+def _middle(encoder: StreamingEncoder, size: Size, step: vae.Step) -> vae.Cost:
+    return sum((_COSTS[type(operator)](operator, Box.whole(*size), size, 1, step) for operator in encoder.whole), vae.Cost())
 
 
-def _frames_after(operator: Any, frames: int, first: bool) -> int:
-    return frames if first else frames // getattr(operator, "frame_scale", 1)
+def _frames_after(operator: Any, frames: int, step: vae.Step) -> int:
+    return frames if step.first else frames // getattr(operator, "frame_scale", 1)
 
 
-def _resample(operator: blocks.Resample, out: Box, size: Size, frames: int, first: bool) -> vae.Cost:
+def _resample(operator: blocks.Resample, out: Box, size: Size, frames: int, step: vae.Step) -> vae.Cost:
     space = 2 * operator.space.weight.numel() * out.area * frames
-    time = 2 * sum(tap.numel() for tap in operator.time.taps) * out.area * (frames // 2) if operator.time and not first else 0
+    time = 2 * sum(tap.numel() for tap in operator.time.taps) * out.area * (frames // 2) if operator.time and not step.first else 0
     return vae.Cost(space + time)
 
 
-def _down(operator: blocks.DownBlock, out: Box, size: Size, frames: int, first: bool) -> vae.Cost:
+def _down(operator: blocks.DownBlock, out: Box, size: Size, frames: int, step: vae.Step) -> vae.Cost:
     inner, total = operator.inner(out, size), vae.Cost()
     for left, resnet in zip(reversed(range(len(operator.resnets))), operator.resnets):
-        total = total + vae.residual(resnet, inner.grow(2 * left).clip(*size), size, frames, first)
-    return total + _resample(operator.resample, out, size, frames, first) if operator.resample else total
+        total = total + vae.residual(resnet, inner.grow(2 * left).clip(*size), size, frames, step)
+    return total + _resample(operator.resample, out, size, frames, step) if operator.resample else total
 
 
-def _tail(operator: blocks.Tail, out: Box, size: Size, frames: int, first: bool) -> vae.Cost:
-    return vae.Cost(vae.conv(operator.conv, out, size, frames) + 2 * operator.mean[0].numel() * out.area * frames)
+def _tail(operator: blocks.Tail, out: Box, size: Size, frames: int, step: vae.Step) -> vae.Cost:
+    return vae.Cost(vae.conv(operator.conv, out, size, frames, step) + 2 * operator.mean[0].numel() * out.area * frames)
 
 
-_COSTS: dict[type, Callable[[Any, Box, Size, int, bool], vae.Cost]] = {
+_COSTS: dict[type, Callable[[Any, Box, Size, int, vae.Step], vae.Cost]] = {
     ConvIn: vae.conv_in,
     ResidualBlock: vae.residual,
     Attention: vae.attention,

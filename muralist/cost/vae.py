@@ -3,7 +3,7 @@
 The decoder's layers are built without storage (PyTorch's meta device) and walked backwards from each tile as `nn/decoder.py` walks them, so
 the halo counted here is the halo computed there. Each operator's cost is looked up by its class in `_COSTS`. In float32 on a CPU the
 decoder multiplies less than diffusers does (`decoder_conv`); `quick` says which arithmetic is meant. With `quick=False` and one tile the
-count is that of diffusers' `AutoencoderKLWan.decode`.
+count is that of diffusers' `AutoencoderKLWan.decode`, but for the zeros before the first frame, which diffusers multiplies too.
 """
 
 from __future__ import annotations
@@ -44,6 +44,19 @@ class Cost:
         return self.linear + self.attention
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A latent frame's turn. `first`: it is frame 0; `taps`: how many of a kernel's three in time are multiplied."""
+
+    first: bool
+    taps: int = 3
+
+
+def steps(frames: int) -> tuple[tuple[Step, int], ...]:
+    """The turns of so many latent frames, and how often each comes: of frame 0 only the last tap meets more than zeros (`ConvPass.fresh`)."""
+    return (Step(True, taps=1), 1), (Step(False), frames - 1)
+
+
 def empty(config: Mapping[str, Any], dtype: str) -> AutoencoderKLWan:
     """The VAE of this configuration without storage, its parameters of the named type."""
     return _empty(json.dumps({name: value for name, value in config.items() if not name.startswith("_")}, sort_keys=True), dtype)
@@ -77,14 +90,18 @@ def parameters(config: Mapping[str, Any]) -> int:
 
 def decode(d: StreamingDecoder, latent_shape: tuple[int, int, int], tiles: Iterable[Box]) -> Cost:
     """FLOPs of decoding latents (F, h, w) once through the whole-frame part and once through each pixel box of `tiles`."""
-    frames, height, width = latent_shape
+    return _decode(d, latent_shape, tiles, steps(latent_shape[0]))
+
+
+def _decode(d: StreamingDecoder, latent_shape: tuple[int, int, int], tiles: Iterable[Box], turns: tuple[tuple[Step, int], ...]) -> Cost:
+    _, height, width = latent_shape
     inner, kinds, total = d.first_part_size(height, width), d.kinds(tiles, (height, width)), Cost()
-    for first, times in ((True, 1), (False, frames - 1)):
-        step = Cost(linear=2 * len(d.post_quant[1]) ** 2 * height * width) + _whole(d, (height, width), first)
-        count = math.prod(_magnifies(operator, first) for operator in d.whole)
+    for step, times in turns:
+        cost = Cost(linear=2 * len(d.post_quant[1]) ** 2 * height * width) + _whole(d, (height, width), step)
+        count = math.prod(_magnifies(operator, step) for operator in d.whole)
         for tile, number in kinds.items():
-            step = step + _tile(d, tile, inner, first, count) * number
-        total = total + step * times
+            cost = cost + _tile(d, tile, inner, step, count) * number
+        total = total + cost * times
     return total
 
 
@@ -100,72 +117,73 @@ def diffusers_decode(config: Mapping[str, Any], latent_shape: tuple[int, int, in
 
 
 def _untiled(d: StreamingDecoder, frames: int, height: int, width: int) -> Cost:
-    return decode(d, (frames, height, width), [Box.whole(height * d.spatial_factor, width * d.spatial_factor)])
+    whole, turns = Box.whole(height * d.spatial_factor, width * d.spatial_factor), ((Step(True), 1), (Step(False), frames - 1))
+    return _decode(d, (frames, height, width), [whole], turns)
 
 
-def _whole(d: StreamingDecoder, size: Size, first: bool) -> Cost:
+def _whole(d: StreamingDecoder, size: Size, step: Step) -> Cost:
     """The operators that run on the whole frame, on one latent frame of `size`."""
     total, frames = Cost(), 1
     for operator in d.whole:
         box = Box.whole(size[0] * operator.scale, size[1] * operator.scale)
-        total = total + _COSTS[type(operator)](operator, box, size, frames, first)
-        size, frames = box.shape, frames * _magnifies(operator, first)
+        total = total + _COSTS[type(operator)](operator, box, size, frames, step)
+        size, frames = box.shape, frames * _magnifies(operator, step)
     return total
 
 
-def _tile(d: StreamingDecoder, tile: Box, size: Size, first: bool, frames: int) -> Cost:
+def _tile(d: StreamingDecoder, tile: Box, size: Size, step: Step, frames: int) -> Cost:
     """The tiled operators and the head for one pixel box; `size` is that of the whole-frame part's result."""
     total = Cost()
     for operator, out in zip(d.tiled, d.boxes(tile, size)[1:]):
-        total = total + _COSTS[type(operator)](operator, out, size, frames, first)
-        size, frames = (size[0] * operator.scale, size[1] * operator.scale), frames * _magnifies(operator, first)
-    return total + _COSTS[type(d.head)](d.head, tile, size, frames, first)
+        total = total + _COSTS[type(operator)](operator, out, size, frames, step)
+        size, frames = (size[0] * operator.scale, size[1] * operator.scale), frames * _magnifies(operator, step)
+    return total + _COSTS[type(d.head)](d.head, tile, size, frames, step)
 
 
-def _magnifies(operator: Any, first: bool) -> int:
+def _magnifies(operator: Any, step: Step) -> int:
     """Frames out for each frame in: latent frame 0 stays one frame."""
-    return 1 if first else getattr(operator, "frame_scale", 1)
+    return 1 if step.first else getattr(operator, "frame_scale", 1)
 
 
-# -- Costs: (operator, output box, size of the input image, frames in, is it latent frame 0) -> Cost --
+# -- Costs: (operator, output box, size of the input image, frames in, whose turn it is) -> Cost --
 
 
-def conv(layer: CausalConv, out: Box, size: Size, frames: int) -> int:
+def conv(layer: CausalConv, out: Box, size: Size, frames: int, step: Step) -> int:
     """A causal 3x3x3 convolution: direct, or as Winograd over time with the two mixes (`ConvPass`)."""
     reach = layer.in_channels * layer.out_channels * out.area
-    if frames not in layer.mixed:
-        return 2 * 27 * reach * frames
+    if frames not in layer.mixed or step.taps == 1:
+        return 2 * 9 * step.taps * reach * frames
     n, frame = frames + HISTORY, out.grow(1)
     before = n * n * len(frame.clip(*size).y) * len(frame.x) * layer.in_channels
     after = frames * n * out.area * layer.out_channels
     return 2 * (9 * n * reach + before + after)
 
 
-def conv_in(operator: blocks.ConvIn, out: Box, size: Size, frames: int, first: bool) -> Cost:
-    return Cost(conv(operator.conv, out, size, frames))
+def conv_in(operator: blocks.ConvIn, out: Box, size: Size, frames: int, step: Step) -> Cost:
+    return Cost(conv(operator.conv, out, size, frames, step))
 
 
-def residual(operator: blocks.ResidualBlock, out: Box, size: Size, frames: int, first: bool) -> Cost:
+def residual(operator: blocks.ResidualBlock, out: Box, size: Size, frames: int, step: Step) -> Cost:
     inner = out.grow(1).clip(*size)
     shortcut = 0 if operator.shortcut is None else 2 * operator.shortcut[0].numel() * out.area * frames
-    return Cost(conv(operator.conv1, inner, size, frames) + conv(operator.conv2, out, size, frames) + shortcut)
+    return Cost(conv(operator.conv1, inner, size, frames, step) + conv(operator.conv2, out, size, frames, step) + shortcut)
 
 
-def attention(operator: blocks.Attention, out: Box, size: Size, frames: int, first: bool) -> Cost:
+def attention(operator: blocks.Attention, out: Box, size: Size, frames: int, step: Step) -> Cost:
     tokens, width = math.prod(size), len(operator.proj[1])
     weights = operator.qkv[0].numel() + operator.proj[0].numel()
     return Cost(2 * weights * tokens * frames, 4 * tokens**2 * width * frames)
 
 
-def _up(operator: blocks.UpBlock, out: Box, size: Size, frames: int, first: bool) -> Cost:
+def _up(operator: blocks.UpBlock, out: Box, size: Size, frames: int, step: Step) -> Cost:
     even = out.over(2).times(2) if operator.space else out
     box = operator.space.needs(even, size) if operator.space else out
     total = Cost()
     for i, resnet in enumerate(operator.resnets):
-        total = total + residual(resnet, box.grow(2 * (len(operator.resnets) - 1 - i)).clip(*size), size, frames, first)
-    if operator.time and not first:
+        total = total + residual(resnet, box.grow(2 * (len(operator.resnets) - 1 - i)).clip(*size), size, frames, step)
+    if operator.time and not step.first:
         total = total + Cost(2 * operator.time.weight.numel() * box.area * frames)
-    return total + Cost(_space(operator.space, box, even, frames * _magnifies(operator, first))) if operator.space else total
+    return total + Cost(_space(operator.space, box, even, frames * _magnifies(operator, step))) if operator.space else total
 
 
 def _space(space: blocks.SpaceDouble, box: Box, even: Box, frames: int) -> int:
@@ -175,11 +193,11 @@ def _space(space: blocks.SpaceDouble, box: Box, even: Box, frames: int) -> int:
     return 2 * space.weight.numel() * even.area * frames
 
 
-def _head(operator: blocks.Head, out: Box, size: Size, frames: int, first: bool) -> Cost:
-    return Cost(conv(operator.conv, out.over(operator.scale), size, frames))
+def _head(operator: blocks.Head, out: Box, size: Size, frames: int, step: Step) -> Cost:
+    return Cost(conv(operator.conv, out.over(operator.scale), size, frames, step))
 
 
-_COSTS: dict[type, Callable[[Any, Box, Size, int, bool], Cost]] = {
+_COSTS: dict[type, Callable[[Any, Box, Size, int, Step], Cost]] = {
     blocks.ConvIn: conv_in,
     blocks.ResidualBlock: residual,
     blocks.Attention: attention,

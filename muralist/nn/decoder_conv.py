@@ -1,11 +1,12 @@
 """The causal 3x3x3 convolution of the Wan decoder, on tiles, in row strips, with its temporal cache.
 
 Activations are [t, H, W, C] contiguous (channels last, no batch): the layout that oneDNN and cuDNN convolve fastest, and in which a
-norm over channels, a temporal mix and a row strip are all contiguous. Three ideas make it quick and exact:
+norm over channels, a temporal mix and a row strip are all contiguous. Four ideas make it quick and exact:
 
 * *Valid convolution on an explicit border.* A pass owns a buffer one position wider than its output. Positions outside the image are
   zero there (the convolution's own padding), positions beside a tile hold real neighbours. So a tile is right at every kind of edge.
 * *Row strips.* Norm, SiLU, temporal mix and residual run on strips that stay in the CPU's second-level cache.
+* *No products with zeros.* Nothing stands before the first frame, so only the last tap in time is convolved there.
 * *Fewer multiplications.* fp32 on a CPU is compute bound here (a convolution already runs at the speed of a matrix product). The kernel
   is three taps long in time and a step yields four frames, so Winograd's F(4, 3) over *time* (Lavin and Gray 2015, one-dimensional)
   replaces twelve 2-D convolutions by six, F(2, 3) six by four. The two mixes are matrix products with a 6-row matrix. With the points
@@ -129,7 +130,8 @@ class CausalConv:
 class ConvPass:
     """Some frames of one convolution on one box: feed input rows, then take output rows.
 
-    `frame` is the buffer's box (the output grown by one), `real` the part of it inside the image, which is all that `feed` accepts.
+    `frame` is the buffer's box (the output grown by one), `real` the part of it inside the image, which is all that `feed` accepts; `fresh`: the frame
+    is the first one, before which all is zero; `striped`: rows are fed in strips that stay in cache.
     """
 
     conv: CausalConv
@@ -139,21 +141,23 @@ class ConvPass:
     real: Box
     caches: dict[str, torch.Tensor]
     key: str
+    fresh: bool = field(init=False)
+    striped: bool = field(init=False)
     buffer: torch.Tensor = field(init=False)
     strip: torch.Tensor = field(init=False)
     mix: TimeMix | None = field(init=False)
 
     def __post_init__(self) -> None:
         weight = self.conv.weight
+        self.fresh, self.striped = self.frames == 1 and self.key not in self.caches, self.frames in self.conv.mixed
         self.mix = None
-        if self.frames in self.conv.mixed:
+        if self.striped and not self.fresh:
             mix = time_mix(self.frames)
             self.mix = TimeMix(*(m.to(weight) for m in (mix.before, mix.taps, mix.after)))
         shape = (self.frames + HISTORY, *self.frame.shape, self.conv.in_channels)
         self.buffer = self.conv.pool.take(f"{self.conv.slot}.buffer", shape, weight)
         self._zero_outside(self.buffer)
-        rows = self._rows(FEED_BYTES, 1)
-        self.strip = weight.new_zeros((shape[0], rows, *shape[2:])) if self.mix else self.buffer
+        self.strip = weight.new_zeros((shape[0], self._rows(FEED_BYTES, 1), *shape[2:])) if self.mix else self.buffer
         if self.key not in self.caches:
             self.caches[self.key] = weight.new_zeros((HISTORY, *shape[1:]))
 
@@ -164,7 +168,7 @@ class ConvPass:
 
     def strip_rows(self) -> int:
         """Rows a convolution takes at a time: few enough to stay in cache on a CPU, all of them otherwise (a device wants few large kernels)."""
-        return self._rows(STRIP_BYTES, 4) if self.mix else len(self.frame.y)
+        return self._rows(STRIP_BYTES, 4) if self.striped else len(self.frame.y)
 
     def _rows(self, strip_bytes: int, least: int) -> int:
         row = self.frames * len(self.frame.x) * self.conv.in_channels * self.conv.weight.element_size()
@@ -172,7 +176,7 @@ class ConvPass:
 
     def feed(self, rows: Span, x: torch.Tensor, write: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
         """Input rows `rows` (image rows within `real`), x [t, rows, width of real, C]; `write(into, x)` turns them into activations."""
-        height = self.strip.shape[1] if self.mix else len(rows)
+        height = self._rows(FEED_BYTES, 1) if self.striped else len(rows)
         for part in strips(rows, height):
             self._feed(part, x[:, part.inside(rows)], write)
 
@@ -191,6 +195,8 @@ class ConvPass:
     def take(self, rows: Span) -> torch.Tensor:
         """Output rows `rows` of `out` as [t, rows, W, Co], once the rows one above to one below have been fed."""
         y = rows.grow(1).inside(self.frame.y)
+        if self.fresh:
+            return F.conv2d(self.buffer[-1:, y].permute(0, 3, 1, 2), self.conv.weight[:, :, -1], self.conv.bias).permute(0, 2, 3, 1)
         if not self.mix:
             x = self.buffer[None, :, y].permute(0, 4, 1, 2, 3)
             return F.conv3d(x, self.conv.weight, self.conv.bias)[0].permute(1, 2, 3, 0)

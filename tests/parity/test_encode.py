@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from muralist.cost import encoding
-from muralist.cost.vae import empty
+from muralist.cost.vae import Cost, empty, steps
 from muralist.data.latents import encode
 from muralist.nn.decoder_blocks import SCORES
 from muralist.nn.encoder import StreamingEncoder
@@ -137,10 +137,10 @@ def test_alike_tiles_are_counted_once_and_cost_the_same(flavour, tile):
     encoder = StreamingEncoder(empty(config, "float32"))
     height, width = (side // encoder.spatial_factor for side in size)
     boxes, frames = latent_boxes(height, width, tile, encoder.spatial_factor), (FRAMES - 1) // 4 + 1
-    one_by_one = encoding._middle(encoder, (height, width)) * frames
-    for box in boxes:
-        walk = encoder.boxes(box, size)
-        one_by_one = one_by_one + encoding._tile(encoder, walk, size, True) + encoding._tile(encoder, walk, size, False) * (frames - 1)
+    one_by_one = Cost()
+    for step, times in steps(frames):
+        tiles = (encoding._tile(encoder, encoder.boxes(box, size), size, step) for box in boxes)
+        one_by_one = one_by_one + sum(tiles, encoding._middle(encoder, (height, width), step)) * times
     assert need.cost == one_by_one
     assert len(need.read) < need.tiles == len(boxes)
 
