@@ -1,8 +1,11 @@
 """What single choices of a recipe cost and bring when it paints: the same base, prompts and seeds, a variant for each choice.
 
     python benchmarks/variants.py few_steps --size 896x512 --count 4      # PixelWizard, Table 5: 2 to 8 steps without guidance, and 50 with it
+    python benchmarks/variants.py anchor --size 896x512 --count 4         # PixelWizard, section 9.4: what a flawed anchor does, and none
     python benchmarks/variants.py sight --size 1344x768 --count 4         # AtlasVid: windows, their shift, the proxy, a middle level, full attention
     python benchmarks/variants.py proxy --size 1344x768 --count 4         # AtlasVid: the proxy's rate, size, nearness and noise; the fine-tuning at 4K
+
+    python benchmarks/variants.py together --size 896x512 --count 4       # parts of the methods in the default recipe
 
 Held-out prompts; the variants of one prompt are painted one after the other in one process. What stands in the file of `--cases` is not painted again, so a
 stopped run goes on. Writes results/variants-STUDY.{json,md} and a sheet of middle frames, one row a prompt, in the order of the table.
@@ -53,12 +56,36 @@ SIGHT = {
     "+ middle level": ("refine.attention.pool=[1, 4, 4]",),
     "full attention": ('refine.attention={"kind": "FullAttention"}',),
 }
+LEARNED = 'upsample={"kind": "LearnedUpsampling"}'
+FEW_FROM_GUIDE = (  # half of four steps, one pass each
+    'refine.steps={"kind": "ShortcutSteps"}', "refine.adapter=anchored", "refine.num_inference_steps=4", "refine.skip_steps=2",
+    "refine.guidance_scale=1", "refine.flow_shift=5.5",
+)  # fmt: skip
 FROM_NOISE = ("refine.skip_steps=0",)  # nothing of the proxy but what its keys show
 STUDIES = {
     "few_steps": Choices(
         "pixelwizard",
         {"50 steps, guidance": ('refine.steps={"kind": "PlainSteps"}', "refine.num_inference_steps=50", "refine.guidance_scale=4")}
         | {f"{count} steps": (f"refine.num_inference_steps={count}",) for count in (8, 5, 4, 3, 2)},
+    ),
+    "anchor": Choices(
+        "pixelwizard",
+        {"as it is": ()}
+        | {f"painted in {count} steps": (f"proxy.num_inference_steps={count}",) for count in (4, 2)}
+        | {"224x128": ("proxy.width=224", "proxy.height=128"), "none": ("proxy=null", "refine.anchor=none")},
+    ),
+    "together": Choices(
+        "cascade",
+        {
+            "cascade": (),
+            "LUVE's upsampler": (LEARNED,),
+            "LUVE's expert": ('refine.experts=["high"]',),
+            "both": (LEARNED, 'refine.experts=["high"]'),
+            "PixelWizard's steps": FEW_FROM_GUIDE,
+            "and its anchor": (*FEW_FROM_GUIDE, "refine.anchor=injected"),
+            "and LUVE's upsampler": (*FEW_FROM_GUIDE, "refine.anchor=injected", LEARNED),
+            "AtlasVid's windows": ('refine.attention={"kind": "ProxyWindows", "tokens": 448, "max_frames": 4}', "refine.adapter=detail_uhr"),
+        },
     ),
     "sight": Choices(
         "atlasvid", SIGHT | {f"from noise: {name}": (*SIGHT[name], *FROM_NOISE) for name in ("+ shift", "+ proxy")}
