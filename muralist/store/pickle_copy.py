@@ -32,6 +32,8 @@ def limit(size: int) -> None:
         resource.RLIMIT_CORE: 0,
     }
     for what, most in limits.items():
+        if what == resource.RLIMIT_AS and sys.platform == "darwin":
+            continue  # macOS refuses any number: what it shares with every process is larger
         _, hard = resource.getrlimit(what)
         resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 

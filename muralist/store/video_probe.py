@@ -28,6 +28,8 @@ LAYOUT = ("width", "height", "pix_fmt", "color_primaries", "color_trc", "colorsp
 
 def limit(seconds: int) -> None:
     for what, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
+        if what == resource.RLIMIT_AS and sys.platform == "darwin":
+            continue  # macOS refuses any number: what it shares with every process is larger
         _, hard = resource.getrlimit(what)
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(what, (most, hard))
