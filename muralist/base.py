@@ -51,14 +51,19 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.index is not None and device.index >= torch.cuda.device_count():
         raise UserError(f"no device {name}, there are {torch.cuda.device_count()}", where="device", fix="use a lower number")
+    if device.index is not None:
+        torch.cuda.set_device(device)  # streams, events and counts of memory are of the current device unless told
     return device
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it (CUDA; a CPU with AMX or AVX512_BF16), else float32, which is then the faster of the two."""
-    if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported():
-        return torch.bfloat16
-    return torch.float32
+    """bfloat16 where the hardware multiplies it (CUDA from 8.0 on; a CPU with AMX or AVX512_BF16), else float32.
+
+    Older GPUs, which would emulate it, have no attention kernel for it but the one that holds all scores.
+    """
+    on_gpu = device.type == "cuda"
+    multiplied = torch.cuda.get_device_capability(device) >= (8, 0) if on_gpu else torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if multiplied else torch.float32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -247,6 +252,7 @@ class Base:
             gc.collect()  # it takes a good part of a second: only for what refers to itself
         if released and self.device.type == "cuda":
             torch.cuda.empty_cache()
+            torch.accelerator.empty_host_cache()  # page-locked memory in which weights waited: gigabytes that serve no block of another size
 
     def _component(self, name: str, load):
         if name not in self._loaded:

@@ -23,14 +23,14 @@ class Cost:
 
 
 def cost(work: Callable[[], object], device: torch.device, repeats: int = 3) -> Cost:
-    """After one run to warm up; long work is not repeated more often than it must."""
+    """After one run to warm up, in which kernels may be compiled; long work is then timed once."""
     before = _start(device)
     first = _timed(work, device)
     peak = _allocated(device) - before
     times = [first]
-    while len(times) < repeats + 1 and sum(times) < ENOUGH:
+    while len(times) < 2 or (len(times) < repeats + 1 and sum(times) < ENOUGH):
         times.append(_timed(work, device))
-    return Cost(statistics.median(times[1:] or times), max(peak, 0))
+    return Cost(statistics.median(times[1:]), max(peak, 0))
 
 
 def once(work: Callable[[], object], device: torch.device) -> Cost:
@@ -59,8 +59,9 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
         work()
         return time.perf_counter() - started
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    stream = torch.cuda.current_stream(device)
+    start.record(stream)
     work()
-    stop.record()
+    stop.record(stream)
     torch.cuda.synchronize(device)
     return start.elapsed_time(stop) / 1000

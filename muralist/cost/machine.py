@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,15 @@ class Machine:
         """This machine, calibrated in 0.2 to 0.4 s; `where`: a path on the disk that will hold the run (its nearest existing parent counts)."""
         device = torch.device(device)
         dtype, cuda = pick_dtype(device), device.type == "cuda"
+        matmul_flops, copy_bytes_per_s = _matmul_rate(device, dtype), _copy_rate(device)
+        if cuda:
+            torch.cuda.empty_cache()  # what the allocator keeps of calibration, and of a video before this one, is free for the next
         return cls(
             name=torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
             memory_bytes=_free_memory(),
             device_bytes=torch.cuda.mem_get_info(device)[0] if cuda else None,
-            matmul_flops=_matmul_rate(device, dtype),
-            copy_bytes_per_s=_copy_rate(device),
+            matmul_flops=matmul_flops,
+            copy_bytes_per_s=copy_bytes_per_s,
             disk_free=shutil.disk_usage(_existing(Path(where))).free,
             dtype=str(dtype).removeprefix("torch."),
             cores=_cores(),
@@ -200,9 +204,10 @@ def _copy_rate(device: torch.device) -> float:
 
 def _fastest(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest of the repetitions that fit the budget, after one to warm up: what is slower was disturbed."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    best, end = float("inf"), time.perf_counter() + BUDGET
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     work()
+    wait()
+    best, end = float("inf"), time.perf_counter() + BUDGET
     while best == float("inf") or time.perf_counter() < end:
         wait()
         start = time.perf_counter()

@@ -25,6 +25,7 @@ from torch import nn
 
 from muralist.nn.attention.window import attend_windows
 from muralist.nn.kinds import FREQUENCIES, BranchConfig, BranchesConfig, Restoring
+from muralist.nn.pooling import added
 from muralist.nn.rope import RopeScale, RotaryTable, rotary_table, rotate
 from muralist.nn.step_size import waves
 from muralist.nn.windows import Chunk, Partition, Shape, partition_evenly
@@ -200,8 +201,7 @@ class Pools:
             cells = blocks.cell[chunk.span]
             sums = self._sums.setdefault(name, [x.new_zeros(len(x), math.prod(blocks.shape), x.shape[-1], dtype=torch.float32) for x in tensors])
             shares = self.branches[name].shares(tensors, blocks, chunk.span)
-            # in place where nothing is differentiated: the sums would be copied for every chunk
-            self._sums[name] = [(old.index_add if torch.is_grad_enabled() else old.index_add_)(1, cells, new.float()) for old, new in zip(sums, shares)]
+            self._sums[name] = [added(old, cells, new.float()) for old, new in zip(sums, shares)]
 
     def take(self, name: str, dtype: torch.dtype) -> list[torch.Tensor]:
         """The pooled tensors of a branch, [B, cells, D]."""

@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +66,9 @@ def why_not(device: torch.device) -> str | None:
     if device.type == "cuda":
         if not find_spec("triton"):
             return "triton is not installed"
+        header = Path(sysconfig.get_path("include")) / "Python.h"
+        if not header.is_file():
+            return f"there is no {header} (python3-dev)"
         return _missing("C", (os.environ["CC"],) if "CC" in os.environ else ("gcc", "clang"))  # triton builds the launchers of its kernels
     return _missing("C++", (os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"),))
 

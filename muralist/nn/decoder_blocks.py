@@ -132,7 +132,7 @@ class ResidualBlock:
 class Attention:
     """Self-attention of one head over all positions of a frame (`WanAttentionBlock`): needs the whole frame.
 
-    The head is as wide as the layer (384, 1024), wider than flash kernels take, so queries go in chunks that bound the score matrix.
+    The head is as wide as the layer (384, 1024), wider than flash kernels take, so queries go in chunks that bound the score matrix, if there is one.
     """
 
     scale = 1
@@ -156,9 +156,16 @@ class Attention:
         wide = tokens.float() if tokens.dtype in (torch.float16, torch.bfloat16) else tokens
         normed = F.normalize(wide, dim=-1).to(tokens.dtype) * self.norm_scale * self.gamma
         q, k, v = (part[None, None] for part in F.linear(normed, *self.qkv).chunk(3, dim=-1))
-        chunks = q.split(max(SCORES // len(tokens), 1), dim=2)
+        chunks = q.split(len(tokens) if _holds_no_scores(q, k, v) else max(SCORES // len(tokens), 1), dim=2)
         mixed = torch.cat([F.scaled_dot_product_attention(chunk, k, v) for chunk in chunks], dim=2)
         return F.linear(mixed[0, 0], *self.proj).view_as(frame)
+
+
+def _holds_no_scores(*qkv: torch.Tensor) -> bool:
+    """Whether a GPU has a kernel for heads so wide that never holds the scores: all queries at once then, since few of them leave most of it idle."""
+    if qkv[0].device.type != "cuda":
+        return False
+    return torch.backends.cuda.can_use_efficient_attention(torch.backends.cuda.SDPAParams(*qkv, None, 0.0, False, False))
 
 
 class TimeDouble:
@@ -233,20 +240,27 @@ class Duplicate:
         self.factor, self.repeats = shortcut.factor, shortcut.repeats
         if self.space != 2:
             raise ValueError(f"a shortcut that magnifies {self.space} times; the streaming decoder knows 2")
+        parts = range(self.time * 4)  # (frame, row, column)
+        self.channels = [tuple((channel * self.factor + part) // self.repeats for channel in range(self.out_channels)) for part in parts]
+        self._placed: dict[tuple[torch.device, tuple[int, ...]], torch.Tensor] = {}
+
+    def _on(self, device: torch.device, channels: tuple[int, ...]) -> torch.Tensor:
+        """Indices on a device, moved there once: to wait for them would hold the device up for every tile."""
+        if (device, channels) not in self._placed:
+            self._placed[device, channels] = torch.tensor(channels, device=device)
+        return self._placed[device, channels]
 
     def add_to(self, result: torch.Tensor, x: torch.Tensor, *, first: bool) -> None:
         """result [t * time, 2h, 2w, Co] += duplicate(x [t, h, w, C]); the first chunk keeps only the last frame of each group."""
         _, h, w, _ = x.shape
-        base = torch.arange(self.out_channels, device=x.device) * self.factor
         gathered: dict[tuple[int, ...], torch.Tensor] = {}
         for i in range(self.time - 1 if first else 0, self.time):
             frames = result if first else result[i :: self.time]
             for a in (0, 1):
                 for b in (0, 1):
-                    index = (base + (i * 2 + a) * 2 + b) // self.repeats
-                    key = tuple(index.tolist())
+                    key = self.channels[(i * 2 + a) * 2 + b]
                     if key not in gathered:
-                        gathered[key] = x if key == tuple(range(x.shape[-1])) else x[..., index]
+                        gathered[key] = x if key == tuple(range(x.shape[-1])) else x[..., self._on(x.device, key)]
                     frames[:, a : 2 * h : 2, b : 2 * w : 2] += gathered[key]
 
 

@@ -61,9 +61,12 @@ def in_less(work: Callable[[S], T], size: S, smaller: Callable[[S], S]) -> T:
         give_back()
 
 
+SAID = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # by the CPU's allocator, that of page-locked memory, and cuBLAS
+
+
 def ran_out(error: BaseException) -> bool:
-    """Whether an allocator says that there is no more memory; the CPU's has no type of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether an allocator says that there is no more memory; not all have a type of their own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in SAID)
 
 
 def give_back() -> None:

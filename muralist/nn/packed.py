@@ -13,16 +13,18 @@ def value_bytes(dtype: torch.dtype) -> int:
 
 def packed(pixels: torch.Tensor, width: int) -> np.ndarray:
     """[...] in [0, 1] -> uint8 [..., width]; `pixels` is overwritten."""
-    whole = pixels.mul_(_most(width)).round_().to(torch.int32).cpu().numpy()
-    return np.ascontiguousarray(whole.astype("<i4", copy=False)[..., None].view(np.uint8)[..., :width])
+    whole = pixels.mul_(_most(width)).round_().to(torch.int32).cpu()
+    return whole.view(torch.uint8).unflatten(-1, (-1, 4))[..., :width].contiguous().numpy()
 
 
 def unpacked(stored: np.ndarray) -> torch.Tensor:
     """uint8 [..., width] -> float32 [...] in [0, 1]."""
-    width = stored.shape[-1]
-    whole = np.zeros((*stored.shape[:-1], 4), np.uint8)
-    whole[..., :width] = stored
-    return torch.from_numpy(whole.view("<i4")[..., 0].astype(np.float32)).div_(_most(width))
+    *lower, highest = range(stored.shape[-1])
+    whole = stored[..., highest].astype(np.float32)  # which holds 24 bits exactly
+    for byte in reversed(lower):
+        whole *= 256
+        whole += stored[..., byte]
+    return torch.from_numpy(whole).div_(_most(stored.shape[-1]))
 
 
 def _most(width: int) -> int:

@@ -28,7 +28,7 @@ class BlockStream:
         self.blocks = blocks
         self._tensors = [_tensors(block) for block in blocks]
         sizes = [sum(_room(t) for t in tensors) for tensors in self._tensors]
-        cuda = device.type == "cuda"
+        self._device, cuda = device, device.type == "cuda"
         self._slots = [torch.empty(max(sizes, default=0), dtype=torch.uint8, device=device) for _ in range(min(SLOTS, len(blocks)))]
         self._away = [_views(self._slots[n % SLOTS], tensors) for n, tensors in enumerate(self._tensors)]
         self._side = torch.cuda.Stream(device) if cuda else None
@@ -56,7 +56,7 @@ class BlockStream:
         if self._sent != number:
             self._send(number)
         if self._side is not None:
-            torch.cuda.current_stream().wait_event(self._arrived[number])
+            torch.cuda.current_stream(self._device).wait_event(self._arrived[number])
         _place(self._tensors[number], self._away[number])
         if number + 1 < len(self.blocks):
             self._send(number + 1)
@@ -64,7 +64,7 @@ class BlockStream:
     def take_away(self, number: int) -> None:
         """The block has computed: its slot is free for the one after the next."""
         if self._side is not None:
-            self._left[number].record(torch.cuda.current_stream())
+            self._left[number].record(torch.cuda.current_stream(self._device))
         _place(self._tensors[number], self._at_home[number])
 
     def _send(self, number: int) -> None:

@@ -248,7 +248,7 @@ class _Job:
 
 
 def _time_major(job: _Job, plan: TimeMajor, folder: Path | None, start: int, group: int, lag: int, where: torch.device) -> Iterator[FrameChunk]:
-    k, whole, tiles = _load_state(folder, start, len(job.tiles))
+    k, whole, tiles = _load_state(folder, start, len(job.tiles), job.decoder.device)
     job.advance(k * len(job.tiles))
     while k < job.frames:
         patch = job.first_part(k, whole)
@@ -289,7 +289,7 @@ def _frame_of(state: Path) -> int:
     return int(state.stem.removeprefix("caches-"))
 
 
-def _load_state(folder: Path | None, start: int, tiles: int) -> tuple[int, Caches, list[Caches]]:
+def _load_state(folder: Path | None, start: int, tiles: int, device: torch.device) -> tuple[int, Caches, list[Caches]]:
     """(latent frame, caches of the first part, caches a tile) of the last state saved at or before `start`; fresh ones if there is none."""
     saved = [path for path in _states(folder) if _frame_of(path) <= start] if folder else []
     everything: list[Caches] = [{} for _ in range(tiles + 1)]
@@ -297,7 +297,7 @@ def _load_state(folder: Path | None, start: int, tiles: int) -> tuple[int, Cache
         return 0, everything[0], everything[1:]
     for name, value in load_tensors(saved[-1]).items():
         index, key = name.split("/", 1)
-        everything[int(index)][key] = value
+        everything[int(index)][key] = value.to(device)
     return _frame_of(saved[-1]), everything[0], everything[1:]
 
 
@@ -324,7 +324,7 @@ def _tile_major(job: _Job, folder: Path, start: int) -> Iterator[FrameChunk]:
 def _first_parts(job: _Job, folder: Path) -> None:
     """The whole-frame layers of every latent frame, one file each; the caches beside them let a restart go on where it stopped."""
     state = folder / "first-caches.safetensors"
-    caches = load_tensors(state) if state.exists() else {}
+    caches = {name: value.to(job.decoder.device) for name, value in load_tensors(state).items()} if state.exists() else {}
     start = int(caches.pop("next", torch.tensor(0)))
     for k in range(start, job.frames):
         patch = job.first_part(k, caches)

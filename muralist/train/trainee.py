@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from muralist.base import Base, select_adapter, several_adapters
+from muralist.base import Base, pick_dtype, select_adapter, several_adapters
 from muralist.base_info import BaseInfo, inspect_base
 from muralist.data import latents
 from muralist.data.degrade import AnchorDamage
@@ -103,11 +103,12 @@ class Trainee(nn.Module):
         return torch.stack([nn.functional.pad(x.float(), (0, 0, 0, length - len(x))) for x in known]).to(self.base.device)
 
     def learn_captions(self, captions: Sequence[str]) -> None:
-        """Embed the captions and the empty one, once each; the text encoder goes again."""
+        """Embed the captions and the empty one, once each, in the type in which videos are painted; the text encoder goes again."""
+        encoder = Base(self.info, self.base.device, pick_dtype(self.base.device))  # UMT5-xxl in float32 takes 23 GB
         for text in sorted({*captions, ""} - self._known.keys()):
-            embedded = embed(self.base, text)[0]
+            embedded = embed(encoder, text)[0]
             self._known[text] = embedded[: int(embedded.any(dim=-1).sum())].half().cpu()
-        self.base.release("text_encoder", "tokenizer")
+        encoder.release("text_encoder", "tokenizer")
 
     def encoded(self, configs: Sequence[PoolConfig], data: VideoData, folder: Path, report: Report) -> tuple[LatentPool, ...]:
         """These pools, encoded into `folder/latents` where they are missing, and their captions learned.

@@ -279,9 +279,17 @@ def test_compiling_needs_the_compiler_that_will_be_asked_for(monkeypatch, tmp_pa
     for name, value in {"PATH": str(tmp_path), **variables}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(compiled_module, "find_spec", lambda name: name)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(compiled_module.sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setattr(sys, "platform", "linux")
     found = compiled_module.why_not(device)
     assert found is None if lacking is None else lacking in found
+
+
+def test_compiling_for_a_gpu_needs_pythons_header(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiled_module, "find_spec", lambda name: name)
+    monkeypatch.setattr(compiled_module.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "Python.h" in compiled_module.why_not(CUDA) and "python3-dev" in compiled_module.why_not(CUDA)
 
 
 def test_a_process_may_see_many_graphs_of_one_function(monkeypatch):

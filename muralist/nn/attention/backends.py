@@ -34,6 +34,18 @@ AGREES = 0.03  # of outputs of about 0.1 to 0.3: bfloat16 rounds by 0.001, 8-bit
 # --- adapters: q [B, H, n, d], k and v [B, H, m, d] -> [B, H, n, d] ---------------------------------------------------------------
 
 
+FEW_KEYS = 8192
+PLANLESS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """PyTorch's own choice; among few keys never cuDNN: windows come in hundreds of shapes, and it plans each anew for tenths of a second."""
+    if q.device.type != "cuda" or k.shape[2] >= FEW_KEYS:
+        return F.scaled_dot_product_attention(q, k, v)
+    with sdpa_kernel(PLANLESS, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v)
+
+
 def _builtin(choice: SDPBackend) -> Kernel:
     def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         with sdpa_kernel(choice):
@@ -71,7 +83,7 @@ def _varlen() -> Kernel:
 
 
 _loaders: dict[str, Callable[[], Kernel]] = {
-    "sdpa": lambda: F.scaled_dot_product_attention,
+    "sdpa": lambda: _sdpa,
     "flash": lambda: _builtin(SDPBackend.FLASH_ATTENTION),
     "cudnn": lambda: _builtin(SDPBackend.CUDNN_ATTENTION),
     "efficient": lambda: _builtin(SDPBackend.EFFICIENT_ATTENTION),
@@ -81,7 +93,7 @@ _loaders: dict[str, Callable[[], Kernel]] = {
     "sage": _sage,
     "reference": lambda: reference_attention,
 }
-_active: Kernel = F.scaled_dot_product_attention
+_active: Kernel = _sdpa
 
 
 # --- the switch -------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import torch
 from muralist.errors import UserError
 from muralist.nn.attention.window import ExtraKeys
 from muralist.nn.kinds import LARGEST
+from muralist.nn.pooling import added
 from muralist.nn.rope import axis_dims, frequencies, rotate
 from muralist.nn.windows import Partition, Run, Shape, WindowAttention
 
@@ -122,17 +123,22 @@ class Neighbours:
 
 
 def neighbours(cut: Partition, coarse: Shape, axes: Axes, near: Near, head_dim: int) -> Neighbours:
-    """For each window of `cut`, on its device: the `near.count` consecutive coarse tokens along each axis whose mean place is nearest to its middle."""
-    sides = torch.cat([torch.tensor(run.shape, dtype=torch.float64).expand(run.num_windows, 3) for run in cut.groups])
-    middles = cut.origins.cpu() + (sides - 1) / 2  # [W, 3]
+    """For each window of `cut`, on its device: the `near.count` consecutive coarse tokens along each axis whose mean place is nearest to its middle.
+
+    Computed there too where it surely has float64: a GPU would wait longer for the CPU than a layer takes.
+    """
+    device = cut.order.device
+    where = device if device.type == "cuda" else torch.device("cpu")
+    axes = tuple(axis.to(where) for axis in axes)
+    sides = torch.cat([torch.tensor(run.shape, dtype=torch.float64, device=where).expand(run.num_windows, 3) for run in cut.groups])
+    middles = cut.origins.to(where) + (sides - 1) / 2  # [W, 3]
     found = [_nearest(middles[:, axis], axes[axis], near.count[axis], (sides[:, axis, None] / 2).clamp(min=near.reach[axis])) for axis in range(3)]
     indices, angles = zip(*found)
     rows, columns = coarse[1:]
     index = _combined([indices[0] * rows * columns, indices[1] * columns, indices[2]])
     # each axis turns its own channels: laid out for every combination of the three, side by side
-    turned = [_spread(place, axis, indices)[..., None] * frequencies(dim) for axis, (place, dim) in enumerate(zip(angles, axis_dims(head_dim)))]
+    turned = [_spread(place, axis, indices)[..., None] * frequencies(dim).to(where) for axis, (place, dim) in enumerate(zip(angles, axis_dims(head_dim)))]
     angle = torch.cat(turned, dim=-1).flatten(1, 3)
-    device = cut.order.device
     return Neighbours(index.to(device), angle.cos().float().to(device), angle.sin().float().to(device))
 
 
@@ -141,7 +147,7 @@ def _nearest(middles: torch.Tensor, axis: torch.Tensor, count: int, reach: torch
     count = min(count, len(axis))
     means = axis.unfold(0, count, 1).mean(dim=1)
     first = (means[None, :] - middles[:, None]).abs().argmin(dim=1)
-    index = first[:, None] + torch.arange(count)
+    index = first[:, None] + torch.arange(count, device=first.device)
     return index, middles[:, None] + torch.maximum(torch.minimum(axis[index] - middles[:, None], reach), -reach)
 
 
@@ -189,8 +195,7 @@ class Pooling:
         first, rest = next(parts), parts
         total = first[1].new_zeros(len(first[1]), len(self.count), first[1].shape[-1], dtype=torch.float32)
         for span, part in itertools.chain([first], rest):
-            # in place where nothing is differentiated: the total would be copied for every chunk
-            total = (total.index_add if torch.is_grad_enabled() else total.index_add_)(1, self.cell[span], part.float())
+            total = added(total, self.cell[span], part.float())
         return (total / self.count[:, None]).to(first[1].dtype)
 
 

@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import nn
 
 Shape = tuple[int, int, int]
+ALIGNED = {"cuda": 8}  # widths of heads are padded to multiples: of others (the released one has 30) PyTorch's GPU kernels take none, and scores fill memory
 
 
 class MutualSelfAttention(nn.Module):
@@ -58,8 +59,11 @@ class MutualSelfAttention(nn.Module):
         """Each [B * W, H, n, d]; bias [W or 1, H or 1, n, n] -> [B * W, n, H * d]."""
         if bias is not None and len(bias) > 1:
             bias = bias.repeat(len(query) // len(bias), 1, 1, 1)
-        result = F.scaled_dot_product_attention(query, key, value, None if bias is None else bias.to(query.dtype))
-        return rearrange(result, "b h n d -> b n (h d)")
+        width = query.shape[-1]
+        if missing := -width % ALIGNED.get(query.device.type, 1):
+            query, key, value = (F.pad(x, (0, missing)) for x in (query, key, value))
+        result = F.scaled_dot_product_attention(query, key, value, None if bias is None else bias.to(query.dtype), scale=width**-0.5)
+        return rearrange(result[..., :width], "b h n d -> b n (h d)")
 
 
 class GatedMlp(nn.Module):
