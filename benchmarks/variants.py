@@ -126,16 +126,18 @@ class Cases:
     def __init__(self, path: Path, about: dict[str, Any]):
         self.path, self.about = path, about
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        if any(line["about"] != about for line in lines):
-            raise SystemExit(f"{path} holds other options: keep each in a file of its own")
+        variants = STUDIES[about["study"]].variants
+        if any(line["about"] != about or tuple(line["settings"]) != variants.get(line["variant"]) for line in lines):
+            raise SystemExit(f"{path} holds other options, settings or weights: keep each in a file of its own")
         self.known = {(line["number"], line["variant"]): line["values"] for line in lines}
 
-    def add(self, number: int, variant: str, values: dict[str, float], picture: torch.Tensor) -> None:
+    def add(self, number: int, variant: str, settings: tuple[str, ...], values: dict[str, float], picture: torch.Tensor) -> None:
         self.picture(number, variant).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture.numpy()).save(self.picture(number, variant))
         self.known[number, variant] = values
         with self.path.open("a") as log:
-            log.write(json.dumps({"about": self.about, "number": number, "variant": variant, "values": values}) + "\n")
+            line = {"about": self.about, "number": number, "variant": variant, "settings": settings, "values": values}
+            log.write(json.dumps(line) + "\n")
 
     def picture(self, number: int, variant: str) -> Path:
         return self.path.with_suffix("") / f"{number:03d}-{variant}.png"
@@ -145,12 +147,12 @@ def main() -> None:
     options = arguments()
     study, (width, height) = STUDIES[options.study], map(int, options.size.split("x"))
     grid, pipe = Grid(num_frames=29, height=height, width=width), muralist.load(options.model, recipe=study.recipe)
-    about = {"study": options.study, "size": options.size, "model": options.model, "seed": options.seed}
+    about = {"study": options.study, "size": options.size, "weights": pipe.base.info.fingerprint, "dtype": str(pipe.base.dtype), "seed": options.seed}
     cases = Cases(options.cases or Path(f"variants-{options.study}.jsonl"), about)
     for number, scene in enumerate(scenes(options.count, options.seed)):
         for name, settings in study.variants.items():
             if (number, name) not in cases.known:
-                cases.add(number, name, *painted(pipe, scene, grid, settings))
+                cases.add(number, name, settings, *painted(pipe, scene, grid, settings))
                 print(world.caption(scene), name, cases.known[number, name], flush=True)
         note = f"{number + 1} held-out prompts, {study.recipe}, {options.size} x 29, seed {options.seed}"
         write(f"variants-{options.study}", rows(cases, list(study.variants), number + 1), note=note)

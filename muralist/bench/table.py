@@ -13,6 +13,7 @@ import torch
 from muralist.bench.lab import Lab
 from muralist.bench.rows import ROWS, Figure
 from muralist.errors import UserError
+from muralist.nn.out_of_memory import ran_out
 from muralist.store import atomic
 
 QUICK = ("H7", "H1", "H8", "H9")
@@ -46,10 +47,12 @@ def _row(name: str, lab: Lab) -> Row:
     try:
         for figure in ROWS[name](lab):
             figures.append(figure)
-    except torch.OutOfMemoryError as error:
-        reason = f"does not fit: {str(error).splitlines()[0]:.160}"
     except UserError as error:
         reason = str(error)
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        reason = f"does not fit: {str(error).splitlines()[0]:.160}"
     return Row(name, _title(name), tuple(figures), reason)
 
 

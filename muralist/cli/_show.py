@@ -38,8 +38,9 @@ def error_line(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, typer.TyperException):
         return str(_usage(error))
-    text = f"{type(error).__name__}: {error}"
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in text or "can't allocate memory" in text:
+    from muralist.nn.out_of_memory import ran_out  # torch takes seconds to import, and is there where anything else goes wrong
+
+    if isinstance(error, MemoryError) or ran_out(error):
         return str(UserError("the memory does not suffice", where="memory", fix="use a smaller --size, fewer --num-frames, or --memory low"))
     return None
 

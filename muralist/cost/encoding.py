@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKLWan
 
 from muralist.cost import vae
@@ -40,6 +41,11 @@ class EncodeNeed:
     @property
     def tiles(self) -> int:
         return sum(count for _, count in self.read)
+
+    def in_numbers_of(self, itemsize: int) -> EncodeNeed:
+        """The same with numbers of so many bytes, where it was counted in bfloat16: in float32 on a GPU at most twice as much."""
+        times = itemsize // torch.bfloat16.itemsize
+        return replace(self, live_bytes=self.live_bytes * times, weight_bytes=self.weight_bytes * times)
 
 
 def encode(config: Mapping[str, Any], num_frames: int, size: Size, tile: int, *, quick: bool) -> EncodeNeed:

@@ -122,7 +122,9 @@ class ThroughPixels:
 def through_pixels(config: Mapping[str, Any], small: Grid, frames: int, size: tuple[int, int], part: PixelInterpolation, machine: Machine) -> ThroughPixels:
     """What `stages.upsample` needs for the proxy on the grid `small` and `frames` of `size` [H, W] pixels that are encoded."""
     decoded = decoding.decode_need(config, small, small, machine, PROXY_DECODE)
-    encoded = encoding.encode(config, frames, size, part.tile, quick=machine.on_cpu and machine.dtype == "float32")
+    quick = machine.on_cpu and machine.dtype == "float32"
+    encoded = encoding.encode(config, frames, size, part.tile, quick=quick)
+    encoded = encoded if quick else encoded.in_numbers_of(machine.itemsize)
     held = 3 * small.pixels * torch.half.itemsize
     # the decoder's count leaves out the weights of the encoder, which wait beside it
     most = max(decoded.memory_bytes + encoded.weight_bytes, encoded.live_bytes)

@@ -70,7 +70,8 @@ def ran_out(error: BaseException) -> bool:
 
 
 def give_back() -> None:
-    """What nobody holds any more, to the device."""
+    """What nobody holds any more, to the device, and page-locked memory to the system."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.accelerator.empty_host_cache()

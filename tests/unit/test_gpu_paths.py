@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 
-from muralist.base import pick_dtype
+from muralist.base import pick_device, pick_dtype
 from muralist.bench import clock
 from muralist.nn import pooling
+from muralist.nn.attention import backends
 from muralist.nn.latent_upsampler import tmsa
 from muralist.nn.out_of_memory import ran_out
 from muralist.stages import decode
 from muralist.store.tensors import save_tensors
 
 CUDA = torch.device("cuda")
+
+
+class OnGpu:
+    """As much of a tensor there as a choice of kernels looks at."""
+
+    def __init__(self, keys: int):
+        self.device, self.shape = CUDA, (1, 2, keys, 64)
+
+
+@pytest.mark.parametrize("keys, planned", [(512, False), (8191, False), (8192, True)])
+def test_among_few_keys_a_gpu_is_never_asked_for_cudnn(keys, planned, monkeypatch):
+    asked = []
+    monkeypatch.setattr(backends, "sdpa_kernel", lambda kernels, set_priority: asked.append(kernels) or nullcontext())
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: "attended")
+    assert backends.attention(*(OnGpu(keys),) * 3) == "attended"
+    assert bool(asked) != planned and all(SDPBackend.CUDNN_ATTENTION not in kernels for kernels in asked)
+
+
+def test_a_device_that_is_named_becomes_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert pick_device("cuda:1") == torch.device("cuda:1") == current[0] and pick_device("cuda") == CUDA and len(current) == 1
 
 
 @pytest.mark.parametrize("grad", [False, True])
