@@ -237,11 +237,10 @@ class Duplicate:
 
     def __init__(self, shortcut: wan.DupUp3D):
         self.time, self.space, self.out_channels = shortcut.factor_t, shortcut.factor_s, shortcut.out_channels
-        self.factor, self.repeats = shortcut.factor, shortcut.repeats
         if self.space != 2:
             raise ValueError(f"a shortcut that magnifies {self.space} times; the streaming decoder knows 2")
         parts = range(self.time * 4)  # (frame, row, column)
-        self.channels = [tuple((channel * self.factor + part) // self.repeats for channel in range(self.out_channels)) for part in parts]
+        self.channels = [tuple((channel * shortcut.factor + part) // shortcut.repeats for channel in range(self.out_channels)) for part in parts]
         self._placed: dict[tuple[torch.device, tuple[int, ...]], torch.Tensor] = {}
 
     def _on(self, device: torch.device, channels: tuple[int, ...]) -> torch.Tensor:
