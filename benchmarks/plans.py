@@ -22,7 +22,8 @@ INTRO = """# What a plan says
 memory, disk and time of each stage, what will be done about it, and what cannot fit (exit code 2, with the nearest request that fits).
 
 - **FLOPs** of transformer, text encoder and decoder are those that PyTorch's counter finds (`benchmarks/results/flops.md`,
-  `tests/unit/test_plan.py`); those of an adapter are taken from its file size.
+  `tests/unit/test_plan.py`); an adapter is a part of the weights; where two take turns
+  at every step (`refine.attention.proxy_noise=same`), its own are taken from its file size.
 - **Memory** counts weights and the tensors that are alive together; a test compares the transformer's forward with what it really allocates
   (within -10 and +20 %), and `benchmarks/results/plan_memory.md` forwards, decodes and enlargements with the resident memory of a process: within 15 %,
   where freed memory goes back to the system. That is below level `high`: on a CPU at `high` the C library keeps freed chunks, 1.3 to 1.7 times what

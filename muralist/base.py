@@ -6,38 +6,25 @@ At no moment do text encoder, transformer and VAE stand in memory together unles
 from __future__ import annotations
 
 import gc
-import logging
-import math
 import re
-import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from muralist.base_info import UPSAMPLER, BaseInfo
 from muralist.errors import UserError
-from muralist.nn.block_cache import FirstBlockCache, Pass
 from muralist.nn.experts import EXPERTS, ExpertsConfig, attach
 from muralist.nn.fp8 import quantise
 from muralist.nn.kinds import BRANCHES, INJECTOR, STEP_SIZE, BranchesConfig, InjectorConfig
-from muralist.nn.out_of_memory import Chunks
 from muralist.nn.streaming import rest_to, streamed_by_hooks
-from muralist.sampling import flow
 from muralist.store import parts
-from muralist.types import TextCond
 
 if TYPE_CHECKING:  # diffusers takes seconds to import: only what computes pays for it, not what checks a request
-    from muralist.nn.attention import ProxyMemory
     from muralist.nn.latent_upsampler import LatentUpsampler
-    from muralist.nn.transformer import Graft, MuralTransformer
-
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+    from muralist.nn.transformer import MuralTransformer
 
 
 def pick_device(name: str) -> torch.device:
@@ -66,43 +53,6 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if multiplied else torch.float32
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ProxyView:
-    """A coarse video [1, C, F, h, w] that a finer one of the same scene is painted in sight of.
-
-    `time_scale`: fine latent frames from one of its own to the next; `adapter`: the one it was painted with, and is looked at with;
-    `noise`: it is seen clean, or at the noise level of each step (then with noise of its own, drawn once by `seed`).
-    """
-
-    z: torch.Tensor
-    time_scale: float
-    adapter: str | None
-    noise: Literal["clean", "same"]
-    seed: int
-
-    def at(self, sigma: float) -> tuple[torch.Tensor, float]:
-        """(latent, its noise level) for a step at sigma."""
-        if self.noise == "clean":
-            return self.z, 0.0
-        return flow.renoise(self.z, flow.keyed_noise(tuple(self.z.shape), seed=self.seed, stage="proxy view").to(self.z), sigma), sigma
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Sight:
-    """What a velocity field is told beside text and noise; nothing by default.
-
-    `proxy`: for guided windows. `anchor` [1, C, F, h, w]: for the injector. `step_sizes`: how far the step goes that starts at a noise level, on
-    the scale of timesteps, for a base that was given step sizes.
-    """
-
-    proxy: ProxyView | None = None
-    anchor: torch.Tensor | None = None
-    step_sizes: Mapping[float, float] | None = None
-
-
-NOTHING = Sight()
-
-
 class Base:
     """The components of a checked model on one device, loaded when first asked for; `components`: those that are there already, by name."""
 
@@ -111,6 +61,7 @@ class Base:
         self._loaded: dict[str, Any] = dict(components or {})
         self._streamed = False
         self._linears = "plain"
+        self._merged: str | None = None
 
     def stream(self, streamed: bool) -> None:
         """Whether the weights of transformer and text encoder wait in main memory and visit the device (`nn/streaming.py`), from now on."""
@@ -123,6 +74,10 @@ class Base:
         if linears != self._linears:
             self.release("transformer", "transformer_2")
         self._linears = linears
+
+    def merge(self, adapter: str | None) -> None:
+        """Which adapter is a part of the transformer's weights (`nn/adapters.py`), from now on; another one, or none, takes loading anew."""
+        self._merged = adapter
 
     def tokenizer(self):
         return self._component("tokenizer", lambda: _auto_tokenizer(self.info.folder / "tokenizer"))
@@ -142,108 +97,27 @@ class Base:
 
     def transformer(self, sigma: float = 1.0) -> MuralTransformer:
         """The transformer that serves noise level sigma; of two, the other one is let go."""
-        name, other = "transformer", "transformer_2"
-        if self.info.boundary is not None and sigma < self.info.boundary:
-            name, other = other, name
-        self.release(other)
+        name = self.serving(sigma)
+        self.release(*{"transformer", "transformer_2"} - {name})
+        if name in self._loaded and not self._has_merged(self._loaded[name]):
+            self.release(name)
         return self._component(name, lambda: self._load_transformer(name))
 
-    def velocity(
-        self,
-        text: TextCond,
-        *,
-        guidance_scale: float,
-        guidance_interval: flow.Interval = flow.WHOLE,
-        guidance_mean_interval: flow.Interval = flow.WHOLE,
-        graft: Graft,
-        grafts: Mapping[float, Graft] = MappingProxyType({}),
-        adapter: str | None,
-        sight: Sight = NOTHING,
-        cache: FirstBlockCache | None = None,
-    ) -> flow.Velocity:
-        """The guided velocity field under a graft, with a named adapter switched on or all of them off; runs without gradients.
+    def serving(self, sigma: float) -> str:
+        """The name of the transformer for noise level sigma."""
+        return "transformer_2" if self.info.boundary is not None and sigma < self.info.boundary else "transformer"
 
-        `grafts`: those of single noise levels, in place of `graft`; they differ from it in their windows alone. Of a graft's experts those work that are
-        there for the noise level. With a `cache` it depends on the steps before: for one run of them.
-        """
-        positive, negative = (e.to(self.device, self.dtype) for e in (text.positive, text.negative))
-        chunks = Chunks()
-        passes = (None, None) if cache is None else (cache.conditional, cache.unconditional)
-        conditional, unconditional = (
-            self._field(embeds, graft, grafts, adapter, sight, chunks, cached) for embeds, cached in zip((positive, negative), passes)
-        )  # fmt: skip
-        return flow.guided(conditional, unconditional, guidance_scale, guidance_interval, guidance_mean_interval)
+    def _has_merged(self, transformer: MuralTransformer) -> bool:
+        """Whether a loaded transformer's weights hold the adapter that they are to, as far as it can be merged. It is now, where the weights are plain."""
+        from muralist.nn.adapters import can_merge, merge_adapter, merged_adapter
 
-    def _field(
-        self, embeds: torch.Tensor, graft: Graft, grafts: Mapping[float, Graft], adapter: str | None, sight: Sight, chunks: Chunks, cached: Pass | None
-    ) -> flow.Velocity:
-        given = self._given(embeds, sight)
-
-        @torch.inference_mode()
-        def velocity(z: torch.Tensor, sigma: float) -> torch.Tensor:
-            self.multiply_in(graft.kernels.linears)
-            transformer, at_work = self.transformer(sigma), tuple(name for name in graft.experts if self.info.experts.experts[name].works_at(sigma))
-
-            def forward(token_chunk: int | None) -> torch.Tensor:
-                # its kernels and chunks are those of the proxy's pass too
-                transformer.configure(replace(grafts.get(sigma, graft), experts=at_work, token_chunk=token_chunk))
-                seen = given(z, sigma) | {"cache": cached}
-                select_adapter(transformer, adapter)
-                return transformer(z.to(self.dtype), self._timestep(sigma), embeds, return_dict=False, attention_kwargs=seen)[0].float()
-
-            output = chunks.attempt(forward, graft.token_chunk, math.prod(transformer.token_shape(z)))
-            return output if self.info.prediction == "flow" else flow.velocity_of_sample(z, output, sigma)
-
-        return velocity
-
-    def _given(self, embeds: torch.Tensor, sight: Sight) -> Callable[[torch.Tensor, float], dict[str, Any]]:
-        """(z, sigma) -> what the transformer is given of `sight` for that step; what does not change between steps is computed once."""
-        remember = None if sight.proxy is None else self._memory(embeds, sight.proxy)
-        features = None if sight.anchor is None else self._features(sight.anchor)
-
-        def given(z: torch.Tensor, sigma: float) -> dict[str, Any]:
-            seen = {} if remember is None else {"proxy": remember(sigma)}
-            if features is not None:
-                seen["anchor"] = features(z, sigma)
-            if sight.step_sizes is not None:
-                seen["step_size"] = torch.tensor([sight.step_sizes[sigma]], device=self.device)
-            return seen
-
-        return given
-
-    def _features(self, anchor: torch.Tensor) -> Callable[[torch.Tensor, float], torch.Tensor]:
-        """What the injector makes of an anchor for the token grid of z."""
-        last: tuple[MuralTransformer, torch.Tensor] | None = None
-
-        @torch.inference_mode()
-        def features(z: torch.Tensor, sigma: float) -> torch.Tensor:
-            nonlocal last
-            transformer = self.transformer(sigma)
-            if last is None or last[0] is not transformer:
-                last = (transformer, transformer.injector.refine(anchor.to(self.device, self.dtype), transformer.token_shape(z)))
-            return last[1]
-
-        return features
-
-    def _memory(self, embeds: torch.Tensor, proxy: ProxyView) -> Callable[[float], ProxyMemory]:
-        """The proxy's keys and values for a step at sigma; those of the last step again if nothing that they depend on has changed."""
-        last: tuple[MuralTransformer, float, ProxyMemory] | None = None
-
-        @torch.inference_mode()
-        def remember(sigma: float) -> ProxyMemory:
-            nonlocal last
-            transformer, (z, level) = self.transformer(sigma), proxy.at(sigma)
-            if last is None or last[0] is not transformer or last[1] != level:
-                last = None  # two memories at a time would be one too many
-                select_adapter(transformer, proxy.adapter)
-                memory = transformer.remember(z.to(self.device, self.dtype), self._timestep(level), embeds, proxy.time_scale)
-                last = (transformer, level, memory)
-            return last[2]
-
-        return remember
-
-    def _timestep(self, sigma: float) -> torch.Tensor:
-        return torch.tensor([1000 * sigma], device=self.device, dtype=torch.float32)
+        now, wanted = merged_adapter(transformer), self._merged
+        if now is None and wanted is not None and can_merge(transformer, wanted):
+            if self._streamed or self._linears != "plain":
+                return False
+            merge_adapter(transformer, wanted)
+            return True
+        return now in (None, wanted)
 
     def release(self, *names: str) -> None:
         """Let components go and give their memory back."""
@@ -268,11 +142,14 @@ class Base:
         return encoder
 
     def _load_transformer(self, name: str) -> MuralTransformer:
+        from muralist.nn.adapters import load_adapter, merge_adapter
         from muralist.nn.transformer import MuralTransformer
 
         transformer = MuralTransformer.from_pretrained(self.info.folder / name, torch_dtype=self.dtype)
         for adapter in self.info.adapters:
-            _load_adapter(transformer, adapter, self.info.folder / "adapters" / adapter)
+            load_adapter(transformer, adapter, self.info.folder / "adapters" / adapter)
+        if self._merged is not None:
+            merge_adapter(transformer, self._merged)
         if self.info.experts is not None:
             _attach_experts(transformer, self.info.experts, self.info.folder / "parts" / EXPERTS, self.dtype)
         if STEP_SIZE in self.info.parts:
@@ -289,61 +166,6 @@ class Base:
 def _modules(component: Any) -> list[weakref.ref]:
     """The modules of a component, none of them kept alive; what is no module holds no memory to speak of."""
     return [weakref.ref(module) for module in component.modules()] if isinstance(component, torch.nn.Module) else []
-
-
-def select_adapter(transformer: MuralTransformer, adapter: str | None) -> None:
-    """Switch one loaded adapter on, or all of them off."""
-    if not getattr(transformer, "_hf_peft_config_loaded", False):
-        if adapter is not None:
-            raise UserError(f"the base has no adapter {adapter!r}", where="adapter", fix="choose a base or a recipe that has it")
-        return
-    if adapter is not None and adapter not in transformer.peft_config:
-        raise UserError(f"the base has no adapter {adapter!r}", where="adapter", fix=f"use one of {', '.join(transformer.peft_config)}")
-    if _is_selected(transformer, adapter):
-        return
-    if adapter is None:
-        transformer.disable_adapters()
-    else:
-        transformer.enable_adapters()
-        transformer.set_adapters([adapter])
-
-
-def _is_selected(transformer: MuralTransformer, adapter: str | None) -> bool:
-    """Whether every layer that has adapters stands so already: to ask is much faster than to switch them all."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = (module for module in transformer.modules() if isinstance(module, BaseTunerLayer))
-    return all(layer.disable_adapters if adapter is None else not layer.disable_adapters and layer.active_adapters == [adapter] for layer in layers)
-
-
-@contextmanager
-def several_adapters() -> Iterator[None]:
-    """peft warns of a second adapter in a model; here that is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")
-        yield
-
-
-@contextmanager
-def _without_others(name: str) -> Iterator[None]:
-    """diffusers counts the weights of adapters that are loaded already, and whose names contain this one's, as missing ones of it."""
-
-    def of_this_one(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        return "missing keys" not in text or f".{name}." in text
-
-    logger = logging.getLogger("diffusers.utils.peft_utils")
-    logger.addFilter(of_this_one)
-    try:
-        yield
-    finally:
-        logger.removeFilter(of_this_one)
-
-
-def _load_adapter(transformer: MuralTransformer, name: str, folder: Path) -> None:
-    with several_adapters(), _without_others(name):
-        # without both names diffusers falls back to a pickle
-        transformer.load_lora_adapter(str(folder), prefix=None, adapter_name=name, weight_name=ADAPTER_FILE, use_safetensors=True)
 
 
 def _attach_experts(transformer: MuralTransformer, config: ExpertsConfig, folder: Path, dtype: torch.dtype) -> None:

@@ -175,8 +175,8 @@ def _denoising(setting: Setting, stage: str, part: LowResolutionProxy | Refine, 
     each = {graft: transformer.forward(size, graft, shape, info.defaults.max_sequence_length, info.branches) for graft in set(grafts)}
     one, forwards = each[grafts[0]], steps.forwards
     attention = sum(passes * each[graft].attention for passes, graft in zip(steps.passes, itertools.cycle(grafts)))
-    # A low-rank layer multiplies each of its weights once for every token; adapters are stored in 16 bits.
-    linear = one.linear + 2 * one.tokens * info.component_bytes.get(f"adapter {part.adapter}", 0) // 2
+    # Beside the weights a low-rank layer multiplies each of its own once for every token; adapters are stored in 16 bits.
+    linear = one.linear + (0 if _merged(part) else 2 * one.tokens * info.component_bytes.get(f"adapter {part.adapter}", 0) // 2)
     latent, (held, host) = setting.latent_bytes(grid), held_bytes(setting)
     working = held + _live_bytes(grafts[0], grid, setting) + LATENTS * latent
     planned = StagePlan(
@@ -194,6 +194,12 @@ def _denoising(setting: Setting, stage: str, part: LowResolutionProxy | Refine, 
         action=action,
     )
     return planned if part.cache is None else _with_cache(planned, part.cache, steps, setting)
+
+
+def _merged(part: LowResolutionProxy | Refine) -> bool:
+    """Whether the stage's adapter is a part of the weights, as in `velocity.Fields`."""
+    attention = getattr(part, "attention", None)
+    return not (isinstance(attention, ProxyWindows) and attention.proxy_noise == "same")
 
 
 def _with_cache(plan: StagePlan, threshold: float, steps: Steps, setting: Setting) -> StagePlan:

@@ -43,6 +43,7 @@ from muralist.sampling import flow
 from muralist.stages.proxy import check_guidance
 from muralist.store import atomic
 from muralist.types import Grid, TextCond
+from muralist.velocity import velocity_field
 
 BANDS = ("low", "high")
 MIN_STEPS = 4
@@ -289,7 +290,7 @@ def run(study: Study, base: Base, scratch: Path, observer: Observer) -> Result:
     with measured(observer, "denoise", len(texts) * len(study.seeds) * steps):
         for (prompt, text), seed in itertools.product(zip(study.prompts, texts), study.seeds):
             noise, done = flow.keyed_noise((1, *shape), seed=seed, stage="proxy").to(base.device), len(videos) * steps
-            velocity = base.velocity(text, **flow.guidance_of(study), graft=Graft(), adapter=None)
+            velocity = velocity_field(base, text, **flow.guidance_of(study), graft=Graft(), adapter=None)
             curves = follow(velocity, noise, levels, spectra, scratch, lambda step, z, done=done: observer.advance("denoise", done + step))
             mean.add(curves)
             videos.append(Video(prompt=prompt, seed=seed, settled=curves.settled, crossing=curves.crossing, half_settled=curves.half_settled))

@@ -33,6 +33,7 @@ from muralist.nn.decoder_memory import DecodeMemory, Saves, measure
 from muralist.nn.packed import packed, unpacked, value_bytes
 from muralist.stages.decode_options import DecodeOptions
 from muralist.store import atomic
+from muralist.store.pace import Pace
 from muralist.store.tensors import load_tensors, save_tensors
 from muralist.tiling import Box, tile_boxes
 from muralist.types import FrameChunk, Grid, LatentVideo
@@ -322,15 +323,18 @@ def _tile_major(job: _Job, folder: Path, start: int) -> Iterator[FrameChunk]:
 
 
 def _first_parts(job: _Job, folder: Path) -> None:
-    """The whole-frame layers of every latent frame, one file each; the caches beside them let a restart go on where it stopped."""
-    state = folder / "first-caches.safetensors"
+    """The whole-frame layers of every latent frame, one file each; the caches beside them, now and then, let a restart go on."""
+    state, pace = folder / "first-caches.safetensors", Pace()
     caches = {name: value.to(job.decoder.device) for name, value in load_tensors(state).items()} if state.exists() else {}
     start = int(caches.pop("next", torch.tensor(0)))
     for k in range(start, job.frames):
         patch = job.first_part(k, caches)
         save_tensors(folder / f"first-{k:06d}.safetensors", {"x": patch.data})
-        save_tensors(state, {**caches, "next": torch.tensor(k + 1)})
+        if pace.due():  # on a GPU they take far longer to write than to compute
+            with pace.saving():
+                save_tensors(state, {**caches, "next": torch.tensor(k + 1)}, cached=False)
         job.advance(0)
+    save_tensors(state, {"next": torch.tensor(job.frames)})
 
 
 def _decode_tile(job: _Job, folder: Path, index: int, path: Path) -> None:

@@ -13,6 +13,7 @@ from muralist.nn.block_cache import FirstBlockCache
 from muralist.nn.kernels import PLAIN, Kernels
 from muralist.sampling import flow
 from muralist.types import Geometry, Grid, LatentVideo, TextCond
+from muralist.velocity import velocity_field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +123,6 @@ def make_proxy(
     levels = flow.sigmas(proxy.num_inference_steps, proxy.flow_shift)
     start, z = saved or (0, flow.keyed_noise((1, *base.info.geometry.latent_shape(grid)), seed=seed, stage="proxy"))
     graft = Graft(rope=RopeScale(t=proxy.time_scale), token_chunk=proxy.token_chunk, kernels=kernels)
-    velocity = base.velocity(text, **flow.guidance_of(proxy), graft=graft, adapter=proxy.adapter, cache=cache)
+    velocity = velocity_field(base, text, **flow.guidance_of(proxy), graft=graft, adapter=proxy.adapter, cache=cache)
     z = flow.denoise(velocity, z.to(base.device), levels, start=start, after_step=after_step)
     return LatentVideo(z, grid)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from muralist.base import NOTHING, Base, ProxyView, Sight
+from muralist.base import Base
 from muralist.errors import UserError
 from muralist.nn.attention import BranchedWindows, CloseRemote, FullAttention, GuidedWindows, Middle, Near
 from muralist.nn.attention.close_remote import MOST
@@ -21,6 +21,7 @@ from muralist.sampling import flow
 from muralist.sampling.shortcut import PlainSteps, ShortcutSteps
 from muralist.stages.proxy import LowResolutionProxy, check_cache, check_chunk, check_guidance
 from muralist.types import Geometry, Grid, LatentVideo, TextCond
+from muralist.velocity import NOTHING, ProxyView, Sight, velocity_field
 
 if TYPE_CHECKING:
     from muralist.nn.transformer import Graft
@@ -171,7 +172,7 @@ def refine(
     start, z = saved or (how.skip_steps, _start(guide, (1, *geometry.latent_shape(grid)), levels[how.skip_steps], seed))
     shape = geometry.token_shape(grid)
     grafts = {level: replace(how.graft(shape, step), kernels=kernels) for step, level in enumerate(levels[:-1])}
-    velocity = base.velocity(text, **flow.guidance_of(how), graft=grafts[levels[0]], grafts=grafts, adapter=how.adapter, sight=sight, cache=cache)
+    velocity = velocity_field(base, text, **flow.guidance_of(how), graft=grafts[levels[0]], grafts=grafts, adapter=how.adapter, sight=sight, cache=cache)
     z = flow.denoise(velocity, z.to(base.device), levels, start=start, after_step=after_step)
     return LatentVideo(z, grid)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from muralist.base import select_adapter
 from muralist.data.sharpen import Unsharp
+from muralist.nn.adapters import select_adapter
 from muralist.nn.experts import EXPERTS, SWITCH, ExpertConfig, ExpertsConfig, attach
 from muralist.nn.filters import RadialFilter
 from muralist.nn.transformer import Graft

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from muralist.base import select_adapter
 from muralist.data.latents import LatentPool, PoolConfig
+from muralist.nn.adapters import select_adapter
 from muralist.nn.attention import ProxyMemory, Within
 from muralist.stages.proxy import LowFrameRateProxy
 from muralist.stages.refine import ProxyWindows, Refine

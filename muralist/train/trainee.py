@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from muralist.base import Base, pick_dtype, select_adapter, several_adapters
+from muralist.base import Base, pick_dtype
 from muralist.base_info import BaseInfo, inspect_base
 from muralist.data import latents
 from muralist.data.degrade import AnchorDamage
@@ -21,6 +21,7 @@ from muralist.data.latents import LatentPool, PoolConfig
 from muralist.data.sharpen import Unsharp
 from muralist.data.sources import Source, World
 from muralist.errors import UserError
+from muralist.nn.adapters import select_adapter, several_adapters
 from muralist.nn.enlarge import sampled
 from muralist.stages.prompt import embed
 from muralist.store import weights

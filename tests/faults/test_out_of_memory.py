@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from muralist.base import Base, ProxyView, Sight
+from muralist.base import Base
 from muralist.base_info import inspect_base
 from muralist.errors import UserError
 from muralist.nn import out_of_memory
@@ -20,6 +20,7 @@ from muralist.stages.decode import TILES, TileMajor, TimeMajor, decode
 from muralist.stages.decode_in_less import decode_in_less, smaller
 from muralist.stages.upsample import PixelInterpolation, upsample
 from muralist.types import Grid, LatentVideo, TextCond
+from muralist.velocity import ProxyView, Sight, velocity_field
 from tests.shell import muralist
 
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ def test_the_pass_over_the_proxy_is_computed_as_the_graft_says(base):
     graft = Graft(attention=GuidedWindows(WindowAttention((1, 3, 4)), near), token_chunk=6, kernels=Kernels(attention="reference"))
     z, seen = torch.zeros(1, 48, 1, 6, 8), []
     sight = Sight(ProxyView(torch.zeros(1, 48, 1, 6, 8), 1.0, None, "clean", 0), None, None)
-    velocity = Base(base.info, CPU, torch.float32).velocity(text, guidance_scale=1.0, graft=graft, adapter="detail", sight=sight)
+    velocity = velocity_field(Base(base.info, CPU, torch.float32), text, guidance_scale=1.0, graft=graft, adapter="detail", sight=sight)
     with pytest.MonkeyPatch.context() as patch:
         configure = MuralTransformer.configure
         patch.setattr(MuralTransformer, "configure", lambda self, given: seen.append(given) or configure(self, given))
@@ -71,7 +72,7 @@ def test_the_pass_over_the_proxy_is_computed_as_the_graft_says(base):
 
 def denoised(base: Base, graft: Graft) -> torch.Tensor:
     text = TextCond(torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(1)), torch.zeros(1, 4, 32))
-    velocity = base.velocity(text, guidance_scale=2.0, graft=graft, adapter="detail")
+    velocity = velocity_field(base, text, guidance_scale=2.0, graft=graft, adapter="detail")
     z = torch.randn(1, 48, 3, 12, 16, generator=torch.Generator().manual_seed(2))
     return flow.denoise(velocity, z, flow.sigmas(3, 5.0), after_step=lambda step, z: None)
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from muralist.base import Base, Sight
+from muralist.base import Base
 from muralist.base_info import inspect_base
 from muralist.errors import UserError
 from muralist.nn import out_of_memory
@@ -26,6 +26,7 @@ from muralist.stages.proxy import LowResolutionProxy
 from muralist.stages.refine import Refine, Windows
 from muralist.store.run import RunDirectory
 from muralist.types import Grid, TextCond
+from muralist.velocity import Sight, velocity_field
 from tests.faults.test_out_of_memory import Failing
 from tests.unit.test_plan import ROOMY, TINY, Alive, base, request, stage
 from tests.unit.test_streaming import bases, spoiled  # noqa: F401 (a fixture)
@@ -53,7 +54,7 @@ def painter(tiny22):
 
 def denoised(painter, graft, cache, levels=LEVELS, sight=None, interval=flow.WHOLE):
     """(the latent, whether each step was whole, forwards of the last block after each step)"""
-    velocity = painter.velocity(TEXT, guidance_scale=2.0, guidance_interval=interval, graft=graft, adapter="detail", sight=sight or Sight(), cache=cache)
+    velocity = velocity_field(painter, TEXT, guidance_scale=2.0, guidance_interval=interval, graft=graft, adapter="detail", sight=sight or Sight(), cache=cache)
     whole, counts, count = [], [], [0]
 
     def counted(*_):
@@ -63,6 +64,7 @@ def denoised(painter, graft, cache, levels=LEVELS, sight=None, interval=flow.WHO
         whole.append(cache is None or cache.whole)
         counts.append(count[0])
 
+    painter.merge("detail")  # as the field will have it: weights that are streamed are loaded anew for that
     hook = painter.transformer(levels[0]).blocks[-1].register_forward_hook(counted)
     try:
         return flow.denoise(velocity, Z, levels, after_step=after_step), whole, counts
@@ -139,7 +141,7 @@ def test_where_guidance_begins_its_pass_is_computed_in_full(painter):
 def test_a_full_step_leaves_nothing_older_behind(painter):
     """Guidance ended, went on without its pass, and begins again: what that pass kept before is not added."""
     cache = FirstBlockCache(ALWAYS)
-    velocity = painter.velocity(TEXT, guidance_scale=2.0, guidance_interval=(0.5, 0.7), graft=Graft(), adapter=None, cache=cache)
+    velocity = velocity_field(painter, TEXT, guidance_scale=2.0, guidance_interval=(0.5, 0.7), graft=Graft(), adapter=None, cache=cache)
     velocity(Z, 0.6)
     cache.conditional.forget()
     velocity(Z, 0.4)
@@ -156,7 +158,7 @@ def test_another_transformer_forces_a_full_step_and_the_first_one_goes(tiny22, t
     shutil.copytree(folder / "transformer", folder / "transformer_2")
     painter = Base(replace(inspect_base(str(folder)), boundary=0.75), torch.device("cpu"), torch.float32)
     cache, whole, alive = FirstBlockCache(ALWAYS), [], []
-    velocity = painter.velocity(TEXT, guidance_scale=2.0, graft=Graft(), adapter=None, cache=cache)
+    velocity = velocity_field(painter, TEXT, guidance_scale=2.0, graft=Graft(), adapter=None, cache=cache)
     high = weakref.ref(painter.transformer(1.0))
 
     def after_step(step, z):

@@ -19,6 +19,7 @@ from muralist.nn.filters import RadialFilter
 from muralist.nn.transformer import Graft, MuralTransformer
 from muralist.store.parts import save_part
 from muralist.types import TextCond
+from muralist.velocity import velocity_field
 
 GRID = (2, 6, 10)
 BOTH = {
@@ -162,7 +163,7 @@ def test_a_base_uses_its_experts_where_they_work(tiny_base):
     z = torch.randn(1, base.info.geometry.channels, 2, 8, 12)
 
     def velocity(sigma, *names):
-        return base.velocity(text, guidance_scale=2.0, graft=Graft(token_chunk=64, experts=names), adapter=None)(z, sigma)
+        return velocity_field(base, text, guidance_scale=2.0, graft=Graft(token_chunk=64, experts=names), adapter=None)(z, sigma)
 
     for sigma, working, idle in ((0.95, "low", "high"), (0.5, "high", "low")):
         plain = velocity(sigma)

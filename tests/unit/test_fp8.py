@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from muralist.base import Base, Sight
+from muralist.base import Base
 from muralist.base_info import inspect_base
 from muralist.cost import transformer as costs
 from muralist.nn import compiled, fp8, streaming
@@ -18,6 +18,7 @@ from muralist.nn.fp8 import Fp8Linear, quantise, scaled
 from muralist.nn.kernels import Kernels
 from muralist.nn.transformer import Graft, MuralTransformer
 from muralist.types import TextCond
+from muralist.velocity import Sight, velocity_field
 from tests.eight_bits import FP8, TYPES, apart
 from tests.unit.test_plan import TINY
 
@@ -162,7 +163,7 @@ def test_an_adapter_stays_exact_and_acts():
 
 
 def fields(base: Base, adapter: str | None, graft: Graft, **given):
-    return base.velocity(TEXT, guidance_scale=2.0, graft=graft, adapter=adapter, **given)
+    return velocity_field(base, TEXT, guidance_scale=2.0, graft=graft, adapter=adapter, **given)
 
 
 GRAFTS = {

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from muralist.base import Base, ProxyView, Sight
+from muralist.base import Base
 from muralist.base_info import inspect_base
 from muralist.cost.machine import Machine
 from muralist.nn.attention import GuidedWindows, Near
-from muralist.nn.transformer import Graft
+from muralist.nn.transformer import Graft, MuralTransformer
 from muralist.nn.windows import WindowAttention
 from muralist.pipeline import denoise
 from muralist.plan import plan
@@ -23,6 +23,7 @@ from muralist.stages.refine import Refine, Windows, refine
 from muralist.stages.upsample import LatentInterpolation, upsample
 from muralist.store.run import RunDirectory
 from muralist.types import Grid, LatentVideo, TextCond
+from muralist.velocity import ProxyView, Sight, velocity_field
 from tests.unit.test_plan import WAN_1_3B, WAN_21, base, counter
 
 CPU = torch.device("cpu")
@@ -76,14 +77,13 @@ def test_a_proxy_of_few_frames_is_enlarged_in_time_too(tiny22):
 
 def test_a_clean_proxy_is_looked_at_once_and_a_noisy_one_at_every_step(tiny22, monkeypatch):
     base, looked = Base(inspect_base(str(tiny22)), CPU, torch.float32), []
-    transformer = base.transformer()
-    remember = transformer.remember
-    monkeypatch.setattr(transformer, "remember", lambda *given: looked.append(given[1].item()) or remember(*given))
+    remember = MuralTransformer.remember
+    monkeypatch.setattr(MuralTransformer, "remember", lambda self, *given: looked.append(given[1].item()) or remember(self, *given))
     text = TextCond(torch.randn(1, 4, 32), torch.zeros(1, 4, 32))
     graft = Graft(attention=GuidedWindows(WindowAttention((2, 2, 2)), Near((1, 2, 2))))
     for noise, levels in (("clean", [0.0, 0.0]), ("same", [900.0, 900.0, 500.0, 500.0])):
         view = ProxyView(torch.randn(1, 48, 2, 4, 8), 4.0, "proxy", noise, seed=3)
-        velocity = base.velocity(text, guidance_scale=2.0, graft=graft, adapter="detail", sight=Sight(proxy=view))
+        velocity = velocity_field(base, text, guidance_scale=2.0, graft=graft, adapter="detail", sight=Sight(proxy=view))
         for sigma in (0.9, 0.5):
             velocity(torch.randn(1, 48, 5, 8, 16), sigma)
         assert looked == pytest.approx(levels)

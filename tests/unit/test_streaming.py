@@ -9,12 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from muralist.base import Base, Sight
+from muralist.base import Base
 from muralist.base_info import inspect_base
 from muralist.nn import streaming
 from muralist.nn.attention import FullAttention, GuidedWindows, Near, WindowAttention
 from muralist.nn.transformer import Graft
 from muralist.types import TextCond
+from muralist.velocity import Sight, velocity_field
 
 CPU = torch.device("cpu")
 GRAFTS = {
@@ -51,7 +52,7 @@ def bases(folder) -> tuple[Base, Base]:
 def test_a_streamed_transformer_computes_the_same(graft, tiny22, spoiled):
     resident, streamed = bases(tiny22)
     for adapter in ("detail", None, "proxy"):
-        fields = [base.velocity(TEXT, guidance_scale=2.0, graft=graft, adapter=adapter) for base in (resident, streamed)]
+        fields = [velocity_field(base, TEXT, guidance_scale=2.0, graft=graft, adapter=adapter) for base in (resident, streamed)]
         for sigma in (0.95, 0.5):  # experts change between them
             assert torch.equal(*(field(Z, sigma) for field in fields))
 
@@ -60,7 +61,7 @@ def test_grafts_change_while_blocks_are_streamed(tiny22, spoiled):
     """Classes of blocks change with the graft; a hook on their forward would go on calling the old one's."""
     resident, streamed = bases(tiny22)
     for graft in (*GRAFTS.values(), *GRAFTS.values()):
-        fields = [base.velocity(TEXT, guidance_scale=1.0, graft=graft, adapter=None) for base in (resident, streamed)]
+        fields = [velocity_field(base, TEXT, guidance_scale=1.0, graft=graft, adapter=None) for base in (resident, streamed)]
         assert torch.equal(*(field(Z, 0.7) for field in fields))
     assert type(streamed.transformer().blocks[0]) is type(resident.transformer().blocks[0])
 
@@ -73,14 +74,14 @@ def test_a_proxy_is_remembered_and_an_anchor_injected(tiny22, spoiled):
             memory = model.remember(Z[:, :, :1], torch.tensor([0.0]), TEXT.positive, 4.0)
             model.configure(Graft(attention=GuidedWindows(WindowAttention((2, 2, 2)), Near((1, 2, 2)))))
             outputs.append(model(Z, torch.tensor([500.0]), TEXT.positive, return_dict=False, attention_kwargs={"proxy": memory})[0])
-        field = base.velocity(TEXT, guidance_scale=2.0, graft=Graft(token_chunk=16), adapter=None, sight=Sight(anchor=Z))
+        field = velocity_field(base, TEXT, guidance_scale=2.0, graft=Graft(token_chunk=16), adapter=None, sight=Sight(anchor=Z))
         outputs.append(field(Z, 0.5))
     assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
 
 
 def test_what_stops_within_a_block_leaves_the_next_forward_whole(tiny22, spoiled, monkeypatch):
     resident, streamed = bases(tiny22)
-    expected, field = (base.velocity(TEXT, guidance_scale=1.0, graft=Graft(), adapter=None) for base in (resident, streamed))
+    expected, field = (velocity_field(base, TEXT, guidance_scale=1.0, graft=Graft(), adapter=None) for base in (resident, streamed))
     block = streamed.transformer().blocks[1]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(block, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
