@@ -50,14 +50,14 @@ class EnlargedPixels:
 
     def __init__(self, video: torch.Tensor, size: tuple[int, int], mode: str, device: torch.device, rate: float = 1.0):
         self.video, self.device, self.rate = video, device, rate
-        self.rows, self.columns = (_interpolation(a, b, mode).to(device) for a, b in zip(video.shape[1:3], size))
+        self.rows, self.columns = (_Axis(a, b, mode, device) for a, b in zip(video.shape[1:3], size))
 
     def __call__(self, frames: range, box: Box) -> torch.Tensor:
         """Frames [t, rows, columns, 3] in [0, 1] of the box, in float32."""
-        y, x = (_used(weights[span.start : span.stop]) for weights, span in ((self.rows, box.y), (self.columns, box.x)))
+        y, x = self.rows.used(box.y), self.columns.used(box.x)
         part = self._in_time(frames, y, x).permute(0, 3, 1, 2)
-        wide = torch.cat([part[..., used.start - x.start : used.stop - x.start] @ w.T for w, used in _strips(self.columns, box.x)], dim=-1)
-        high = [w @ wide[..., used.start - y.start : used.stop - y.start, :] for w, used in _strips(self.rows, box.y)]
+        wide = torch.cat([part[..., used.start - x.start : used.stop - x.start] @ w.T for w, used in self.columns.strips(box.x)], dim=-1)
+        high = [w @ wide[..., used.start - y.start : used.stop - y.start, :] for w, used in self.rows.strips(box.y)]
         return torch.cat(high, dim=-2).clamp_(0, 1).permute(0, 2, 3, 1)
 
     def _in_time(self, frames: range, y: slice, x: slice) -> torch.Tensor:
@@ -69,24 +69,26 @@ class EnlargedPixels:
 
     def flops(self, box: Box) -> int:
         """Of one frame of the box, 2 a multiply-add."""
-        used = _used(self.rows[box.y.start : box.y.stop])
-        wide = sum(w.numel() for w, _ in _strips(self.columns, box.x)) * (used.stop - used.start)
-        return 2 * 3 * (wide + sum(w.numel() for w, _ in _strips(self.rows, box.y)) * len(box.x))
+        used = self.rows.used(box.y)
+        wide = sum(w.numel() for w, _ in self.columns.strips(box.x)) * (used.stop - used.start)
+        return 2 * 3 * (wide + sum(w.numel() for w, _ in self.rows.strips(box.y)) * len(box.x))
 
 
-def _interpolation(source: int, target: int, mode: str) -> torch.Tensor:
-    """Weights [target, source] of `F.interpolate` along one axis."""
-    eye = torch.eye(source)[None, None]
-    return F.interpolate(eye, size=(target, source), mode=mode, align_corners=False)[0, 0]
+class _Axis:
+    """Weights [target, source] of `F.interpolate` along one axis, and which of them are not zero: known without asking the device."""
 
+    def __init__(self, source: int, target: int, mode: str, device: torch.device):
+        eye = torch.eye(source)[None, None]
+        weights = F.interpolate(eye, size=(target, source), mode=mode, align_corners=False)[0, 0]
+        there = weights.numpy() != 0
+        self.first, self.stop = there.argmax(axis=1), source - there[:, ::-1].argmax(axis=1)
+        self.weights = weights.to(device)
 
-def _used(weights: torch.Tensor) -> slice:
-    """The columns of interpolation weights between the first and the last that is not all zero."""
-    columns = weights.any(dim=0).nonzero()
-    return slice(int(columns[0]), int(columns[-1]) + 1)
+    def used(self, span: Span) -> slice:
+        """The source positions that some results lie on."""
+        return slice(int(self.first[span.start : span.stop].min()), int(self.stop[span.start : span.stop].max()))
 
-
-def _strips(weights: torch.Tensor, span: Span) -> list[tuple[torch.Tensor, slice]]:
-    """(weights without their zeros, the columns that are left) of every `STRIP` results: products with the zeros of all would cost ten times as much."""
-    parts = [weights[start : min(start + STRIP, span.stop)] for start in range(span.start, span.stop, STRIP)]
-    return [(part[:, used], used) for part in parts for used in [_used(part)]]
+    def strips(self, span: Span) -> list[tuple[torch.Tensor, slice]]:
+        """(weights without their zeros, the positions that are left) of every `STRIP` results: products with the zeros of all would cost ten times as much."""
+        parts = [Span(start, min(start + STRIP, span.stop)) for start in range(span.start, span.stop, STRIP)]
+        return [(self.weights[part.start : part.stop, used], used) for part in parts for used in [self.used(part)]]
