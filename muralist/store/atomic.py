@@ -85,17 +85,18 @@ def remove(path: Path) -> None:
 
 
 class Sink:
-    """An open new file that hashes and counts the bytes written to it; not `cached`: see `write_file`."""
+    """An open new file that counts the bytes written to it; `hashed`: and hashes them, for a manifest; not `cached`: see `write_file`."""
 
-    def __init__(self, handle: BinaryIO, cached: bool = True):
-        self._handle, self._hash, self._cached, self.size = handle, hashlib.sha256(), cached, 0
+    def __init__(self, handle: BinaryIO, *, hashed: bool, cached: bool = True):
+        self._handle, self._hash, self._cached, self.size = handle, hashlib.sha256() if hashed else None, cached, 0
 
     def write(self, data: Any) -> None:
         view = memoryview(data).cast("B")
         for start in range(0, len(view), STRIDE):
             part = view[start : start + STRIDE]
             write(self._handle, part)
-            self._hash.update(part)
+            if self._hash is not None:
+                self._hash.update(part)
             self.size += len(part)
             if not self._cached and self.size // STRIDE > (self.size - len(part)) // STRIDE:
                 self.sync()
@@ -121,8 +122,8 @@ def pending_path(final: Path) -> Path:
     return final.with_name(final.name + PENDING)
 
 
-def write_file(final: Path, payload: Payload, *, needed: int | None = None, cached: bool = True) -> dict[str, Any]:
-    """Publish one file, replacing an older one. Returns its manifest line. Raises UserError when the disk is full or refuses.
+def write_file(final: Path, payload: Payload, *, needed: int | None = None, cached: bool = True) -> None:
+    """Publish one file, replacing an older one. Raises UserError when the disk is full or refuses.
 
     Args:
         needed: bytes, for the message when the disk is full, where the payload is a function.
@@ -132,10 +133,9 @@ def write_file(final: Path, payload: Payload, *, needed: int | None = None, cach
     pending = pending_path(final)
     with reported(final, needed=needed or _size_of(payload)), _abandoned_on_error(pending):
         remove(pending)
-        entry = _write_new(pending, payload, cached)
+        _write_new(pending, payload, hashed=False, cached=cached)
         publish(pending, final)
         sync(final.parent)
-    return entry
 
 
 def write_json(final: Path, data: Any) -> None:
@@ -161,8 +161,8 @@ def publish_dir(final: Path, files: Mapping[str, Payload], info: Mapping[str, An
     with reported(final, needed=needed or sum(map(_size_of, files.values()))), _abandoned_on_error(pending):
         remove(pending)
         pending.mkdir()
-        entries = {name: _write_new(pending / name, payload, cached) for name, payload in files.items()}
-        _write_new(pending / MANIFEST, json_bytes({"format": 1, "files": entries, "info": dict(info or {}), "versions": versions()}))
+        entries = {name: _write_new(pending / name, payload, hashed=True, cached=cached).entry for name, payload in files.items()}
+        _write_new(pending / MANIFEST, json_bytes({"format": 1, "files": entries, "info": dict(info or {}), "versions": versions()}), hashed=False)
         sync(pending)
         _swap(pending, final)
         sync(final.parent)
@@ -300,16 +300,16 @@ def _swap(pending: Path, final: Path) -> None:
     remove(aside)
 
 
-def _write_new(path: Path, payload: Payload, cached: bool = True) -> dict[str, Any]:
+def _write_new(path: Path, payload: Payload, *, hashed: bool, cached: bool = True) -> Sink:
     handle = open_new(path)
     with handle:
-        sink = Sink(handle, cached)
+        sink = Sink(handle, hashed=hashed, cached=cached)
         if callable(payload):
             payload(sink)
         else:
             sink.write(payload)
         sink.sync()
-    return sink.entry
+    return sink
 
 
 def _size_of(payload: Payload) -> int:

@@ -2,7 +2,7 @@
 
 The safetensors library writes with a rename but without fsync and past our crash hooks, and needs the whole file in memory first; its
 format is small, so we write it ourselves, tensor by tensor (a 4K latent is hundreds of MB). It is read by the library's own parser.
-That parser checks structure, not content (5.6 % of 20,000 mutated files load silently), hence a sha256 that is verified on load.
+That parser checks structure, not content (5.6 % of 20,000 mutated files load silently), hence the sha256 of manifests, which is verified on load.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _DTYPES = {
 }
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None, *, cached: bool = True) -> str:
-    """Publish tensors (any shape, device and layout) as one safetensors file. Returns its sha256, to be given to `load_tensors`.
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None, *, cached: bool = True) -> None:
+    """Publish tensors (any shape, device and layout) as one safetensors file.
 
     `cached`: as for `atomic.write_file`.
     """
-    return atomic.write_file(path, writer(tensors, metadata), needed=total_bytes(tensors), cached=cached)["sha256"]
+    atomic.write_file(path, writer(tensors, metadata), needed=total_bytes(tensors), cached=cached)
 
 
 def load_tensors(path: Path, sha256: str | None = None, *, device: str = "cpu") -> dict[str, torch.Tensor]:
