@@ -308,3 +308,8 @@ def test_what_a_base_does_not_read_of_a_prompt_is_told():
     assert "reads the first 16" in muralist("generate", "a red ball rises over sand, " * 4, *dry).err
     plain = muralist("generate", "A red ball rises over sand.", *dry)
     assert plain.code == 0 and "does not know" not in plain.err and "reads the first" not in plain.err
+
+
+def test_the_package_runs_as_the_command_does():
+    done = subprocess.run([sys.executable, "-m", "muralist", "generate", "x", "--recipe", "no"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("muralist: error: recipe: unknown recipe 'no'; use one of ")
