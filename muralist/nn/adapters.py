@@ -51,7 +51,7 @@ def select_adapter(transformer: torch.nn.Module, adapter: str | None) -> None:
 def can_merge(transformer: torch.nn.Module, adapter: str) -> bool:
     """Whether an adapter is nothing but products to be added to weights of linear layers; DoRA's, for one, is more. UserError if there is no such one."""
     select_adapter(transformer, adapter)
-    return all(isinstance(layer, Linear) and adapter not in layer.lora_variant and not layer.lora_bias[adapter] for layer in _layers_of(transformer, adapter))
+    return all(isinstance(layer, Linear) and adapter not in layer.lora_variant for layer in _layers_of(transformer, adapter))
 
 
 def merge_adapter(transformer: torch.nn.Module, adapter: str) -> None:
@@ -65,6 +65,9 @@ def merge_adapter(transformer: torch.nn.Module, adapter: str) -> None:
         for layer in _layers_of(transformer, adapter):
             weight, (a, b) = layer.base_layer.weight, (side[adapter].weight.float() for side in (layer.lora_A, layer.lora_B))
             weight.data = torch.addmm(weight.float(), b, a, alpha=layer.scaling[adapter]).to(weight.dtype)
+            if layer.lora_bias[adapter]:
+                bias, more = layer.base_layer.bias, layer.lora_B[adapter].bias.float()
+                bias.data = torch.add(bias.float(), more, alpha=layer.scaling[adapter]).to(bias.dtype)
     transformer.disable_adapters()
     transformer.merged_adapter = adapter
 

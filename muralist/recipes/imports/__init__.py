@@ -13,7 +13,7 @@ from pathlib import Path
 
 from muralist.base_info import BaseInfo
 from muralist.errors import UserError
-from muralist.recipes.imports import luve, pixelwizard, ultragen
+from muralist.recipes.imports import lora, luve, pixelwizard, ultragen
 from muralist.recipes.imports.component import Component
 from muralist.recipes.imports.source import Source, listed
 from muralist.store import atomic
@@ -35,6 +35,7 @@ IMPORTERS = {
     "luve": Importer(luve.examine, luve.PLACES),
     "pixelwizard": Importer(pixelwizard.examine, pixelwizard.PLACES),
     "ultragen": Importer(ultragen.examine, ultragen.PLACES),
+    "lora": Importer(lora.examine, lora.PLACES),
 }
 
 
