@@ -19,6 +19,7 @@ from muralist.errors import UserError
 from muralist.nn.experts import EXPERTS, ExpertsConfig, attach
 from muralist.nn.fp8 import quantise
 from muralist.nn.kinds import BRANCHES, INJECTOR, STEP_SIZE, BranchesConfig, InjectorConfig
+from muralist.nn.out_of_memory import enough_for
 from muralist.nn.streaming import rest_to, streamed_by_hooks
 from muralist.store import parts
 
@@ -96,28 +97,32 @@ class Base:
         return self._component(UPSAMPLER, lambda: load_latent_upsampler(self.info.folder / "parts" / UPSAMPLER).to(self.device).eval())
 
     def transformer(self, sigma: float = 1.0) -> MuralTransformer:
-        """The transformer that serves noise level sigma; of two, the other one is let go."""
+        """The transformer that serves noise level sigma, its weights as `merge` says; of two, the other one is let go.
+
+        Raises UserError if memory does not hold the weights.
+        """
         name = self.serving(sigma)
         self.release(*{"transformer", "transformer_2"} - {name})
-        if name in self._loaded and not self._has_merged(self._loaded[name]):
-            self.release(name)
-        return self._component(name, lambda: self._load_transformer(name))
+        with enough_for(f"the weights of the {name}"):
+            if name in self._loaded and not self._merge_into(self._loaded[name]):
+                self.release(name)
+            return self._component(name, lambda: self._load_transformer(name))
 
     def serving(self, sigma: float) -> str:
         """The name of the transformer for noise level sigma."""
         return "transformer_2" if self.info.boundary is not None and sigma < self.info.boundary else "transformer"
 
-    def _has_merged(self, transformer: MuralTransformer) -> bool:
-        """Whether a loaded transformer's weights hold the adapter that they are to, as far as it can be merged. It is now, where the weights are plain."""
+    def _merge_into(self, transformer: MuralTransformer) -> bool:
+        """Make the adapter that is to be a part of the weights one, where they are plain. False: they have to be loaded anew."""
         from muralist.nn.adapters import can_merge, merge_adapter, merged_adapter
 
         now, wanted = merged_adapter(transformer), self._merged
-        if now is None and wanted is not None and can_merge(transformer, wanted):
-            if self._streamed or self._linears != "plain":
-                return False
-            merge_adapter(transformer, wanted)
-            return True
-        return now in (None, wanted)
+        if now is not None or wanted is None or not can_merge(transformer, wanted):
+            return now in (None, wanted)
+        if self._streamed or self._linears != "plain":
+            return False
+        merge_adapter(transformer, wanted, self.device)
+        return True
 
     def release(self, *names: str) -> None:
         """Let components go and give their memory back."""
@@ -149,7 +154,7 @@ class Base:
         for adapter in self.info.adapters:
             load_adapter(transformer, adapter, self.info.folder / "adapters" / adapter)
         if self._merged is not None:
-            merge_adapter(transformer, self._merged)
+            merge_adapter(transformer, self._merged, self.device)
         if self.info.experts is not None:
             _attach_experts(transformer, self.info.experts, self.info.folder / "parts" / EXPERTS, self.dtype)
         if STEP_SIZE in self.info.parts:

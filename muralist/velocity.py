@@ -38,11 +38,19 @@ class ProxyView:
     noise: Literal["clean", "same"]
     seed: int
 
-    def at(self, sigma: float) -> tuple[torch.Tensor, float]:
-        """(latent, its noise level) for a step at sigma."""
-        if self.noise == "clean":
-            return self.z, 0.0
-        return flow.renoise(self.z, flow.keyed_noise(tuple(self.z.shape), seed=self.seed, stage="proxy view").to(self.z), sigma), sigma
+    def level(self, sigma: float) -> float:
+        """Its noise level for a step at sigma."""
+        return 0.0 if self.noise == "clean" else sigma
+
+    def at(self, level: float) -> torch.Tensor:
+        """The latent at a noise level of its own."""
+        if level == 0:
+            return self.z
+        return flow.renoise(self.z, flow.keyed_noise(tuple(self.z.shape), seed=self.seed, stage="proxy view").to(self.z), level)
+
+    def takes_turns_with(self, adapter: str | None) -> bool:
+        """Whether its own adapter and this one both have their turn at every step."""
+        return self.noise == "same" and self.adapter != adapter
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,31 +85,31 @@ def velocity_field(
     """The guided velocity field under a graft, with a named adapter of the base or none; runs without gradients.
 
     The adapter is made a part of the weights, unless every step has another one's turn too: a proxy's, seen at the noise level of each.
-    `grafts`: those of single noise levels, in place of `graft`; they differ from it in their windows alone. Of a graft's experts those work that are
-    there for the noise level. With a `cache` it depends on the steps before: for one run of them.
+    `grafts`: those of the steps to come, by noise level, in place of `graft`; they differ from it in their windows alone. Of a graft's experts those work
+    that are there for the noise level. With a `cache` it depends on the steps before: for one run of them.
     """
+    guided = any(flow.passes(level, guidance_scale, guidance_interval) == 2 for level in grafts) if grafts else guidance_scale != 1
     embeds = [e.to(base.device, base.dtype) for e in (text.positive, text.negative)]
-    fields = Fields(base, embeds if guidance_scale != 1 else embeds[:1], graft, grafts, adapter, sight)
-    conditional = fields.field(0, cache and cache.conditional)
-    if guidance_scale == 1:
-        return conditional
-    return flow.guided(conditional, fields.field(1, cache and cache.unconditional), guidance_scale, guidance_interval, guidance_mean_interval)
+    fields = Fields(base, embeds, 2 if guided else 1, graft, grafts, adapter, sight)
+    passes = (None, None) if cache is None else (cache.conditional, cache.unconditional)
+    conditional, unconditional = (fields.field(number, cached) for number, cached in enumerate(passes))
+    return flow.guided(conditional, unconditional, guidance_scale, guidance_interval, guidance_mean_interval)
 
 
 class Fields:
-    """The fields of several prompts that are painted with alike.
+    """The fields of several prompts, as in `velocity_field`, and what stays between their steps.
 
     Args:
-        embeds: of each prompt that has its turn, [1, L, D_text], on the base's device and of its type.
-        graft: as in `grafts`, of all noise levels that are not there. They differ in their windows alone.
-        adapter: of the base, or none. It is made a part of the weights, unless every step has another one's turn too: that of a proxy which is seen at
-            the noise level of each.
+        embeds: of each prompt, [1, L, D_text], on the base's device and of its type.
+        prompts: how many of them, from the first on, have their turn in the steps to come.
     """
 
-    def __init__(self, base: Base, embeds: Sequence[torch.Tensor], graft: Graft, grafts: Mapping[float, Graft], adapter: str | None, sight: Sight):
-        self.base, self.embeds, self.adapter, self.sight = base, embeds, adapter, sight
+    def __init__(
+        self, base: Base, embeds: Sequence[torch.Tensor], prompts: int, graft: Graft, grafts: Mapping[float, Graft], adapter: str | None, sight: Sight
+    ):
+        self.base, self.embeds, self.prompts, self.adapter, self.sight = base, embeds, prompts, adapter, sight
         self.graft, self.grafts = graft, grafts
-        self.merged = sight.proxy is None or sight.proxy.noise == "clean"
+        self.merged = sight.proxy is None or not sight.proxy.takes_turns_with(adapter)
         self.chunks = Chunks()
         self._memories: dict[int, tuple[str, float, ProxyMemory]] = {}
         self._features: tuple[str, torch.Tensor] | None = None
@@ -142,18 +150,17 @@ class Fields:
 
         Of a clean proxy those of all prompts together: its adapter has its turn once.
         """
-        key = self.base.serving(sigma), self.sight.proxy.at(sigma)[1]
-        for each in range(len(self.embeds)) if self.merged else (number,):
+        key = self.base.serving(sigma), self.sight.proxy.level(sigma)
+        for each in {number, *range(self.prompts)} if self.sight.proxy.noise == "clean" else {number}:
             if self._memories.get(each, ())[:2] != key:
                 self._memories.pop(each, None)  # two memories of a prompt at a time would be one too many
                 self._memories[each] = (*key, self._remember(each, sigma, graft))
         return self._memories[number][2]
 
     def _remember(self, number: int, sigma: float, graft: Graft) -> ProxyMemory:
-        proxy, base = self.sight.proxy, self.base
-        z, level = proxy.at(sigma)
+        proxy, base, level = self.sight.proxy, self.base, self.sight.proxy.level(sigma)
         transformer = self._ready(sigma, graft, proxy.adapter)
-        return transformer.remember(z.to(base.device, base.dtype), self._timestep(level), self.embeds[number], proxy.time_scale)
+        return transformer.remember(proxy.at(level).to(base.device, base.dtype), self._timestep(level), self.embeds[number], proxy.time_scale)
 
     def _seen(self, transformer: MuralTransformer, z: torch.Tensor, sigma: float) -> dict[str, Any]:
         """What the transformer is given of an anchor, and how far the step goes."""

@@ -97,7 +97,7 @@ def refine(part: Refine, setting: Setting) -> StagePlan:
     grafts = [_as_seen(part.graft(shape, part.skip_steps + number), setting) for number in range(len(steps.levels))]
     graft = grafts[0]
     plan = _denoising(setting, "refine", part, grid, grafts, steps, f"{size_text(grid)}, {_attention(graft)}" + _chunks(graft, grid, setting))
-    plan = _with_proxy(plan, graft, part.attention, steps, setting) if isinstance(part.attention, ProxyWindows) else plan
+    plan = _with_proxy(plan, graft, part, steps, setting) if isinstance(part.attention, ProxyWindows) else plan
     plan = _with_injector(plan, steps, setting) if part.anchor != "none" else plan
     return _with_experts(plan, part, steps, setting) if part.experts else plan
 
@@ -115,11 +115,11 @@ def _with_injector(plan: StagePlan, steps: Steps, setting: Setting) -> StagePlan
     injector = setting.info.injector
     refining = injector.channels * injector.inner + 27 * injector.inner * injector.dim if injector.refined else injector.channels * injector.dim
     adding = steps.forwards * len(injector.blocks) * injector.dim**2
-    flops = 2 * plan.tokens * (steps.prompts * refining + adding)
+    flops = 2 * plan.tokens * (refining + adding)
     return replace(
         plan,
         flops=plan.flops + flops,
-        memory_bytes=plan.memory_bytes + (steps.prompts + 2) * plan.tokens * injector.dim * setting.machine.itemsize,
+        memory_bytes=plan.memory_bytes + (1 + 2) * plan.tokens * injector.dim * setting.machine.itemsize,
         seconds=plan.seconds + setting.machine.seconds(linear=flops),
         action=f"{plan.action}, the proxy injected",
     )
@@ -137,19 +137,23 @@ def _as_seen(graft: Graft, setting: Setting) -> Graft:
     return replace(graft, attention=replace(attention, near=near, middle=middle))
 
 
-def _with_proxy(plan: StagePlan, graft: Graft, attention: ProxyWindows, steps: Steps, setting: Setting) -> StagePlan:
-    """The same with the passes over the proxy, one for each prompt or for each step and prompt, and the keys and values that they leave."""
+def _with_proxy(plan: StagePlan, graft: Graft, part: Refine, steps: Steps, setting: Setting) -> StagePlan:
+    """The same with the passes over the proxy, one for each prompt or for each step and prompt, and the keys and values that they leave.
+
+    Where it is looked at with an adapter of its own, and that is a part of the weights, these are read once more.
+    """
     passing = _live_bytes(Graft(token_chunk=graft.token_chunk), setting.proxy_grid, setting)  # its tokens all see each other
     longer = max(passing - _live_bytes(graft, setting.grid, setting), 0)
     size, shape = setting.dimensions, setting.info.geometry.token_shape(setting.proxy_grid)
     one = transformer.forward(size, Graft(), shape, setting.info.defaults.max_sequence_length)
-    times = steps.prompts if attention.proxy_noise == "clean" else steps.forwards
+    times = steps.prompts if part.attention.proxy_noise == "clean" else steps.forwards
+    again = _read_bytes(setting) if _merged(part, setting) and setting.request.config.proxy.adapter != part.adapter else 0
     return replace(
         plan,
         flops=plan.flops + times * one.flops,
         attention_flops=plan.attention_flops + times * one.attention,
         memory_bytes=plan.memory_bytes + longer + steps.prompts * 2 * size.layers * size.width * one.tokens * setting.machine.itemsize,
-        seconds=plan.seconds + setting.machine.seconds(linear=times * one.linear, attention=times * one.attention),
+        seconds=plan.seconds + setting.machine.seconds(linear=times * one.linear, attention=times * one.attention, read=again),
         action=f"{plan.action}, in sight of a proxy of {one.tokens:,} tokens",
     )
 
@@ -176,7 +180,7 @@ def _denoising(setting: Setting, stage: str, part: LowResolutionProxy | Refine, 
     one, forwards = each[grafts[0]], steps.forwards
     attention = sum(passes * each[graft].attention for passes, graft in zip(steps.passes, itertools.cycle(grafts)))
     # Beside the weights a low-rank layer multiplies each of its own once for every token; adapters are stored in 16 bits.
-    linear = one.linear + (0 if _merged(part) else 2 * one.tokens * info.component_bytes.get(f"adapter {part.adapter}", 0) // 2)
+    linear = one.linear + (0 if _merged(part, setting) else 2 * one.tokens * info.component_bytes.get(f"adapter {part.adapter}", 0) // 2)
     latent, (held, host) = setting.latent_bytes(grid), held_bytes(setting)
     working = held + _live_bytes(grafts[0], grid, setting) + LATENTS * latent
     planned = StagePlan(
@@ -196,10 +200,10 @@ def _denoising(setting: Setting, stage: str, part: LowResolutionProxy | Refine, 
     return planned if part.cache is None else _with_cache(planned, part.cache, steps, setting)
 
 
-def _merged(part: LowResolutionProxy | Refine) -> bool:
+def _merged(part: LowResolutionProxy | Refine, setting: Setting) -> bool:
     """Whether the stage's adapter is a part of the weights, as in `velocity.Fields`."""
-    attention = getattr(part, "attention", None)
-    return not (isinstance(attention, ProxyWindows) and attention.proxy_noise == "same")
+    attention, proxy = getattr(part, "attention", None), setting.request.config.proxy
+    return not (isinstance(attention, ProxyWindows) and attention.proxy_noise == "same" and proxy.adapter != part.adapter)
 
 
 def _with_cache(plan: StagePlan, threshold: float, steps: Steps, setting: Setting) -> StagePlan:
@@ -233,12 +237,17 @@ def _seconds(setting: Setting, tokens: int, forwards: int, linear: float, attent
 
     `linear`, `attention`: FLOPs of one forward, in the mean. Neither computing nor arriving is taken to be faster in 8 bits: that was not measured.
     """
-    machine, files = setting.machine, setting.info.component_bytes
+    machine = setting.machine
     traffic = transformer.elementwise_bytes(setting.dimensions, tokens, machine.itemsize)
-    read = sum(count for name, count in files.items() if name.startswith(("transformer", "adapter ", "part ")) and name != f"part {UPSAMPLER}")
     computing = machine.seconds(linear=linear, attention=attention, traffic=traffic)
     arriving = held_bytes(replace(_plain(setting), streamed=False))[0] / HOST_BYTES_PER_S if setting.streamed else 0.0
-    return forwards * max(computing, arriving) + machine.seconds(read=read)
+    return forwards * max(computing, arriving) + machine.seconds(read=_read_bytes(setting))
+
+
+def _read_bytes(setting: Setting) -> int:
+    """Of all files that are read with the transformer."""
+    files = setting.info.component_bytes
+    return sum(count for name, count in files.items() if name.startswith(("transformer", "adapter ", "part ")) and name != f"part {UPSAMPLER}")
 
 
 def _attention(graft: Graft) -> str:

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from muralist.errors import UserError
 
+HALF_MERGED = ""  # the name of what is a part of some weights and not of others, after a stop: they have to be loaded again
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -54,20 +55,24 @@ def can_merge(transformer: torch.nn.Module, adapter: str) -> bool:
     return all(isinstance(layer, Linear) and adapter not in layer.lora_variant for layer in _layers_of(transformer, adapter))
 
 
-def merge_adapter(transformer: torch.nn.Module, adapter: str) -> None:
+def merge_adapter(transformer: torch.nn.Module, adapter: str, device: torch.device | None = None) -> None:
     """Make an adapter a part of the weights, rounded once, if it can be (`can_merge`).
 
     What the weights were is not kept: they have to be loaded again for another adapter, or none. Not for weights in 8 bits, nor for those that wait elsewhere.
+
+    Args:
+        device: where the products are computed, wherever the weights are: another device may round otherwise. None: where they are.
     """
     if not can_merge(transformer, adapter):
         return
+    transformer.merged_adapter = HALF_MERGED  # until the last one is
     with torch.inference_mode(False), torch.no_grad():  # the first step of a run asks inside one: its tensors could serve nowhere else
         for layer in _layers_of(transformer, adapter):
-            weight, (a, b) = layer.base_layer.weight, (side[adapter].weight.float() for side in (layer.lora_A, layer.lora_B))
-            weight.data = torch.addmm(weight.float(), b, a, alpha=layer.scaling[adapter]).to(weight.dtype)
+            weight, (a, b) = layer.base_layer.weight, (side[adapter].weight.to(device).float() for side in (layer.lora_A, layer.lora_B))
+            weight.data = torch.addmm(weight.to(device).float(), b, a, alpha=layer.scaling[adapter]).to(weight)
             if layer.lora_bias[adapter]:
-                bias, more = layer.base_layer.bias, layer.lora_B[adapter].bias.float()
-                bias.data = torch.add(bias.float(), more, alpha=layer.scaling[adapter]).to(bias.dtype)
+                bias, more = layer.base_layer.bias, layer.lora_B[adapter].bias.to(device).float()
+                bias.data = torch.add(bias.to(device).float(), more, alpha=layer.scaling[adapter]).to(bias)
     transformer.disable_adapters()
     transformer.merged_adapter = adapter
 

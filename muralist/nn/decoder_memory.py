@@ -147,7 +147,8 @@ def measure(decoder: StreamingDecoder, frames: int, size: Size, tiles: Sequence[
     largest = max(walk.largest for walk in everything)
     if saves:
         return DecodeMemory(peak, caches, saves.kept * caches, saves.count * caches, largest)
-    # the first part's caches: those in use and those that replace them; written once, or so seldom that it makes no difference (`store/pace.py`)
+    # the first part's caches: those in use and those that replace them; written once, or as
+    # often as takes a tenth of the time (`store/pace.py`)
     tiles_and_first = ((frames - 1) * decoder.temporal_factor + 1) * pixels * value_bytes(decoder.dtype) + frames * between
     first_caches = whole.caches * each
     return DecodeMemory(peak, caches, tiles_and_first + 2 * first_caches, 2 * tiles_and_first + first_caches, largest)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -59,6 +60,17 @@ def in_less(work: Callable[[S], T], size: S, smaller: Callable[[S], S]) -> T:
         # outside of `except`: until its end the exception holds the frames, and these the tensors
         size = smaller(size)
         give_back()
+
+
+@contextmanager
+def enough_for(what: str) -> Iterator[None]:
+    """UserError if memory runs out for something that does not become smaller."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        raise UserError(f"too little for {what}", where="memory", fix="use --memory low, a smaller model, or end what else uses the device") from None
 
 
 SAID = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # by the CPU's allocator, that of page-locked memory, and cuBLAS

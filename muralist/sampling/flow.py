@@ -56,7 +56,7 @@ GUIDANCE = ("guidance_scale", "guidance_interval", "guidance_mean_interval")  # 
 
 
 def guidance_of(part: object) -> dict[str, object]:
-    """How a part is guided, by the names of `Base.velocity`."""
+    """How a part is guided, by the names of `velocity_field`."""
     return {name: getattr(part, name) for name in GUIDANCE}
 
 

@@ -6,7 +6,8 @@ Two orders, because memory and disk trade places (`design.md`, decision 5):
   folder all caches are saved every few latent frames, so a restart repeats at most that many; kept are those that the reader of the frames
   may still ask for.
 * `TileMajor`: tiles outermost. One tile's caches exist at a time; a finished tile lies on disk as whole numbers (`nn/packed.py`) and frames are
-  assembled from the tile files. A restart repeats at most one tile.
+  assembled from the tile files. A restart repeats at most one tile, or, before the first one, whole-frame layers that take ten times as
+  long to compute as to save.
 
 Either way the first layers run frame by frame on the whole frame, since their attention sees all of it. Everything saved is published by
 rename after fsync, under a folder named by a fingerprint of latents, weights and plan: stale work is never picked up.

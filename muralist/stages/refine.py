@@ -171,8 +171,9 @@ def refine(
     levels = flow.sigmas(how.num_inference_steps, how.flow_shift)
     start, z = saved or (how.skip_steps, _start(guide, (1, *geometry.latent_shape(grid)), levels[how.skip_steps], seed))
     shape = geometry.token_shape(grid)
-    grafts = {level: replace(how.graft(shape, step), kernels=kernels) for step, level in enumerate(levels[:-1])}
-    velocity = velocity_field(base, text, **flow.guidance_of(how), graft=grafts[levels[0]], grafts=grafts, adapter=how.adapter, sight=sight, cache=cache)
+    graft, *others = (replace(how.graft(shape, step), kernels=kernels) for step in range(how.num_inference_steps))
+    to_come = dict(list(zip(levels, (graft, *others)))[start:])
+    velocity = velocity_field(base, text, **flow.guidance_of(how), graft=graft, grafts=to_come, adapter=how.adapter, sight=sight, cache=cache)
     z = flow.denoise(velocity, z.to(base.device), levels, start=start, after_step=after_step)
     return LatentVideo(z, grid)
 

@@ -14,7 +14,7 @@ from muralist.errors import UserError
 from muralist.nn import adapters
 from muralist.nn.adapters import can_merge, merge_adapter, merged_adapter, select_adapter
 from muralist.nn.attention.guided import GuidedWindows, Near
-from muralist.nn.transformer import Graft
+from muralist.nn.transformer import Graft, MuralTransformer
 from muralist.nn.windows import WindowAttention
 from muralist.types import TextCond
 from muralist.velocity import ProxyView, Sight, velocity_field
@@ -117,3 +117,69 @@ def test_merged_weights_serve_no_other_adapter(tiny22):
     for other in ("proxy", None):
         with pytest.raises(ValueError, match="'detail' is a part of the weights"):
             select_adapter(transformer, other)
+
+
+class Stops:
+    """Stands for `torch.addmm`; fails at one call."""
+
+    def __init__(self, monkeypatch, error, at=4):
+        self.inner, self.error, self.at, self.calls = torch.addmm, error, at, 0
+        monkeypatch.setattr(torch, "addmm", self)
+
+    def __call__(self, *given, **options):
+        self.calls += 1
+        if self.calls == self.at:
+            raise self.error
+        return self.inner(*given, **options)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()], ids=["memory", "Ctrl-C"])
+def test_a_merge_that_is_stopped_leaves_nothing_behind(tiny22, error, monkeypatch):
+    base = base_of(tiny22)
+    base.transformer()
+    field = velocity_field(base, TEXT, guidance_scale=1.0, graft=Graft(token_chunk=64), adapter="detail")
+    with monkeypatch.context() as patch, pytest.raises(UserError if isinstance(error, RuntimeError) else KeyboardInterrupt) as stopped:
+        Stops(patch, error)
+        field(Z, 0.5)
+    assert isinstance(error, KeyboardInterrupt) or "too little for the weights of the transformer" in str(stopped.value)
+    for adapter in ("detail", None):
+        again = velocity_field(base, TEXT, guidance_scale=1.0, graft=Graft(token_chunk=64), adapter=adapter)
+        fresh = velocity_field(base_of(tiny22), TEXT, guidance_scale=1.0, graft=Graft(token_chunk=64), adapter=adapter)
+        assert torch.equal(again(Z, 0.5), fresh(Z, 0.5))
+
+
+def test_products_are_computed_on_one_device_wherever_the_weights_are(tiny22, monkeypatch):
+    """In place on the device or at loading in main memory: another device would round otherwise, and a resumed run end in other bits."""
+    seen = []
+    inner = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda weight, *given, **options: seen.append(weight.device.type) or inner(weight.cpu(), *given, **options))
+    transformer = base_of(tiny22).transformer()
+    merge_adapter(transformer, "detail", torch.device("cpu"))
+    assert set(seen) == {"cpu"}
+    seen.clear()
+    with pytest.raises((NotImplementedError, RuntimeError)):  # the meta device holds no values
+        merge_adapter(base_of(tiny22).transformer(), "detail", torch.device("meta"))
+    assert set(seen) <= {"meta"}
+
+
+def test_a_proxy_is_remembered_for_the_prompts_that_have_their_turn(tiny22, monkeypatch):
+    looked = []
+    remember = MuralTransformer.remember
+    monkeypatch.setattr(MuralTransformer, "remember", lambda self, *given: looked.append(1) or remember(self, *given))
+    view = ProxyView(torch.randn(1, 48, 2, 4, 8, generator=torch.Generator().manual_seed(3)), 4.0, "proxy", "clean", seed=3)
+    graft = Graft(attention=GuidedWindows(WindowAttention((2, 2, 2)), Near((1, 2, 2))))
+    options = dict(guidance_scale=2.0, guidance_interval=(0.85, 1.0), graft=graft, adapter="detail", sight=Sight(proxy=view))
+    for levels, prompts in (((0.9, 0.5), 2), ((0.5, 0.3), 1)):
+        field = velocity_field(base_of(tiny22), TEXT, **options, grafts=dict.fromkeys(levels, graft))
+        for sigma in levels:
+            field(Z, sigma)
+        assert len(looked) == prompts
+        looked.clear()
+
+
+def test_equal_adapters_take_no_turns(tiny22):
+    view = ProxyView(torch.randn(1, 48, 2, 4, 8, generator=torch.Generator().manual_seed(3)), 4.0, "detail", "same", seed=3)
+    base = base_of(tiny22)
+    graft = Graft(attention=GuidedWindows(WindowAttention((2, 2, 2)), Near((1, 2, 2))))
+    velocity_field(base, TEXT, guidance_scale=1.0, graft=graft, adapter="detail", sight=Sight(proxy=view))(Z, 0.5)
+    assert merged_adapter(base.transformer()) == "detail"

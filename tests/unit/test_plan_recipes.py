@@ -88,8 +88,9 @@ def test_a_clean_proxy_is_looked_at_once_and_a_noisy_one_at_every_step(tiny22, m
             velocity(torch.randn(1, 48, 5, 8, 16), sigma)
         assert looked == pytest.approx(levels)
         looked.clear()
-    z, level = view.at(0.3)
-    assert level == 0.3 and torch.equal(z, view.at(0.3)[0]) and not torch.equal(z, view.z)
+    level = view.level(0.3)
+    z = view.at(level)
+    assert level == 0.3 and torch.equal(z, view.at(0.3)) and not torch.equal(z, view.z)
 
 
 @pytest.mark.parametrize(("skip", "idle"), [(1, 0), (6, 1)])
