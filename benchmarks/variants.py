@@ -5,6 +5,8 @@
     python benchmarks/variants.py sight --size 1344x768 --count 4         # AtlasVid: windows, their shift, the proxy, a middle level, full attention
     python benchmarks/variants.py proxy --size 1344x768 --count 4         # AtlasVid: the proxy's rate, size, nearness and noise; the fine-tuning at 4K
 
+    python benchmarks/variants.py upsample --size 896x512 --count 4       # LUVE, Table 5: pixels, latents, the upsampler; seconds of each
+    python benchmarks/variants.py skip --size 896x512 --count 4           # LUVE, Table 7: the share of steps that the guide replaces
     python benchmarks/variants.py together --size 896x512 --count 4       # parts of the methods in the default recipe
 
 Held-out prompts; the variants of one prompt are painted one after the other in one process. What stands in the file of `--cases` is not painted again, so a
@@ -56,6 +58,7 @@ SIGHT = {
     "+ middle level": ("refine.attention.pool=[1, 4, 4]",),
     "full attention": ('refine.attention={"kind": "FullAttention"}',),
 }
+SKIPPED = ("refine.num_inference_steps=20",)  # shares of the paper's 50; the last is that of the embedded base
 LEARNED = 'upsample={"kind": "LearnedUpsampling"}'
 FEW_FROM_GUIDE = (  # half of four steps, one pass each
     'refine.steps={"kind": "ShortcutSteps"}', "refine.adapter=anchored", "refine.num_inference_steps=4", "refine.skip_steps=2",
@@ -74,6 +77,16 @@ STUDIES = {
         | {f"painted in {count} steps": (f"proxy.num_inference_steps={count}",) for count in (4, 2)}
         | {"224x128": ("proxy.width=224", "proxy.height=128"), "none": ("proxy=null", "refine.anchor=none")},
     ),
+    "upsample": Choices(
+        "luve",
+        {
+            "LUVE's upsampler": (),
+            "latents": ('upsample={"kind": "LatentInterpolation"}',),
+            "pixels": ('upsample={"kind": "PixelInterpolation"}',),
+            "pixels to half the size": ('upsample={"kind": "PixelInterpolation", "latent_scale": 2}',),
+        },
+    ),
+    "skip": Choices("luve", {f"{of_50} of 50": SKIPPED + (f"refine.skip_steps={step}",) for of_50, step in ((2.5, 1), (5, 2), (10, 4), (15, 6), (30, 12))}),
     "together": Choices(
         "cascade",
         {
@@ -115,9 +128,9 @@ def painted(pipe: muralist.Pipeline, scene: world.Scene, grid: Grid, settings: t
     moved = dynamic.result()
     right = {name: float(bool(getattr(found.score, name))) for name in ATTRIBUTES if name != "camera"}  # the prompts say nothing of one
     right["one object"] = float(found.score.num_objects == 1)
-    seconds = sum(report.seconds for report in observer.reports if report.stage == "refine")
+    seconds = {f"{stage}_s": sum(report.seconds for report in observer.reports if report.stage == stage) for stage in ("refine", "upsample")}
     about = {"dynamic": moved[DYNAMIC], "speed": moved[f"{DYNAMIC}.speed"], "seams": seams.results()[0].finding.value}
-    return {"refine_s": seconds} | right | found.distance | about, small(found.frames)[:, 448:896]
+    return seconds | right | found.distance | about, small(found.frames)[:, 448:896]
 
 
 class Cases:
