@@ -86,7 +86,7 @@ STUDIES = {
             "pixels to half the size": ('upsample={"kind": "PixelInterpolation", "latent_scale": 2}',),
         },
     ),
-    "skip": Choices("luve", {f"{of_50} of 50": SKIPPED + (f"refine.skip_steps={step}",) for of_50, step in ((2.5, 1), (5, 2), (10, 4), (15, 6), (30, 12))}),
+    "skip": Choices("luve", {f"{of_50} of 50": (*SKIPPED, f"refine.skip_steps={step}") for of_50, step in ((2.5, 1), (5, 2), (10, 4), (15, 6), (30, 12))}),
     "together": Choices(
         "cascade",
         {

@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # diffusers takes seconds to import: only what computes pays 
     from muralist.nn.latent_upsampler import LatentUpsampler
     from muralist.nn.transformer import MuralTransformer
 
+FIRST, SECOND = "transformer", "transformer_2"  # the components of a base; most have one
+
 
 def pick_device(name: str) -> torch.device:
     """`auto`: the GPU where there is one; else what was asked for, if this machine has it."""
@@ -67,13 +69,13 @@ class Base:
     def stream(self, streamed: bool) -> None:
         """Whether the weights of transformer and text encoder wait in main memory and visit the device (`nn/streaming.py`), from now on."""
         if streamed != self._streamed:
-            self.release("transformer", "transformer_2", "text_encoder")
+            self.release(FIRST, SECOND, "text_encoder")
         self._streamed = streamed
 
     def multiply_in(self, linears: Literal["plain", "fp8"]) -> None:
         """How linear layers in the transformer's blocks multiply (`nn/fp8.py`), from now on. What 8 bits have lost is not found again without loading anew."""
         if linears != self._linears:
-            self.release("transformer", "transformer_2")
+            self.release(FIRST, SECOND)
         self._linears = linears
 
     def merge(self, adapter: str | None) -> None:
@@ -102,7 +104,7 @@ class Base:
         Raises UserError if memory does not hold the weights.
         """
         name = self.serving(sigma)
-        self.release(*{"transformer", "transformer_2"} - {name})
+        self.release(*{FIRST, SECOND} - {name})
         with enough_for(f"the weights of the {name}"):
             if name in self._loaded and not self._merge_into(self._loaded[name]):
                 self.release(name)
@@ -110,7 +112,7 @@ class Base:
 
     def serving(self, sigma: float) -> str:
         """The name of the transformer for noise level sigma."""
-        return "transformer_2" if self.info.boundary is not None and sigma < self.info.boundary else "transformer"
+        return SECOND if self.info.boundary is not None and sigma < self.info.boundary else FIRST
 
     def _merge_into(self, transformer: MuralTransformer) -> bool:
         """Make the adapter that is to be a part of the weights one, where they are plain. False: they have to be loaded anew."""
@@ -152,7 +154,8 @@ class Base:
 
         transformer = MuralTransformer.from_pretrained(self.info.folder / name, torch_dtype=self.dtype)
         for adapter in self.info.adapters:
-            load_adapter(transformer, adapter, self.info.folder / "adapters" / adapter)
+            folder = self.info.folder / "adapters" / adapter
+            load_adapter(transformer, adapter, folder / name if f"second adapter {adapter}" in self.info.component_bytes and name == SECOND else folder)
         if self._merged is not None:
             merge_adapter(transformer, self._merged, self.device)
         if self.info.experts is not None:

@@ -174,6 +174,7 @@ def inspect_base(model: str, revision: str | None = None) -> BaseInfo:
             raise UserError(f"an adapter named {adapter!r:.60}", where="model", fix="use letters, digits, - and _ for folders in adapters/")
         parts.refuse_part(folder / "adapters" / adapter)
     beside = {f"adapter {name}": folder / "adapters" / name for name in adapters} | {f"part {kind}": folder / "parts" / kind for kind in kinds}
+    beside |= {f"second adapter {name}": second for name in adapters if two and (second := folder / "adapters" / name / "transformer_2").is_dir()}
     return BaseInfo(
         name=model,
         folder=folder,

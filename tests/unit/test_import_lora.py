@@ -203,3 +203,23 @@ def test_what_diffusers_itself_saves_is_read(tiny21, tmp_path):
     layer = transformer.blocks[0].attn1.to_q
     expected = layer.get_delta_weight("own")
     assert torch.allclose(products(tmp_path / "out")["blocks.0.attn1.to_q"], expected, atol=1e-5)
+
+
+def test_a_second_transformer_gets_its_own_where_there_is_one(made, with_lora):
+    """High noise and low noise, as pairs for Wan2.2-A14B are made; without the second folder both get the first."""
+    shutil.copytree(with_lora / "transformer", with_lora / "transformer_2")
+    index = json.loads((with_lora / "model_index.json").read_text()) | {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
+    (with_lora / "model_index.json").write_text(json.dumps(index))
+    second = with_lora / "adapters" / "lora" / "transformer_2"
+    alike = inspect_base(str(with_lora))
+    second.mkdir()
+    save_file({name.removeprefix("transformer."): -tensor for name, tensor in diffusers_style(made).items()}, second / "pytorch_lora_weights.safetensors")
+    apart = inspect_base(str(with_lora))
+    assert apart.fingerprint != alike.fingerprint, "a run is not gone on with on other weights"
+    layer, (down, up) = next(iter(made.items()))
+    plain = load_file(with_lora / "transformer" / "diffusion_pytorch_model.safetensors")[f"{layer}.weight"]
+    for sigma, factor in ((0.9, 2.0), (0.5, 1.0)):  # minus times minus: the second file's strength is 1
+        base = Base(apart, torch.device("cpu"), torch.float32)
+        base.merge("lora")
+        weight = base.transformer(sigma).get_submodule(layer).weight
+        assert torch.allclose(weight, plain + factor * up @ down, atol=1e-4)
