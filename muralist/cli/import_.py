@@ -16,7 +16,7 @@ SHOWN = 10  # unmatched names
 
 
 def command(
-    method: Annotated[str, typer.Argument(help="The method they belong to; a wrong name is answered with the known ones.")],
+    method: Annotated[str, typer.Argument(help="The method they belong to, or lora; a wrong name is answered with the known ones.")],
     file: Annotated[str, typer.Argument(help="The released file: safetensors, or a pickle (.pth, .pt), which a process of its own converts.")],
     model: Annotated[str, typer.Option("--model", help="The base they are for: a diffusers folder, or a hub id with --revision.")],
     output: Annotated[str, typer.Option("--output", "-o", help="A new directory for what was in the file.")],
@@ -24,7 +24,7 @@ def command(
     skip_unmatched: Annotated[bool, typer.Option("--skip-unmatched", help="Leave out tensors that have no place here, instead of refusing the file.")] = False,
     debug: Debug = False,
 ) -> int:
-    """Import released weights of a method, as far as they have a place here."""
+    """Import released weights of a method, as far as they have a place here, or any LoRA for Wan."""
     from muralist.base_info import inspect_base
     from muralist.recipes import imports
     from muralist.store.paths import typed_path

@@ -14,9 +14,11 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from muralist.data import shapes
 from muralist.errors import UserError
@@ -281,10 +283,9 @@ class _Octaves:
             weight = _smoothstep((spacing / pixel - 0.6) / 1.0)
             if weight == 0:
                 return total
-            columns, first_x = _spline_matrix(x / (spacing * self.stretch))
-            rows, first_y = _spline_matrix(y / spacing)
-            lattice = _lattice(self.seed, k, first_y, rows.shape[1], first_x, columns.shape[1])
-            total += (gain * weight * self.persistence**k) * (rows @ lattice @ columns.T)
+            rows, columns = _spline(y / spacing), _spline(x / (spacing * self.stretch))
+            lattice = _lattice(self.seed, k, rows.first, rows.points, columns.first, columns.points)
+            total.add_(columns.weigh(rows.weigh(lattice).T.contiguous()).T, alpha=gain * weight * self.persistence**k)
 
 
 def _smoothstep(u: float) -> float:
@@ -292,15 +293,30 @@ def _smoothstep(u: float) -> float:
     return u * u * (3 - 2 * u)
 
 
-def _spline_matrix(position: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Cubic B-spline weights [len(position), lattice points] and the index of the first lattice point."""
+# taps of the uniform cubic B-spline as polynomials of the place u in [0, 1) between two lattice points: rows 1, u, u^2, u^3
+SPLINE = torch.tensor([[1.0, 4.0, 1.0, 0.0], [-3.0, 0.0, 3.0, 0.0], [3.0, -6.0, 3.0, 0.0], [-1.0, 3.0, -3.0, 1.0]]) / 6
+
+
+class _Taps(NamedTuple):
+    """Which four of `points` lattice points from number `first` on each position lies on [n, 4], and how much each counts."""
+
+    index: torch.Tensor
+    weight: torch.Tensor
+    first: int
+    points: int
+
+    def weigh(self, lattice: torch.Tensor) -> torch.Tensor:
+        """[points, m] -> [n, m]."""
+        return F.embedding_bag(self.index, lattice, mode="sum", per_sample_weights=self.weight)
+
+
+def _spline(position: torch.Tensor) -> _Taps:
+    """Of a cubic B-spline at ascending positions, counted in lattice points."""
     base = position.floor()
-    u = (position - base).float()[:, None]
+    u = (position - base).float()
+    weight = torch.stack([torch.ones_like(u), u, u**2, u**3], dim=1) @ SPLINE
     first = int(base[0]) - 1
-    weights = torch.cat([(1 - u) ** 3, 3 * u**3 - 6 * u**2 + 4, -3 * u**3 + 3 * u**2 + 3 * u + 1, u**3], dim=1) / 6
-    columns = (base.long() - 1 - first)[:, None] + torch.arange(4)
-    matrix = torch.zeros(len(position), int(base[-1]) + 3 - first)
-    return matrix.scatter_(1, columns, weights), first
+    return _Taps((base.long() - 1 - first)[:, None] + torch.arange(4), weight, first, int(base[-1]) + 3 - first)
 
 
 def _lattice(seed: int, octave: int, first_y: int, num_y: int, first_x: int, num_x: int) -> torch.Tensor:
@@ -309,11 +325,18 @@ def _lattice(seed: int, octave: int, first_y: int, num_y: int, first_x: int, num
     ix = np.arange(first_x, first_x + num_x, dtype=np.int64).astype(np.uint64)[None, :]
     key = np.uint64((seed * 0x9E3779B97F4A7C15 + octave * 0xD1B54A32D192ED03) & 0xFFFFFFFFFFFFFFFF)
     h = _mix(_mix(key ^ (iy * np.uint64(0xA24BAED4963EE407))) ^ (ix * np.uint64(0x9FB21C651E98DF25)))
-    return torch.from_numpy(((h >> np.uint64(40)).astype(np.float32) / 2**24 * 2 - 1) * 3**0.5)
+    h >>= np.uint64(40)
+    noise = h.astype(np.float32)
+    noise *= np.float32(2 * 3**0.5 / 2**24)
+    noise -= np.float32(3**0.5)
+    return torch.from_numpy(noise)
 
 
 def _mix(h: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64."""
-    h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return h ^ (h >> np.uint64(31))
+    """The finaliser of splitmix64, in place on its first step's result: fresh memory costs more than the arithmetic."""
+    h = h ^ (h >> np.uint64(30))
+    h *= np.uint64(0xBF58476D1CE4E5B9)
+    h ^= h >> np.uint64(27)
+    h *= np.uint64(0x94D049BB133111EB)
+    h ^= h >> np.uint64(31)
+    return h
