@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from muralist.errors import UserError
 from muralist.nn.experts import EXPERTS, ExpertsConfig
@@ -30,7 +28,6 @@ _NUMBERS = (
     "guidance_scale",
     "flow_shift",
 )  # of `Defaults`; the first three are whole
-TIED = ("shared.weight", "encoder.embed_tokens.weight")  # the text encoder's two names of one tensor; its file holds either
 SKIP_SHARE = 0.4
 UPSAMPLER = "latent_upsampler"  # a kind of part
 TRAINED_BY = {INJECTOR: "anchored", STEP_SIZE: "anchored", BRANCHES: "branched"}  # where a part's training has another name than its kind
@@ -260,42 +257,6 @@ def _check_tokenizer(folder: Path) -> None:
 
 def _fingerprint(folders: list[Path]) -> str:
     return hashlib.sha256("".join(f"{folder.name} {weights.fingerprint(folder)}\n" for folder in folders).encode()).hexdigest()
-
-
-def check_structure(info: BaseInfo) -> None:
-    """Compare names and shapes in the headers of all weights with what the configurations build; no weight is read. Takes a second or two.
-
-    Raises UserError for a configuration that builds nothing and for the first tensor that is missing or of another shape: diffusers would
-    fail with a traceback there, or start with random numbers in its place.
-    """
-    for name, build in _builders(info).items():
-        try:
-            with torch.device("meta"):
-                expected = build().state_dict()
-        except UserError:
-            raise
-        except Exception as error:  # whatever a constructor makes of a number it did not expect
-            raise UserError(f"{name}/config.json cannot be built ({type(error).__name__}: {error})", where="model", fix="download it again") from None
-        found = weights.tensor_shapes(info.folder / name)
-        for key, tensor in expected.items():
-            if key not in found and key not in TIED:
-                raise UserError(f"{name} lacks the tensor {key}", where="model", fix="download its weights again")
-            if key in found and found[key] != tuple(tensor.shape):
-                raise UserError(f"{name}: {key} is {found[key]}, its config.json says {tuple(tensor.shape)}", where="model", fix="download both again")
-
-
-def _builders(info: BaseInfo) -> dict[str, Callable[[], torch.nn.Module]]:
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    text = weights.read_config(info.folder / "text_encoder" / "config.json")
-    if text.get("model_type") != "umt5":
-        raise UserError(f"text_encoder is a {text.get('model_type')!r:.40}", where="model", fix="give a folder whose text_encoder is a UMT5 encoder")
-    builders = {"transformer": lambda: WanTransformer3DModel.from_config(info.transformer_config)}
-    if info.boundary is not None:
-        second = weights.read_config(info.folder / "transformer_2" / "config.json")
-        builders["transformer_2"] = lambda: WanTransformer3DModel.from_config(second)
-    return builders | {"vae": lambda: AutoencoderKLWan.from_config(info.vae_config), "text_encoder": lambda: UMT5EncoderModel(UMT5Config(**text))}
 
 
 def _folders_in(folder: Path) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ import torch
 
 from muralist import recipes
 from muralist.base import pick_dtype
-from muralist.base_info import BaseInfo, check_structure
+from muralist.base_info import BaseInfo
 from muralist.config import MAX_FRAMES, MAX_PROMPT, Config, Request
 from muralist.errors import UserError
 from muralist.nn.attention import BranchedWindows
@@ -32,6 +32,7 @@ from muralist.sampling.shortcut import ShortcutSteps
 from muralist.settings import changed
 from muralist.store.run import SETTLED, TYPED, RunDirectory
 from muralist.store.vocabulary import read_prompt
+from muralist.structure import check_structure
 from muralist.types import Geometry, Grid, nearest_frames
 
 if TYPE_CHECKING:  # the plan imports diffusers, which takes seconds: not for what only parses
@@ -129,7 +130,12 @@ def _require_parts(config: Config, info: BaseInfo) -> None:
         info.require_branches(refine.attention.branches, refine.attention.plain)
     for adapter in (refine.adapter, config.proxy and config.proxy.adapter):
         if adapter is not None and adapter not in info.adapters:
-            raise UserError(f"the base {info.name} has no adapter {adapter!r:.60}", where="adapter", fix=f"use one of {', '.join(info.adapters) or 'none'}")
+            raise UserError(f"the base {info.name} has no adapter {adapter!r:.60}", where="adapter", fix=_adapters_of(info))
+
+
+def _adapters_of(info: BaseInfo) -> str:
+    known = f"use one of {', '.join(info.adapters)}, or " if info.adapters else ""
+    return f"{known}add it: muralist train, or muralist import lora"
 
 
 def check_prompt(prompt: str) -> None:

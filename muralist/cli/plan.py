@@ -25,10 +25,10 @@ def command(
     debug: Debug = False,
 ) -> int:
     """Show tokens, work, memory, disk and time of a video; exit code 2 if it cannot be made."""
-    from muralist.base_info import check_structure
     from muralist.cli.generate import prepare
     from muralist.cost.machine import Machine
     from muralist.plan import plan
+    from muralist.structure import check_structure
 
     job = prepare(prompt, video, None)
     check_structure(job.info)

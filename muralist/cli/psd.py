@@ -37,11 +37,12 @@ def command(
 ) -> int:
     """Show at which noise level detail overtakes structure while a base denoises, and draw the power spectra on the way."""
     from muralist.base import pick_device
-    from muralist.base_info import check_structure, inspect_base
+    from muralist.base_info import inspect_base
     from muralist.compare.grid import read_seeds
     from muralist.eval.trajectory import check_cutoff, require_room
     from muralist.eval.trajectory_report import require_matplotlib
     from muralist.request import check_prompt, parse_size
+    from muralist.structure import check_structure
 
     picture, numbers, sides = _picture(output), read_seeds(seeds), None if size is None else parse_size(size)
     require_matplotlib()

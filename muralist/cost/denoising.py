@@ -67,7 +67,9 @@ def held_bytes(setting: Setting) -> tuple[int, int]:
     """
     info, size = setting.info, setting.dimensions
     apart = {f"part {name}" for name in (UPSAMPLER, INJECTOR, STEP_SIZE)}
-    added = {name: count for name, count in info.component_bytes.items() if name.startswith(("adapter ", "part ")) and name != f"part {UPSAMPLER}"}
+    files = info.component_bytes
+    added = {name: max(count, files.get(f"second {name}", 0)) for name, count in files.items() if name.startswith(("adapter ", "part "))}
+    added.pop(f"part {UPSAMPLER}", None)
     # adapters and parts are stored in 16 bits
     in_blocks = size.layers * transformer.block_parameters(size) + sum(count for name, count in added.items() if name not in apart) // 2
     beside = transformer.parameters(size) - size.layers * transformer.block_parameters(size) + sum(added.get(name, 0) for name in apart) // 2
@@ -247,7 +249,7 @@ def _seconds(setting: Setting, tokens: int, forwards: int, linear: float, attent
 def _read_bytes(setting: Setting) -> int:
     """Of all files that are read with the transformer."""
     files = setting.info.component_bytes
-    return sum(count for name, count in files.items() if name.startswith(("transformer", "adapter ", "part ")) and name != f"part {UPSAMPLER}")
+    return sum(count for name, count in files.items() if name.startswith(("transformer", "adapter ", "second ", "part ")) and name != f"part {UPSAMPLER}")
 
 
 def _attention(graft: Graft) -> str:

@@ -16,9 +16,9 @@ from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from muralist.errors import UserError
+from muralist.nn.kinds import ADAPTER_FILE
 
 HALF_MERGED = ""  # the name of what is a part of some weights and not of others, after a stop: they have to be loaded again
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
 
 def load_adapter(transformer: torch.nn.Module, name: str, folder: Path) -> None:

@@ -15,6 +15,7 @@ STEP_SIZE = "step_size"
 BRANCHES = "branches"
 Gate = Literal["channel", "scalar", "none"]
 FREQUENCIES = 256  # of the sinusoids of timesteps and step sizes
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 LARGEST = 1 << 14  # of the whole numbers in a part's configuration: what is larger is damage
 Shape = tuple[int, ...]
 Restoring = Literal["separable", "depthwise", "dense"]

@@ -151,7 +151,7 @@ def _header(path: Path) -> dict[str, Any]:
             ends = [int(entry["data_offsets"][1]) for entry in entries]
             if any(not all(isinstance(side, int) for side in entry["shape"]) for entry in entries):
                 raise TypeError("shape")
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
             raise UserError(f"the header of {path.parent.name}/{path.name} is damaged", where="model", fix="download it again") from None
     expected = 8 + length + max(ends, default=0)
     if size != expected:

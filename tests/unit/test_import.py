@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from muralist.base import Base
-from muralist.base_info import UPSAMPLER, check_structure, inspect_base
+from muralist.base_info import UPSAMPLER, inspect_base
 from muralist.errors import UserError
 from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig, paper
 from muralist.recipes import imports
@@ -22,6 +22,7 @@ from muralist.recipes.imports import luve
 from muralist.store import pickle_copy
 from muralist.store.convert import convert
 from muralist.store.parts import load_part
+from muralist.structure import check_structure
 from tests import released, released_reference
 from tests.shell import muralist
 

@@ -93,7 +93,7 @@ def _source(file: Path, converted: Path, places: Sequence[Place]) -> Source:
     if file.suffix.lower() not in PICKLES:
         return Source.open(file)
     convert(file, converted, places)
-    return Source.open(converted)
+    return Source.open(converted, origin=file)
 
 
 def _refuse_unmatched(components: Sequence[Component]) -> None:

@@ -1,21 +1,25 @@
 """A low-rank adapter for Wan from elsewhere, such as one that paints in four steps without guidance: as an adapter of a base.
 
-diffusers knows the names that trainers and interfaces give its tensors (`WanLoraLoaderMixin`): `diffusion_model.` (ComfyUI, Wan's own), `lora_unet_` (Musubi,
-kohya), `transformer.` (diffusers). What it makes of them is compared with the base's linear layers, so that nothing is missing or left over at the first step.
+Trainers and interfaces name its tensors in many ways: a prefix, the layer by diffusers' name or by Wan's own, with dots or underscores, and what the tensor
+is to the layer. All of them are read from one table of the base's linear layers; every tensor of the file has a place, is nothing but zeros, or is named.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
 from muralist.base_info import BaseInfo
 from muralist.errors import UserError
+from muralist.nn.kinds import ADAPTER_FILE
 from muralist.recipes.imports.component import Component
 from muralist.recipes.imports.source import Source, listed
 from muralist.store import atomic
@@ -24,96 +28,69 @@ from muralist.store.tensors import save_tensors
 
 PLACES = ((),)  # of the tensors in a pickle
 PLACE = "adapters/lora"
-WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
-WITHIN = ("transformer.", "base_model.model.")  # what stands before the names of modules
-WAN_NAMES = (".self_attn.", ".cross_attn.", ".ffn.0.", ".ffn.2.")  # of modules, with nothing before `blocks.`
-CONVERTED = ("diffusion_model.", "lora_unet_")  # names that diffusers' conversion reads as they are
+PREFIX = re.compile(r"(base_model\.model\.|model\.|pipe\.dit\.|diffusion_model\.|transformer\.|lora_unet__?|lycoris_)*")
+KINDS = {
+    "down": (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight"),
+    "up": (".lora_B.weight", ".lora_B.default.weight", ".lora_up.weight", ".lora.up.weight"),
+    "alpha": (".alpha",),
+    "bias": (".lora_B.bias", ".diff_b"),
+    "whole": (".diff",),
+}
+BLOCK = {f"attn{n}.{a}": f"{kind}_attn.{b}" for n, kind in ((1, "self"), (2, "cross")) for a, b in zip(("to_q", "to_k", "to_v", "to_out.0"), "qkvo")} | {
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+}  # {diffusers': Wan's own}
+BESIDE = {f"condition_embedder.{a}_embedder.linear_{n}": f"{a}_embedding.{m}" for a in ("text", "time") for n, m in ((1, 0), (2, 2))} | {
+    "condition_embedder.time_proj": "time_projection.1",
+    "proj_out": "head.head",
+}
+WIDEST = 256  # rank up to which a whole difference is kept as a product with the identity
 METADATA = "lora_adapter_metadata"  # where diffusers keeps rank and strength
-PEFT_CONFIG = "adapter_config.json"  # where peft does
-ALPHA, DOWN, UP, BIAS = ".alpha", ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
+PEFT_CONFIG, PEFT_NAMES = "adapter_config.json", "base_model.model."  # where peft does, and how one knows its files
+DAMAGED = "download it again"
 
-Tensors = dict[str, torch.Tensor]
+Strength = Callable[[str, int], float]
+
+
+@dataclass(slots=True)
+class Found:
+    """What a file holds for one layer: {kind: (its name there, the tensor)}."""
+
+    layer: str
+    tensors: dict[str, tuple[str, torch.Tensor]] = field(default_factory=dict)
 
 
 def examine(source: Source, base: BaseInfo) -> list[Component]:
     """The adapter that is in the file. Raises UserError."""
-    tensors = _named_as_diffusers_does(source)
-    layers = _linear_layers(base)
-    taken: Tensors = {}
-    for layer in sorted({name.partition(".lora_")[0] for name in tensors} & layers.keys()):
-        taken |= _checked(layer, tensors, layers[layer])
-    if any(name.endswith(BIAS) for name in taken):  # peft gives all of them one then
-        taken |= {f"{layer}{BIAS}": torch.zeros(len(up)) for name, up in tuple(taken.items()) for layer in [name.removesuffix(UP)] if name.endswith(UP)} | taken
+    _refuse_dora(source)
+    linear = _linear_layers(base)
+    found, left = _sorted_out(source, linear)
+    strength = _strength(source)
+    taken: dict[str, torch.Tensor] = {}
+    for one in found.values():
+        taken |= _pair(one, linear[one.layer], strength)
     if not taken:
         raise UserError(f"none of its {len(source.entries)} tensors is known; {listed(source.entries)}", where="file", fix="give an adapter (LoRA) for Wan")
-    unmatched = tuple(name for name in tensors if name not in taken)
-    return [Component(place=PLACE, names={name: name for name in taken}, unmatched=unmatched, write=lambda folder: _write(folder, taken))]
+    names = {f"{one.layer} {kind}": name for one in found.values() for kind, (name, _) in one.tensors.items()}
+    return [Component(place=PLACE, names=names, unmatched=tuple(left), write=lambda folder: _write(folder, taken))]
 
 
-def _write(folder: Path, tensors: Tensors) -> None:
+def _write(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """In 16 bits, as adapters are everywhere here; peft gives every layer a bias as soon as one has it."""
+    made = {name: tensor if tensor.element_size() == 2 else tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    if any(name.endswith(".lora_B.bias") for name in made):
+        ups = {name.removesuffix("weight") + "bias": up for name, up in made.items() if name.endswith(".lora_B.weight")}
+        made = {name: torch.zeros(len(up), dtype=up.dtype) for name, up in ups.items()} | made
     folder.mkdir(parents=True)
-    save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    save_tensors(folder / ADAPTER_FILE, made, {"format": "pt"})
 
 
-def _named_as_diffusers_does(source: Source) -> Tensors:
-    """{module.lora_A.weight: tensor}, strengths (alpha over rank) multiplied in."""
-    from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
-
-    if strange := [name for name, entry in source.entries.items() if entry.dtype not in FLOATS]:
-        raise UserError(f"{listed(strange)}: no floating point", where="file", fix=f"give weights in one of {', '.join(sorted(FLOATS))}")
+def _refuse_dora(source: Source) -> None:
     if dora := [name for name in source.entries if "dora_scale" in name or "lora_magnitude" in name]:
         raise UserError(f"it is a DoRA ({listed(dora, 1)}), which is more than a product", where="file", fix="merge it into a transformer where it was made")
-    tensors = {_module(name): tensor for name, tensor in source.load({name: name for name in source.entries}).items()}
-    if any(part in name for name in tensors for part in WAN_NAMES):
-        tensors = {f"diffusion_model.{name.removeprefix('diffusion_model.')}": tensor for name, tensor in tensors.items()}
-    try:
-        found = WanLoraLoaderMixin.lora_state_dict(tensors)
-    except Exception as error:  # KeyError, ValueError and others, by what it meets first
-        raise UserError(f"diffusers cannot read it as a LoRA of Wan ({error!s:.120})", where="file", fix="give an adapter (LoRA) for Wan") from None
-    return _in_full_strength({_module(name): tensor for name, tensor in found.items()}, _strength(source.path))
 
 
-def _module(name: str) -> str:
-    """Without what stands before the module, and with peft's names for the two matrices."""
-    for prefix in WITHIN:
-        name = name.removeprefix(prefix)
-    name = name.replace(".default.", ".")
-    return name if name.startswith(CONVERTED) else name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.")
-
-
-def _in_full_strength(tensors: Tensors, strength: float) -> Tensors:
-    """With `strength`, or what a layer says itself, in the second matrix and the bias."""
-    alphas = {name.removesuffix(ALPHA): float(tensor) for name, tensor in tensors.items() if name.endswith(ALPHA)}
-    scaled = {}
-    for name, tensor in tensors.items():
-        layer, _, side = name.partition(".lora_")
-        if name.endswith(ALPHA):
-            continue
-        factor = strength
-        if layer in alphas and (down := tensors.get(layer + DOWN)) is not None:
-            factor = alphas[layer] / len(down)
-        scaled[name] = tensor * factor if side.startswith("B.") and factor != 1 else tensor
-    return scaled
-
-
-def _strength(path: Path) -> float:
-    """alpha over rank, where the file or peft's configuration beside it says so; diffusers takes 1 where nothing is said."""
-    with safe_open(path, framework="pt") as file:
-        said = (file.metadata() or {}).get(METADATA)
-    beside = path.parent / PEFT_CONFIG
-    try:
-        told = json.loads(said) if said else atomic.read_json(beside) if beside.is_file() else {}
-        told = {key.rpartition(".")[2]: value for key, value in told.items()}
-        rank = int(told.get("r") or 1)
-        alpha = float(told.get("lora_alpha") or rank)
-    except (ValueError, TypeError, AttributeError):
-        raise UserError("what it says of its rank and alpha is damaged", where="file", fix="download it again") from None
-    if told.get("rank_pattern") or told.get("alpha_pattern"):
-        raise UserError("its strength differs from layer to layer", where="file", fix="give one of a single rank and alpha")
-    return alpha / (math.sqrt(rank) if told.get("use_rslora") else rank)
-
-
-def _linear_layers(base: BaseInfo) -> Mapping[str, torch.nn.Linear]:
+def _linear_layers(base: BaseInfo) -> dict[str, torch.nn.Linear]:
     from diffusers import WanTransformer3DModel
 
     with torch.device("meta"):
@@ -121,15 +98,128 @@ def _linear_layers(base: BaseInfo) -> Mapping[str, torch.nn.Linear]:
     return {name: module for name, module in stock.named_modules() if isinstance(module, torch.nn.Linear)}
 
 
-def _checked(layer: str, tensors: Tensors, linear: torch.nn.Linear) -> Tensors:
-    """The two matrices of a layer, and what is added to its bias if there is any. Raises UserError unless they fit it."""
-    down, up, bias = (f"{layer}{side}" for side in (DOWN, UP, BIAS))
-    if missing := [name for name in (down, up) if name not in tensors]:
-        raise UserError(f"it lacks {listed(missing)}", where="file", fix="give the whole file")
-    rank = len(tensors[down])
-    expected = {down: (rank, linear.in_features), up: (linear.out_features, rank), bias: (linear.out_features,)}
-    there = {name: tensors[name] for name in expected if name in tensors}
-    for name, tensor in there.items():
-        if tuple(tensor.shape) != expected[name]:
-            raise UserError(f"{name} is {list(tensor.shape)}, not {list(expected[name])}", where="file", fix="give the adapter of a base like this one")
-    return there
+def _known_as(layer: str) -> set[str]:
+    """Every way in which a file may call a layer of ours, without a prefix."""
+    block = re.fullmatch(r"(blocks\.\d+\.)(.+)", layer)
+    own = block[1] + BLOCK[block[2]] if block and block[2] in BLOCK else BESIDE.get(layer, layer)
+    return {way for name in (layer, own) for way in (name, name.replace(".", "_"))}
+
+
+def _sorted_out(source: Source, linear: Mapping[str, torch.nn.Linear]) -> tuple[dict[str, Found], list[str]]:
+    """What there is for each layer, and the names of what has no place and is not nothing."""
+    layers = {way: layer for layer in linear for way in _known_as(layer)}
+    tensors = source.load({name: name for name in source.entries})
+    found: dict[str, Found] = {}
+    left = []
+    for name, tensor in tensors.items():
+        layer, kind = _read(name, layers)
+        if layer is None:
+            if (tensor.is_floating_point() and tensor.any()) or ".diff" not in name:
+                left.append(name)
+            continue
+        if kind != "alpha" and source.entries[name].dtype not in FLOATS:
+            raise UserError(f"{name} is of type {source.entries[name].dtype:.20}", where="file", fix=f"give weights in one of {', '.join(sorted(FLOATS))}")
+        if kind in (there := found.setdefault(layer, Found(layer)).tensors):
+            raise UserError(f"{there[kind][0]} and {name} are one and the same", where="file", fix="give one of them")
+        there[kind] = (name, tensor)
+    return found, left
+
+
+def _read(name: str, layers: Mapping[str, str]) -> tuple[str | None, str]:
+    """(our layer or None, kind) of a tensor of the file."""
+    for kind, endings in KINDS.items():
+        for ending in endings:
+            if name.endswith(ending):
+                module = name.removesuffix(ending)
+                return layers.get(module[PREFIX.match(module).end() :]), kind
+    return None, ""
+
+
+def _pair(found: Found, linear: torch.nn.Linear, strength: Strength) -> dict[str, torch.Tensor]:
+    """The two matrices of a layer, in full strength, and what is added to its bias if there is any. Raises UserError unless they fit it."""
+    tensors = {kind: tensor for kind, (_, tensor) in found.tensors.items()}
+    if "whole" in tensors:
+        tensors |= _as_product(found, linear)
+    if "bias" in tensors and not {"down", "up"} & tensors.keys():  # of a layer whose matrix stays as it is
+        tensors |= {"down": torch.zeros(1, linear.in_features), "up": torch.zeros(linear.out_features, 1)}
+    if missing := {"down", "up"} - tensors.keys():
+        raise UserError(f"it has one matrix of {found.layer}, and not the other ({', '.join(missing)})", where="file", fix="give the whole file")
+    rank = _checked_rank(found, tensors, linear)
+    factor = _alpha(found) / rank if "alpha" in tensors else strength(found.layer, rank)
+    made = {"lora_A.weight": tensors["down"], "lora_B.weight": _scaled(tensors["up"], factor if "whole" not in tensors else 1.0)}
+    if "bias" in tensors:
+        made["lora_B.bias"] = tensors["bias"]
+    for side, tensor in made.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{found.layer}.{side} holds NaN or infinity", where="file", fix=DAMAGED)
+    return {f"{found.layer}.{side}": tensor for side, tensor in made.items()}
+
+
+def _checked_rank(found: Found, tensors: Mapping[str, torch.Tensor], linear: torch.nn.Linear) -> int:
+    """UserError unless the shapes are those of a pair for this layer."""
+    down, fix = tensors["down"], "give the adapter of a base like this one"
+    rank = down.shape[0] if down.ndim == 2 else 0
+    if not rank:
+        what = "a matrix of rank 0" if down.ndim == 2 else "not a matrix"
+        raise UserError(f"{found.tensors['down'][0]} is {list(down.shape)}, {what}", where="file", fix=fix)
+    expected = {"down": (rank, linear.in_features), "up": (linear.out_features, rank), "bias": (linear.out_features,)}
+    for kind, shape in expected.items():
+        if kind in tensors and tuple(tensors[kind].shape) != shape:
+            raise UserError(f"{found.tensors[kind][0]} is {list(tensors[kind].shape)}, not {list(shape)}", where="file", fix=fix)
+    return rank
+
+
+def _as_product(found: Found, linear: torch.nn.Linear) -> dict[str, torch.Tensor]:
+    """A whole difference of a narrow layer as a product with the identity."""
+    name, whole = found.tensors["whole"]
+    if {"down", "up"} & found.tensors.keys() or tuple(whole.shape) != (linear.out_features, linear.in_features) or min(whole.shape) > WIDEST:
+        what = f"{name} is a whole difference of {' x '.join(map(str, whole.shape))}"
+        raise UserError(what, where="file", fix="merge it into a transformer where it was made")
+    if linear.out_features <= linear.in_features:
+        return {"down": whole, "up": torch.eye(linear.out_features)}
+    return {"down": torch.eye(linear.in_features), "up": whole}
+
+
+def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    return tensor if factor == 1 else (tensor.float() * factor).to(tensor.dtype)
+
+
+def _alpha(found: Found) -> float:
+    name, tensor = found.tensors["alpha"]
+    if tensor.numel() != 1 or not math.isfinite(float(tensor)):
+        raise UserError(f"{name} is no number", where="file", fix=DAMAGED)
+    return float(tensor)
+
+
+def _strength(source: Source) -> Strength:
+    """(layer, rank) -> the factor of layers that have no alpha of their own, as the file or peft's configuration says; else 1, as in diffusers."""
+    said = _said(source)
+    alpha, each = said.get("lora_alpha"), said.get("alpha_pattern") or {}
+
+    def strength(layer: str, rank: int) -> float:
+        own = each.get(layer, alpha)
+        if own is None:
+            return 1.0
+        return float(own) / (math.sqrt(rank) if said.get("use_rslora") else rank)
+
+    try:
+        if not all(math.isfinite(float(value)) for value in (*each.values(), alpha or 0)):
+            raise ValueError
+    except (ValueError, TypeError, AttributeError, OverflowError):
+        raise UserError("what it says of its strength is damaged", where="file", fix=DAMAGED) from None
+    return strength
+
+
+def _said(source: Source) -> dict[str, Any]:
+    """Of rank and alpha: by diffusers in the file, of the first transformer; by peft in a file of its own, if the names are its own."""
+    with safe_open(source.path, framework="pt") as file:
+        inside = (file.metadata() or {}).get(METADATA)
+    beside = source.origin.parent / PEFT_CONFIG
+    try:
+        if inside:
+            return {key.removeprefix("transformer."): value for key, value in json.loads(inside).items()}
+        if beside.is_file() and any(name.startswith(PEFT_NAMES) for name in source.entries):
+            return dict(atomic.read_json(beside).items())
+    except (ValueError, AttributeError, RecursionError):
+        raise UserError("what it says of its strength is damaged", where="file", fix=DAMAGED) from None
+    return {}

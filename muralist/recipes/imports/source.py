@@ -27,20 +27,21 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Tensors of one safetensors file, by name (a prefix of the file's names may be cut off)."""
+    """Tensors of one safetensors file, by name (a prefix of the file's names may be cut off). `origin`: the file that was given, if a pickle was converted."""
 
     path: Path
     entries: Mapping[str, Entry]
+    origin: Path
 
     @classmethod
-    def open(cls, path: Path) -> Source:
+    def open(cls, path: Path, origin: Path | None = None) -> Source:
         """Raises UserError if it is no whole safetensors file."""
         try:
             header = weights.check_safetensors(path)
             entries = {name: Entry(name, tuple(entry["shape"]), str(entry.get("dtype"))) for name, entry in header.items() if name != "__metadata__"}
         except UserError as error:
             raise UserError(error.what, where="file", fix=error.fix) from None
-        return cls(path, entries)
+        return cls(path, entries, origin or path)
 
     def below(self, prefix: str) -> Source:
         """Those whose names begin with `prefix`, named without it."""
