@@ -160,6 +160,10 @@ def test_too_little_memory(memory, tiny22, tmp_path):
 # --- models -----------------------------------------------------------------------------------------------------------------------
 
 
+def _with_header(path, header: bytes) -> None:
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
 def _truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 100)
 
@@ -196,6 +200,8 @@ DAMAGES = {
     "truncated VAE": lambda f: _truncate(f / "vae/diffusion_pytorch_model.safetensors"),
     "truncated text encoder": lambda f: _truncate(f / "text_encoder/model.safetensors"),
     "empty weights": lambda f: (f / WEIGHTS).write_bytes(b""),
+    "a header of brackets": lambda f: _with_header(f / WEIGHTS, b"[" * 100_000),
+    "a header that ends at infinity": lambda f: _with_header(f / WEIGHTS, b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1e999]}}'),
     "git-lfs pointer": lambda f: (f / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
     "web page": lambda f: (f / WEIGHTS).write_text("<!doctype html>" * 50),
     "zip": lambda f: (f / WEIGHTS).write_bytes(b"PK\x03\x04" + bytes(500)),
