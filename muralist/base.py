@@ -119,10 +119,10 @@ class Base:
         from muralist.nn.adapters import can_merge, merge_adapter, merged_adapter
 
         now, wanted = merged_adapter(transformer), self._merged
-        if now is not None or wanted is None or not can_merge(transformer, wanted):
-            return now in (None, wanted)
+        if now is not None or wanted is None:
+            return now == wanted
         if self._streamed or self._linears != "plain":
-            return False
+            return not can_merge(transformer, wanted)
         merge_adapter(transformer, wanted, self.device)
         return True
 
@@ -154,8 +154,7 @@ class Base:
 
         transformer = MuralTransformer.from_pretrained(self.info.folder / name, torch_dtype=self.dtype)
         for adapter in self.info.adapters:
-            folder = self.info.folder / "adapters" / adapter
-            load_adapter(transformer, adapter, folder / name if f"second adapter {adapter}" in self.info.component_bytes and name == SECOND else folder)
+            load_adapter(transformer, adapter, self.info.adapter_folder(adapter, name))
         if self._merged is not None:
             merge_adapter(transformer, self._merged, self.device)
         if self.info.experts is not None:

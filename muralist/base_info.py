@@ -114,6 +114,11 @@ class BaseInfo:
         """Channels of one attention head."""
         return self.transformer_config["attention_head_dim"]
 
+    def adapter_folder(self, adapter: str, transformer: str) -> Path:
+        """Of an adapter's weights for one of the transformers: the second may have its own inside."""
+        folder = self.folder / "adapters" / adapter
+        return folder / transformer if transformer == "transformer_2" and f"second adapter {adapter}" in self.component_bytes else folder
+
     def require_adapter(self, name: str) -> None:
         """UserError with what to do if the base has no such adapter."""
         if name not in self.adapters:

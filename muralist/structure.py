@@ -41,8 +41,7 @@ def check_structure(info: BaseInfo) -> None:
 def _check_adapters(info: BaseInfo, transformer: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """UserError unless each adapter's pairs of matrices fit the weights that they are added to."""
     for adapter in info.adapters:
-        folder = info.folder / "adapters" / adapter
-        folder = folder / transformer if transformer == "transformer_2" and f"second adapter {adapter}" in info.component_bytes else folder
+        folder = info.adapter_folder(adapter, transformer)
         place = folder.relative_to(info.folder)
         if not (folder / ADAPTER_FILE).is_file():
             raise UserError(f"{place} lacks {ADAPTER_FILE}", where="adapter", fix="give the file that name")

@@ -119,6 +119,13 @@ def with_lora(made, tiny21, tmp_path):
     return model
 
 
+def give_second(model):
+    """A second transformer, for low noise."""
+    shutil.copytree(model / "transformer", model / "transformer_2")
+    index = json.loads((model / "model_index.json").read_text()) | {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
+    (model / "model_index.json").write_text(json.dumps(index))
+
+
 def test_it_paints(made, with_lora, tmp_path):
     """Through the command line, in a proxy's and the target's few steps."""
     asked = ("a red ball", "--model", with_lora, "--size", "128x64", "--num-frames", 5, "--num-inference-steps", 2, "--guidance-scale", 1)
@@ -268,6 +275,17 @@ def test_layers_beside_the_blocks(made, tiny21, tmp_path):
     assert not tensors["condition_embedder.time_proj.lora_B.bias"].any() and {t.dtype for t in tensors.values()} == {torch.bfloat16}
 
 
+def test_a_bias_behind_the_second_matrix_has_its_strength(tiny21, tmp_path):
+    transformer = WanTransformer3DModel.from_pretrained(tiny21 / "transformer")
+    transformer.add_adapter(LoraConfig(r=2, lora_alpha=6, target_modules=["to_q"], lora_bias=True, init_lora_weights=False), adapter_name="own")
+    layer = transformer.blocks[0].attn1.to_q
+    layer.lora_B["own"].bias.data.fill_(0.5)
+    transformer.save_lora_adapter(tmp_path, adapter_name="own", weight_name="own.safetensors")
+    assert muralist("import", "lora", tmp_path / "own.safetensors", "--model", tiny21, "--output", tmp_path / "out").code == 0
+    found = load_file(tmp_path / "out" / "adapters" / "lora" / "pytorch_lora_weights.safetensors")
+    assert (found["blocks.0.attn1.to_q.lora_B.bias"] == 0.5 * 6 / 2).all()
+
+
 def test_names_are_those_that_diffusers_reads_too(made):
     """Where its conversion knows a file, ours finds the same layers."""
     from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
@@ -283,9 +301,7 @@ def test_names_are_those_that_diffusers_reads_too(made):
 def test_an_adapter_of_another_base_is_one_line_before_anything_is_loaded(second, made, with_lora, tmp_path):
     folder = with_lora / "adapters" / "lora"
     if second:
-        shutil.copytree(with_lora / "transformer", with_lora / "transformer_2")
-        index = json.loads((with_lora / "model_index.json").read_text()) | {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
-        (with_lora / "model_index.json").write_text(json.dumps(index))
+        give_second(with_lora)
         folder = folder / "transformer_2"
         folder.mkdir()
     asked = ("a ball", "--model", with_lora, "--set", "refine.adapter=lora", "--size", "128x64", "--num-frames", 5)
@@ -318,9 +334,7 @@ def test_what_diffusers_itself_saves_is_read(tiny21, tmp_path):
 
 def test_a_second_transformer_gets_its_own_where_there_is_one(made, with_lora):
     """High noise and low noise, as pairs for Wan2.2-A14B are made; without the second folder both get the first."""
-    shutil.copytree(with_lora / "transformer", with_lora / "transformer_2")
-    index = json.loads((with_lora / "model_index.json").read_text()) | {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}
-    (with_lora / "model_index.json").write_text(json.dumps(index))
+    give_second(with_lora)
     second = with_lora / "adapters" / "lora" / "transformer_2"
     alike = inspect_base(str(with_lora))
     second.mkdir()

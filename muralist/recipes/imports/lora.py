@@ -21,9 +21,9 @@ from muralist.base_info import BaseInfo
 from muralist.errors import UserError
 from muralist.nn.kinds import ADAPTER_FILE
 from muralist.recipes.imports.component import Component
-from muralist.recipes.imports.source import Source, listed
+from muralist.recipes.imports.source import Source, listed, require_floats
+from muralist.recipes.imports.wan import stock
 from muralist.store import atomic
-from muralist.store.parts import FLOATS
 from muralist.store.tensors import save_tensors
 
 PLACES = ((),)  # of the tensors in a pickle
@@ -63,7 +63,7 @@ class Found:
 def examine(source: Source, base: BaseInfo) -> list[Component]:
     """The adapter that is in the file. Raises UserError."""
     _refuse_dora(source)
-    linear = _linear_layers(base)
+    linear = {name: module for name, module in stock(base).named_modules() if isinstance(module, torch.nn.Linear)}
     found, left = _sorted_out(source, linear)
     strength = _strength(source)
     taken: dict[str, torch.Tensor] = {}
@@ -90,14 +90,6 @@ def _refuse_dora(source: Source) -> None:
         raise UserError(f"it is a DoRA ({listed(dora, 1)}), which is more than a product", where="file", fix="merge it into a transformer where it was made")
 
 
-def _linear_layers(base: BaseInfo) -> dict[str, torch.nn.Linear]:
-    from diffusers import WanTransformer3DModel
-
-    with torch.device("meta"):
-        stock = WanTransformer3DModel.from_config(base.transformer_config)
-    return {name: module for name, module in stock.named_modules() if isinstance(module, torch.nn.Linear)}
-
-
 def _known_as(layer: str) -> set[str]:
     """Every way in which a file may call a layer of ours, without a prefix."""
     block = re.fullmatch(r"(blocks\.\d+\.)(.+)", layer)
@@ -117,8 +109,8 @@ def _sorted_out(source: Source, linear: Mapping[str, torch.nn.Linear]) -> tuple[
             if (tensor.is_floating_point() and tensor.any()) or ".diff" not in name:
                 left.append(name)
             continue
-        if kind != "alpha" and source.entries[name].dtype not in FLOATS:
-            raise UserError(f"{name} is of type {source.entries[name].dtype:.20}", where="file", fix=f"give weights in one of {', '.join(sorted(FLOATS))}")
+        if kind != "alpha":
+            require_floats(source.entries[name])
         if kind in (there := found.setdefault(layer, Found(layer)).tensors):
             raise UserError(f"{there[kind][0]} and {name} are one and the same", where="file", fix="give one of them")
         there[kind] = (name, tensor)
@@ -147,8 +139,8 @@ def _pair(found: Found, linear: torch.nn.Linear, strength: Strength) -> dict[str
     rank = _checked_rank(found, tensors, linear)
     factor = _alpha(found) / rank if "alpha" in tensors else strength(found.layer, rank)
     made = {"lora_A.weight": tensors["down"], "lora_B.weight": _scaled(tensors["up"], factor if "whole" not in tensors else 1.0)}
-    if "bias" in tensors:
-        made["lora_B.bias"] = tensors["bias"]
+    if "bias" in tensors:  # peft's stands behind the second matrix, before the factor; a difference is added as it is
+        made["lora_B.bias"] = _scaled(tensors["bias"], 1.0 if found.tensors["bias"][0].endswith(".diff_b") else factor)
     for side, tensor in made.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{found.layer}.{side} holds NaN or infinity", where="file", fix=DAMAGED)

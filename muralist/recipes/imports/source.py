@@ -94,6 +94,10 @@ def match(source: Source, expected: Mapping[str, Shape], ours: Callable[[str], s
 def _check(entry: Entry, shape: Shape) -> None:
     if entry.shape != shape:
         raise UserError(f"{entry.name} is {list(entry.shape)}, not {list(shape)}", where="file", fix="give the released file, for a base like this one")
+    require_floats(entry)
+
+
+def require_floats(entry: Entry) -> None:
     if entry.dtype not in FLOATS:
         raise UserError(f"{entry.name} is of type {entry.dtype:.20}", where="file", fix=f"give weights in one of {', '.join(sorted(FLOATS))}")
 

@@ -20,12 +20,8 @@ FOREIGN = ("motion_encoder", "face_adapter")  # of other Wan models; diffusers' 
 
 def backbone(source: Source, base: BaseInfo) -> Component:
     """The transformer as one of `base`'s: all of its tensors must be there; what else is there is named as unmatched."""
-    from diffusers import WanTransformer3DModel
-
-    with torch.device("meta"):
-        stock = WanTransformer3DModel.from_config(base.transformer_config)
     ours = diffusers_names(source.entries)
-    found = match(source, {name: tuple(tensor.shape) for name, tensor in stock.state_dict().items()}, lambda name: ours.get(name, ""))
+    found = match(source, {name: tuple(tensor.shape) for name, tensor in stock(base).state_dict().items()}, lambda name: ours.get(name, ""))
 
     def write(folder: Path) -> None:
         folder.mkdir()
@@ -33,6 +29,14 @@ def backbone(source: Source, base: BaseInfo) -> Component:
         save_tensors(folder / WEIGHTS, source.load(found.names), {"format": "pt"})
 
     return Component(place=PLACE, names=found.names, unmatched=found.unmatched, write=write)
+
+
+def stock(base: BaseInfo) -> torch.nn.Module:
+    """diffusers' transformer of a base, without its weights."""
+    from diffusers import WanTransformer3DModel
+
+    with torch.device("meta"):
+        return WanTransformer3DModel.from_config(base.transformer_config)
 
 
 def diffusers_names(names: Iterable[str]) -> dict[str, str]:
