@@ -23,7 +23,7 @@ from muralist.train.objectives.shortcut import ShortcutConfig, ShortcutMatching
 from muralist.train.trainee import Crops, Trainee, VideoData, fit_adapter, give_adapter
 
 ANCHORED = "anchored"  # the adapter
-BATCH = 12
+BATCH = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,14 +28,13 @@ from muralist.stages.upsample import LATENT_SCALE
 from muralist.train import state
 from muralist.train.loop import CHECKPOINTS, Report, begin
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching, Source
-from muralist.train.trainee import Trainee, VideoData, fit_adapter, give_adapter, train_alone
+from muralist.train.trainee import AIMED, Trainee, VideoData, fit_adapter, give_adapter, train_alone
 from muralist.train.uhr import DAMAGE, start_of_path
 from muralist.types import Grid
 
 PROXY, DETAIL, DETAIL_UHR = "proxy", "detail", "detail_uhr"  # adapters
 EVERY = 4  # latent frames
 SHRINK = 2  # the proxy of a training clip has the clip's sides divided by this
-AIMED = 0.5  # the share of crops that lie on the object: at 4K most of the picture is bare ground
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,8 @@ from muralist.train.miniature import load_vae
 from muralist.train.objectives.flow import Batch, FlowMatching
 from muralist.types import Grid
 
-FRAMES = 9  # of a crop, if the base makes as many: three latent frames
+FRAMES = 17  # of a crop, if the base makes as many: five latent frames, of which the last two no longer see where the clip begins
+AIMED = 0.5  # the share of crops that lie on the object where something tells of it: at 4K most of the picture is bare ground
 WORLD_HEIGHTS = (1088, 2176)
 CLIPS = 400  # encoded of each height
 RANK = 32  # of adapters
@@ -140,7 +141,8 @@ class Trainee(nn.Module):
     def guided_pool(self, name: str, height: int, data: VideoData, damage: AnchorDamage, guide_scale: float | None = None) -> PoolConfig:
         """The same crops, each with its whole video at the base's own size, damaged so that it can stand for what the base generates."""
         crops = self.crop_pool(height, data)
-        return replace(crops, name=f"{name}-{height}", proxy=replace(self.own_grid, num_frames=crops.length), damage=damage, guide_scale=guide_scale)
+        proxy = replace(self.own_grid, num_frames=crops.length)
+        return replace(crops, name=f"{name}-{height}", proxy=proxy, damage=damage, guide_scale=guide_scale, aimed=AIMED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,7 @@ class Crops:
     """Batches from pools of several sizes, one size a batch, with their guides, or with proxies cut where the crops lie (`cut_to`), if there are any."""
 
     pools: tuple[LatentPool, ...]
-    batch: int = 16
+    batch: int = 10
 
     def __call__(self, rng: np.random.Generator, progress: float) -> Batch:
         pool = self.pools[rng.integers(len(self.pools))]

@@ -51,7 +51,7 @@ def test_reconstruction_gives_gradients_to_every_trained_parameter(progress):
 
 
 def test_a_vae_that_goes_on_is_held_to_its_earlier_latents_at_the_bases_own_scale_and_where_nothing_moves(monkeypatch):
-    config = ReconstructionConfig(side=32, batch_clip=2, frames=5, single_share=0.0)
+    config = ReconstructionConfig(side=32, batch_clip=2, lengths=(5,), single_share=0.0)
     vae, same, other = new_vae(0), new_vae(0), new_vae(1)
     moving = 2 * torch.rand(2, 3, 5, 32, 32) - 1
 
@@ -146,7 +146,7 @@ def test_a_vae_of_other_latents_is_no_teacher(config, told, tmp_path):
 
 @pytest.mark.parametrize("progress", [0.1, 0.9])
 def test_a_taught_decoder_reads_its_teachers_latents_at_first_and_then_its_own_encoders(progress):
-    config = ReconstructionConfig(side=32, batch_clip=1, frames=5, single_share=0.0, taught=0.5, held=0.0, kl=0.0)
+    config = ReconstructionConfig(side=32, batch_clip=1, lengths=(5,), single_share=0.0, taught=0.5, held=0.0, kl=0.0)
     vae = new_vae()
     objective = Reconstruction(vae, config, torch.device("cpu"), new_vae(1).requires_grad_(False))
     objective.loss(1, progress)[0].backward()

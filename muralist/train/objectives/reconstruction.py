@@ -34,12 +34,13 @@ STILL = 0.01  # mean change of a picture in [-1, 1] from frame to frame, below w
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReconstructionConfig:
-    """Heights of the frames, one of which a crop is from; its side in pixels; batch of single frames and of clips; share of the budget spent on single
-    frames and, at its start, `taught` by an earlier VAE; how often errors count where the picture moves; loss weights; learning rate at its highest."""
+    """Heights of the frames, one of which a crop is from; its side in pixels; frames of a clip, one of these numbers; batch of single frames and of clips of
+    the first of these lengths (longer ones: as many as hold no more frames, at least one); share of the budget spent on single frames and, at its start,
+    `taught` by an earlier VAE; how often errors count where the picture moves; loss weights; learning rate at its highest."""
 
     heights: tuple[int, ...] = HEIGHTS
     side: int = 96
-    frames: int = 9
+    lengths: tuple[int, ...] = (9,)
     batch_single: int = 16
     batch_clip: int = 4
     single_share: float = 0.35
@@ -56,6 +57,10 @@ class ReconstructionConfig:
     learning_rate: float = 1e-3
     seed: int = 0
 
+    def clips_of(self, frames: int) -> int:
+        """How many clips of that length are a batch."""
+        return max(1, self.batch_clip * self.lengths[0] // frames)
+
 
 class Reconstruction:
     """Objective of `miniature-vae` and, where the encoder is frozen, of `miniature-decoder`; `module` is a diffusers AutoencoderKLWan.
@@ -70,7 +75,8 @@ class Reconstruction:
         c = self.config
         single = progress < c.single_share
         rng = np.random.Generator(np.random.Philox(key=[c.seed, step]))
-        video, heights = _batch(rng, c.heights, c.batch_single if single else c.batch_clip, 1 if single else c.frames, c.side)
+        frames = 1 if single else int(rng.choice(c.lengths))
+        video, heights = _batch(rng, c.heights, c.batch_single if single else c.clips_of(frames), frames, c.side)
         video = video.to(self.device)
         generator = torch.Generator(self.device).manual_seed(c.seed * 1_000_003 + step)
         with single_frame_convolutions() if single else nullcontext():
