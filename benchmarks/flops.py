@@ -9,6 +9,7 @@ streaming decoders run on the CPU with narrow channels, because their code reads
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from muralist.bench.wan import SIZES
 from muralist.cost import transformer, vae
-from muralist.nn.attention import WindowAttention
+from muralist.nn.attention import BranchedWindows, CloseRemote, WindowAttention
+from muralist.nn.branches import attach_branches
 from muralist.nn.decoder import StreamingDecoder
+from muralist.nn.kinds import hierarchical
 from muralist.nn.transformer import Graft, MuralTransformer
 from muralist.sampling import flow
 from muralist.tiling import tile_boxes
@@ -31,7 +34,10 @@ GRAFTS = {
     "full attention, chunks of 500": Graft(token_chunk=500),
     "windows 2x4x5, shifted": Graft(attention=WindowAttention((2, 4, 5)), token_chunk=500),
     "windows 3x4x4, not shifted": Graft(attention=WindowAttention((3, 4, 4), shift=False), token_chunk=500),
+    "close and remote windows": Graft(attention=CloseRemote(tokens=80), token_chunk=500),
 }
+BRANCHED = Graft(attention=BranchedWindows(4, branches=("coarse", "whole")), token_chunk=500)
+FORMS = ("separable", "depthwise", "dense")  # of what restores a branch
 
 
 def cpu_attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -57,19 +63,22 @@ def row(what: str, shape: tuple[int, ...], planned: int, measured: int) -> dict[
 
 def transformer_rows(name: str, config: dict[str, Any]) -> list[dict[str, Any]]:
     config = config | {"num_layers": LAYERS}
-    with torch.device("meta"):
-        model = MuralTransformer(**config)
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    kinds = [(kind, graft, None) for kind, graft in GRAFTS.items()]
+    kinds += [(f"branches, {form}", BRANCHED, hierarchical(width, LAYERS, restoring=form)) for form in FORMS]
     rows = []
-    for shape in ((4, 8, 10), (5, 11, 13)):
-        latents = torch.empty(1, config["in_channels"], shape[0], 2 * shape[1], 2 * shape[2], device="meta")
-        text = torch.empty(1, TEXT, config["text_dim"], device="meta")
-        for kind, graft in GRAFTS.items():
-            model.configure(graft)
-            field = lambda z, sigma, text=text: model(z, torch.ones(1, device="meta"), text, return_dict=False)[0]  # noqa: E731
-            guided = flow.guided(field, field, 5.0)
-            one = transformer.forward(transformer.Dimensions.of(config), graft, shape, TEXT).flops
-            rows.append(row(f"{name}, {kind}", shape, one, counted(lambda field=field, z=latents: field(z, 1.0))))
-            rows.append(row(f"{name}, {kind}, guided", shape, 2 * one, counted(lambda guided=guided, z=latents: guided(z, 1.0))))
+    for shape, (kind, graft, branches) in product(((4, 8, 10), (5, 11, 13)), kinds):
+        with torch.device("meta"):
+            model = MuralTransformer(**config).configure(graft)
+            if branches is not None:
+                attach_branches(model.blocks, branches)
+            latents = torch.empty(1, config["in_channels"], shape[0], 2 * shape[1], 2 * shape[2])
+            text = torch.empty(1, TEXT, config["text_dim"])
+        field = lambda z, sigma, model=model, text=text: model(z, torch.ones(1, device="meta"), text, return_dict=False)[0]  # noqa: E731
+        guided = flow.guided(field, field, 5.0)
+        one = transformer.forward(transformer.Dimensions.of(config), graft, shape, TEXT, branches).flops
+        rows.append(row(f"{name}, {kind}", shape, one, counted(lambda field=field, z=latents: field(z, 1.0))))
+        rows.append(row(f"{name}, {kind}, guided", shape, 2 * one, counted(lambda guided=guided, z=latents: guided(z, 1.0))))
     return rows
 
 

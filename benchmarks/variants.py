@@ -64,11 +64,12 @@ FEW_FROM_GUIDE = (  # half of four steps, one pass each
     'refine.steps={"kind": "ShortcutSteps"}', "refine.adapter=anchored", "refine.num_inference_steps=4", "refine.skip_steps=2",
     "refine.guidance_scale=1", "refine.flow_shift=5.5",
 )  # fmt: skip
+GUIDED = ("refine.guidance_scale=4", "refine.guidance_mean_interval=[0, 0.93]")  # as the embedded base guides
 FROM_NOISE = ("refine.skip_steps=0",)  # nothing of the proxy but what its keys show
 STUDIES = {
     "few_steps": Choices(
         "pixelwizard",
-        {"50 steps, guidance": ('refine.steps={"kind": "PlainSteps"}', "refine.num_inference_steps=50", "refine.guidance_scale=4")}
+        {"50 steps, guidance": ('refine.steps={"kind": "PlainSteps"}', "refine.num_inference_steps=50", *GUIDED)}
         | {f"{count} steps": (f"refine.num_inference_steps={count}",) for count in (8, 5, 4, 3, 2)},
     ),
     "anchor": Choices(

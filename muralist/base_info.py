@@ -139,8 +139,8 @@ class BaseInfo:
             known = ", ".join(self.experts.experts)
             raise UserError(f"the base {self.name} has no expert {missing[0]!r}", where="experts", fix=f"use some of {known}")
 
-    def require_branches(self, names: Sequence[str], plain: Sequence[int]) -> None:
-        """UserError if a branch is not there, or not beside every block but those that are `plain`; or one of those is no block."""
+    def require_branches(self, names: Sequence[str], plain: Sequence[int], windows: int) -> None:
+        """UserError if a branch is not there, or not beside every block but those that are `plain`; one of those is no block; or for other `windows`."""
         layers = self.transformer_config["num_layers"]
         if outside := [number for number in plain if number >= layers]:
             raise UserError(f"block {outside[0]} of {layers}", where="attention.plain", fix=f"name blocks from 0 to {layers - 1}")
@@ -150,6 +150,9 @@ class BaseInfo:
         if missing := [name for name in names if name not in self.branches.branches]:
             known = ", ".join(self.branches.branches)
             raise UserError(f"the base {self.name} has no branch {missing[0]!r:.40}", where="attention.branches", fix=f"use some of {known}")
+        if windows != self.branches.windows:
+            what = f"{windows} windows along a side, its branches were trained beside {self.branches.windows}"
+            raise UserError(what, where="attention.windows", fix=f"use {self.branches.windows}, or no branches (refine.attention.branches=[])")
         if bare := set(range(layers)) - {*self.branches.blocks, *plain}:
             raise UserError(f"block {min(bare)} has no branches", where="attention.plain", fix="name the blocks without branches there")
 

@@ -104,6 +104,7 @@ def make_request(asked: Asked, info: BaseInfo, note: Callable[[str], None]) -> R
         config=config,
     )
     config.encode.resolve(request.grid)  # codec and rate are checked now, not after hours of work
+    config.refine.require_fit(info.geometry.token_shape(info.geometry.legal(request.grid)))
     _tell_what_is_not_read(request.prompt, info, note)
     return request
 
@@ -127,7 +128,7 @@ def _require_parts(config: Config, info: BaseInfo) -> None:
     if refine.anchor != "none":
         info.require_part(INJECTOR)
     if isinstance(refine.attention, BranchedWindows):
-        info.require_branches(refine.attention.branches, refine.attention.plain)
+        info.require_branches(refine.attention.branches, refine.attention.plain, refine.attention.windows)
     for adapter in (refine.adapter, config.proxy and config.proxy.adapter):
         if adapter is not None and adapter not in info.adapters:
             raise UserError(f"the base {info.name} has no adapter {adapter!r:.60}", where="adapter", fix=_adapters_of(info))

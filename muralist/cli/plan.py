@@ -26,11 +26,13 @@ def command(
 ) -> int:
     """Show tokens, work, memory, disk and time of a video; exit code 2 if it cannot be made."""
     from muralist.cli.generate import prepare
-    from muralist.cost.machine import Machine
+
+    job = prepare(prompt, video, None)
+
+    from muralist.cost.machine import Machine  # these import diffusers, which takes seconds: not for what is refused
     from muralist.plan import plan
     from muralist.structure import check_structure
 
-    job = prepare(prompt, video, None)
     check_structure(job.info)
     where = Machine.measure(job.device, Path()) if machine is None else Machine.of(machine)
     return show(plan(job.request, job.info, where, budget=job.budget), json=json)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,13 @@ class LowRank(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.lora_B(self.lora_A(x))
+
+
+class NoChange(nn.Module):
+    """In place of a change of rank 0: the projection stays the block's own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(1)
 
 
 class Fusion(nn.Module):
@@ -98,7 +106,7 @@ class CompressedBranch(nn.Module):
         self.config = config
         self.pool_weight = nn.Parameter(torch.full((pooled, config.stride**2, dim), config.stride**-2.0))
         self.pool_bias = nn.Parameter(torch.zeros(pooled, dim))
-        self.q, self.k, self.v = (LowRank(dim, rank) for _ in range(3))
+        self.q, self.k, self.v = (LowRank(dim, rank) if rank else NoChange() for _ in range(3))
         self.restoring = _passing(nn.Conv3d(dim, dim, 3, padding=1, groups=1 if restoring == "dense" else dim))
         self.across = _passing(nn.Linear(dim, dim)) if restoring == "separable" else None
         self.fusion = Fusion(dim, leads=config.windows == 1 and not config.alternate, of_branch=of_branch)
@@ -116,7 +124,7 @@ class CompressedBranch(nn.Module):
         images = F.interpolate(images, scale_factor=stride, mode="bilinear", align_corners=False)[:, :, :rows, :columns]
         # channels stay the fastest axis from the tokens to the tokens: nothing is laid out anew
         video = rearrange(images, "(b f) d y x -> b d f y x", f=frames)
-        with torch.autocast(video.device.type, enabled=False):
+        with nullcontext() if video.is_meta else torch.autocast(video.device.type, enabled=False):
             # in its weights' own type: oneDNN's bfloat16 gradient of depthwise weights reads memory nobody wrote where there are two frames (torch 2.13)
             video = self.restoring(video.to(self.restoring.weight.dtype))
         tokens = rearrange(video, "b d f y x -> b (f y x) d").to(pooled.dtype)
@@ -182,10 +190,15 @@ class Blocks:
         shape = (frames, -(-rows // side), -(-columns // side))
         f, y, x = cut.order // (rows * columns), cut.order // columns % rows, cut.order % columns
         cell = (f * shape[1] + y // side) * shape[2] + x // side
-        gain = side**2 / torch.bincount(cell)[cell]
+        gain = side**2 / (_length(y, side, rows) * _length(x, side, columns))
         count = config.windows + (odd and config.alternate)
         windows = partition_evenly(shape, (1, count, count)).to(device)
         return cls(cut.token_shape, shape, cell, y % side * side + x % side, gain, windows, rotary_table(RopeScale(), shape, head_dim, device))
+
+
+def _length(place: torch.Tensor, side: int, tokens: int) -> torch.Tensor:
+    """How many tokens the blocks at these places have along an axis of so many."""
+    return (tokens - place // side * side).clamp(max=side)
 
 
 class Pools:

@@ -111,7 +111,7 @@ class BranchesConfig:
     """The compressed branches of every block in `blocks`, in the order in which they are fused, for a base of width `dim`.
 
     `windows`: the number of local windows along a side, beside which they were trained. `rank`: of their low-rank changes to the projections
-    of q, k and v. `restoring`: what follows the bilinear enlargement, a 3 x 3 x 3 convolution for each channel and one across channels
+    of q, k and v, 0: none. `restoring`: what follows the bilinear enlargement, a 3 x 3 x 3 convolution for each channel and one across channels
     (separable), the first alone, or a dense one. `projecting`: pooled tokens are projected (each), or projected tokens pooled (once).
     `of_branch`: the fusion weight is that of the branch, else of what stands beside it.
     """
@@ -129,7 +129,7 @@ class BranchesConfig:
         for name, value, known in (("restoring", self.restoring, Restoring), ("projecting", self.projecting, Projecting)):
             if value not in typing.get_args(known):
                 raise UserError(f"{name} {value!r:.40}", where="branches", fix=f"use one of {', '.join(typing.get_args(known))}")
-        for name, value, least in (("dim", self.dim, 1), ("rank", self.rank, 1), ("windows", self.windows, 1), *(("blocks", n, 0) for n in self.blocks)):
+        for name, value, least in (("dim", self.dim, 1), ("rank", self.rank, 0), ("windows", self.windows, 1), *(("blocks", n, 0) for n in self.blocks)):
             require_whole(f"branches.{name}", value, least, LARGEST)
         require_flags("branches", of_branch=self.of_branch)
         if not self.blocks or len(set(self.blocks)) != len(self.blocks):
@@ -151,7 +151,7 @@ class BranchesConfig:
     def _of_branch(self, name: str) -> dict[str, Shape]:
         d, r = self.dim, self.rank
         shapes = {"pool_weight": (self.pooled, self.branches[name].stride ** 2, d), "pool_bias": (self.pooled, d)}
-        for x in "qkv":
+        for x in "qkv" if r else "":
             shapes |= {f"{x}.lora_A.weight": (r, d), f"{x}.lora_A.bias": (r,), f"{x}.lora_B.weight": (d, r), f"{x}.lora_B.bias": (d,)}
         shapes |= {"restoring.weight": (d, d if self.restoring == "dense" else 1, 3, 3, 3), "restoring.bias": (d,)}
         shapes |= {"across.weight": (d, d), "across.bias": (d,)} if self.restoring == "separable" else {}

@@ -17,7 +17,7 @@ Ablations of Table 4 are other values of this configuration (`--set NAME=VALUE`,
 | hierarchical attention | `refine.attention.branches` = ("whole",) |
 | cross-window attention | `refine.attention.odd` = same |
 | the windows' own scheme: Swin's | `refine.attention.odd` = shifted |
-| domain-aware LoRA | trained with the smallest: `BranchesConfig.rank` = 1 |
+| domain-aware LoRA | trained without: `BranchesConfig.rank` = 0 |
 
 Where paper and release differ (the release's values are those of an imported part): alpha weighs the global branch (release: the local one),
 keys have their own projection (release: the global branch takes the query's), all blocks are alike (release: three at each end keep full

@@ -116,14 +116,19 @@ class Refine:
         if not 0 <= self.skip_steps < self.num_inference_steps:
             raise UserError(f"{self.skip_steps} of {self.num_inference_steps} steps", where="skip_steps", fix="skip fewer than all steps")
 
+    def require_fit(self, token_shape: tuple[int, int, int]) -> None:
+        """UserError for windows that the token grid has no place for."""
+        if isinstance(self.attention, BranchedWindows | CloseRemote):
+            self.attention.require_fit(token_shape)
+
     def graft(self, token_shape: tuple[int, int, int], step: int = 0) -> Graft:
         """The transformer's configuration for a token grid (f, y, x) at a step; with a cache, which compares steps, it is the same at all of them."""
         from muralist.nn.transformer import Graft
 
+        self.require_fit(token_shape)
         if isinstance(self.attention, FullAttention):
             return Graft(token_chunk=self.token_chunk, experts=self.experts)
         if isinstance(self.attention, BranchedWindows | CloseRemote):
-            self.attention.require_fit(token_shape)
             return Graft(attention=self.attention, token_chunk=self.token_chunk, experts=self.experts)
         windows = WindowAttention(size=window_size(self.attention, token_shape), shift=self.attention.shift)
         windows = traveled(windows, step) if self.attention.travel and self.cache is None else windows

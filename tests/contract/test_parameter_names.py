@@ -10,8 +10,12 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers import transformer_wan
 from diffusers.utils import apply_lora_scale
 
-from muralist.nn.attention import WindowAttention
+from muralist.nn.attention import BranchedWindows, CloseRemote, WindowAttention
 from muralist.nn.block import TEXT_LENGTH, MuralBlock
+from muralist.nn.branches import attach_branches
+from muralist.nn.injector import AnchorInjector
+from muralist.nn.kinds import InjectorConfig, hierarchical
+from muralist.nn.step_size import StepSizeEmbedding
 from muralist.nn.transformer import Graft, MuralTransformer
 
 BASES = {
@@ -38,13 +42,26 @@ def test_graft_keeps_parameter_names_of_the_real_bases(base):
     assert type(model) is MuralTransformer and all(type(block) is MuralBlock for block in model.blocks)
 
 
+GRAFTS = {
+    "windows": WindowAttention((3, 4, 4)),
+    "branches": BranchedWindows(4, branches=("coarse", "whole")),
+    "close and remote windows": CloseRemote(tokens=64),
+}
+
+
+@pytest.mark.parametrize("attention", GRAFTS.values(), ids=GRAFTS)
 @pytest.mark.parametrize("base", ["wan2.1-1.3b", "wan2.2-ti2v-5b"])
-def test_grafted_base_runs_on_the_meta_device(base):
-    """Shapes through two real-size blocks, in windows and chunks."""
+def test_grafted_base_runs_on_the_meta_device(base, attention):
+    """Shapes through two real-size blocks, in windows and chunks, with branches, an anchor and sizes of steps."""
     with torch.device("meta"):
-        model = MuralTransformer(**BASES[base] | {"num_layers": 2}).configure(Graft(WindowAttention((3, 4, 4)), token_chunk=64))
-        latents = torch.empty(1, BASES[base]["in_channels"], 5, 16, 24)
-        output = model(latents, torch.empty(1), torch.empty(1, 512, 4096)).sample
+        model = MuralTransformer(**BASES[base] | {"num_layers": 2}).configure(Graft(attention, token_chunk=64))
+        width, channels = 128 * BASES[base]["num_attention_heads"], BASES[base]["in_channels"]
+        attach_branches(model.blocks, hierarchical(width, 2))
+        model.injector, model.step_size = AnchorInjector(InjectorConfig(channels=channels, dim=width)), StepSizeEmbedding(width)
+        latents, anchor = torch.empty(1, channels, 5, 16, 24), torch.empty(1, channels, 5, 8, 12)
+        with torch.no_grad():
+            seen = {"anchor": model.injector.refine(anchor, (5, 8, 12)), "step_size": torch.empty(1)}
+            output = model(latents, torch.empty(1), torch.empty(1, 512, 4096), attention_kwargs=seen).sample
     assert output.shape == latents.shape
 
 

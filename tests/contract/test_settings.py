@@ -53,6 +53,23 @@ def test_typed_numbers_reach_a_part_that_a_setting_brings(luve):
     assert changed(luve, ["refine.skip_steps=1", REFINE + "}"], typed).refine.skip_steps == 2
 
 
+def test_typed_numbers_are_those_of_few_steps_and_not_of_their_anchor(tiny22):
+    own = RECIPES["pixelwizard"](inspect_base(str(tiny22)))
+    made = changed(own, [], {f"{stage}.{name}": value for stage in ("proxy", "refine") for name, value in (("num_inference_steps", 8), ("flow_shift", 2.0))})
+    assert made.proxy == own.proxy and (made.refine.num_inference_steps, made.refine.flow_shift) == (8, 2.0)
+    plain = changed(own, ['refine.steps={"kind": "PlainSteps"}'], {"proxy.num_inference_steps": 8})
+    assert plain.proxy.num_inference_steps == 8
+    assert changed(own, ["proxy.num_inference_steps=3"], {"proxy.num_inference_steps": 8}).proxy.num_inference_steps == 3
+
+
+@pytest.mark.parametrize("settings", [("refine.attention.windows=3",), ("refine.attention.windows=9", "refine.attention.branches=[]")])
+def test_windows_that_branches_or_the_grid_do_not_fit_are_refused_before_anything_is_planned(settings, tiny22):
+    asked = Asked(prompt="a red ball", recipe="ultragen", width=192, height=96, settings=settings)
+    with pytest.raises(UserError) as refused:
+        make_request(asked, inspect_base(str(tiny22)), note=lambda text: None)
+    assert refused.value.where == "attention.windows"
+
+
 def test_a_part_that_a_setting_brings_can_be_set_further(luve):
     made = changed(luve, ['upsample={"kind": "PixelInterpolation"}', "upsample.tile=64", 'refine.attention={"kind": "Windows"}', "refine.attention.tokens=64"])
     assert made.upsample == PixelInterpolation(tile=64) and made.refine.attention == Windows(tokens=64)

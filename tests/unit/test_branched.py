@@ -206,6 +206,15 @@ def test_every_switch_changes_the_answer(change):
     assert (full - other).abs().max() > 1e-4
 
 
+def test_without_low_rank_changes_branches_attend_as_changes_of_zero_do():
+    changed, plain = (model(hierarchical(DIM, LAYERS, windows=2, rank=rank)) for rank in (4, 0))
+    lacking, unknown = plain.load_state_dict(changed.state_dict(), strict=False)
+    assert not lacking and all(".lora_" in name for name in unknown)
+    with torch.no_grad():
+        answers = [forward(made, (2, 6, 8), attention=BranchedWindows(2, branches=BRANCHES)) for made in (changed, plain)]
+    assert torch.equal(*answers)
+
+
 def test_fusion_is_in_the_order_of_the_branches():
     z, coarse, whole = torch.zeros(1, 1, 1), torch.ones(1, 1, 1), torch.full((1, 1, 1), 10.0)
     alphas = [torch.full((1, 1, 1), 0.5), torch.full((1, 1, 1), 0.1)]
@@ -218,8 +227,9 @@ def test_fusion_is_in_the_order_of_the_branches():
 
 @pytest.mark.parametrize("restoring", ["separable", "depthwise", "dense"])
 @pytest.mark.parametrize("projecting", ["each", "once"])
-def test_a_configuration_names_the_tensors_of_its_network(restoring, projecting):
-    config = hierarchical(24, 3, windows=2, rank=5, restoring=restoring, projecting=projecting)
+@pytest.mark.parametrize("rank", [5, 0])
+def test_a_configuration_names_the_tensors_of_its_network(restoring, projecting, rank):
+    config = hierarchical(24, 3, windows=2, rank=rank, restoring=restoring, projecting=projecting)
     made = attach_branches([torch.nn.Module() for _ in range(3)], config)
     assert config.tensors() == {name: tuple(parameter.shape) for name, parameter in made.named_parameters()}
 
@@ -257,7 +267,7 @@ def test_more_windows_than_tokens_are_refused():
     [
         {"restoring": "cubic"},
         {"projecting": "twice"},
-        {"rank": 0},
+        {"rank": -1},
         {"blocks": ()},
         {"branches": {}},
         {"projecting": "once", "branches": {"a": BranchConfig(stride=2, key_of_query=True)}},

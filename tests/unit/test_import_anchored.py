@@ -87,6 +87,13 @@ def test_the_anchors_own_model_is_a_transformer(file, tiny22, tmp_path):
     assert component.place == "transformer" and len(component.names) == len(plain)
 
 
+@pytest.mark.parametrize("gone", ["spatial_adapter", "dt_embedding"])
+def test_a_file_with_one_of_what_was_trained_together_is_refused(gone, file, tiny22, tmp_path):
+    with pytest.raises(UserError, match=rf"none {gone}\.\*"):
+        imported({name: tensor for name, tensor in file.items() if gone not in name}, tiny22, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("place", ["generator", "generator_ema"])
 def test_a_checkpoint_comes_in_from_either_place(place, file, tiny22, tmp_path):
     torch.save({place: file, "step": 800}, tmp_path / "model.pt")

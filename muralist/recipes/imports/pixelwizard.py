@@ -37,6 +37,11 @@ def examine(source: Source, base: BaseInfo) -> list[Component]:
     source = _unwrapped(source)
     adapter, steps = source.below(ADAPTER), source.below(STEPS)
     rest = source.without(name for name in source.entries if name.startswith((ADAPTER, STEPS)))
+    if bool(adapter.entries) != bool(steps.entries):
+        have, lack = (ADAPTER, STEPS) if adapter.entries else (STEPS, ADAPTER)
+        raise UserError(
+            f"there are tensors {have}* and none {lack}*: what was trained with both does not serve with one", where="file", fix="give the whole file"
+        )
     found = [backbone(rest, base)]
     if adapter.entries:
         found.append(_injector(adapter, base))
