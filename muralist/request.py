@@ -167,7 +167,8 @@ def _grid(asked: Asked, info: BaseInfo, note: Callable[[str], None]) -> Grid:
     if asked.duration is not None:
         if not 0 < asked.duration * fps < math.inf:
             raise UserError(f"{asked.duration} seconds", where="duration", fix="use a number above 0")
-        frames = max(round(asked.duration * fps), 1)
+        if (frames := round(asked.duration * fps)) < 1:
+            raise UserError(f"{asked.duration:g} seconds at {fps:g} frames per second", where="duration", fix=f"use at least {1 / fps:.3g}s, one frame")
     return Grid(num_frames=_snapped(frames, fps, info.geometry, note), height=asked.height, width=asked.width, fps=float(fps))
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from muralist.base_info import BaseInfo
+from muralist.base_info import UPSAMPLER, BaseInfo
 from muralist.errors import UserError
 from muralist.nn.kinds import ADAPTER_FILE
 from muralist.store import weights
+from muralist.store.parts import read_part
 
 TIED = ("shared.weight", "encoder.embed_tokens.weight")  # the text encoder's two names of one tensor; its file holds either
 
@@ -64,4 +65,16 @@ def _builders(info: BaseInfo) -> dict[str, Callable[[], torch.nn.Module]]:
     if info.boundary is not None:
         second = weights.read_config(info.folder / "transformer_2" / "config.json")
         builders["transformer_2"] = lambda: WanTransformer3DModel.from_config(second)
+    if UPSAMPLER in info.parts:
+        builders[f"parts/{UPSAMPLER}"] = lambda: _upsampler(info)
     return builders | {"vae": lambda: AutoencoderKLWan.from_config(info.vae_config), "text_encoder": lambda: UMT5EncoderModel(UMT5Config(**text))}
+
+
+def _upsampler(info: BaseInfo) -> torch.nn.Module:
+    from muralist.nn.latent_upsampler.model import LatentUpsampler, LatentUpsamplerConfig
+
+    config = LatentUpsamplerConfig.of(read_part(info.folder / "parts" / UPSAMPLER, UPSAMPLER))
+    if config.channels != info.geometry.channels:
+        what = f"it enlarges latents of {config.channels} channels, those of {info.name} have {info.geometry.channels}"
+        raise UserError(what, where=f"part {UPSAMPLER}", fix="use one that was made for this base")
+    return LatentUpsampler(config)

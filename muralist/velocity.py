@@ -43,10 +43,10 @@ class ProxyView:
         return 0.0 if self.noise == "clean" else sigma
 
     def at(self, level: float) -> torch.Tensor:
-        """The latent at a noise level of its own."""
+        """The latent at a noise level of its own, on the straight path from the noise that it was painted from."""
         if level == 0:
             return self.z
-        return flow.renoise(self.z, flow.keyed_noise(tuple(self.z.shape), seed=self.seed, stage="proxy view").to(self.z), level)
+        return flow.renoise(self.z, flow.keyed_noise(tuple(self.z.shape), seed=self.seed, stage="proxy").to(self.z), level)
 
     def takes_turns_with(self, adapter: str | None) -> bool:
         """Whether its own adapter and this one both have their turn at every step."""

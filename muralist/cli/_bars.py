@@ -34,13 +34,14 @@ class Bars(Silent):
         )  # fmt: skip
 
     def __enter__(self) -> Bars:
-        self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._tasks:
+            self._progress.stop()
 
     def begin(self, stage: str, total: int) -> None:
+        self._progress.start()  # not before: what is refused until here is one line, without an empty one for bars
         number = self._stages.index(stage) + 1 if stage in self._stages else 1
         self._tasks[stage] = self._progress.add_task(f"[{number}/{len(self._stages)}] {stage}", total=total)
 

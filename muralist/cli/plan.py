@@ -51,12 +51,18 @@ def show(plan: Plan, *, json: bool) -> int:
         rows = [_row(stage) for stage in plan.stages]
         _show.table("", columns, rows, numbers=columns[1:])
         for stage in plan.stages:
-            print(f"  {stage.stage}: {_show.plain(', '.join(filter(None, (stage.work, stage.action))))}")
+            print(f"  {stage.stage}: {_show.plain(', '.join(filter(None, (stage.work, _attention(stage), stage.action))))}")
         print()
         memory, disk = _show.amount(plan.memory_bytes), _show.amount(plan.disk_bytes)
         print(f"about {_show.span(plan.seconds)} on {plan.machine.name}, {memory} of memory at most, {disk} of disk")
     plan.check()
     return 0
+
+
+def _attention(stage: StagePlan) -> str:
+    if stage.attention_saving <= 1:
+        return ""
+    return f"{stage.keys_per_query:,.0f} keys a query, {stage.attention_saving:,.3g} times fewer attention FLOPs than over all tokens"
 
 
 def _row(stage: StagePlan) -> list[str]:

@@ -48,6 +48,7 @@ class Windows:
 
 MOST_TOKENS = 1024  # of a window in sight of a proxy: with 64 of the proxy about 1,100 keys a query
 MOST_FRAMES = 8  # latent ones: 8 x 8 x 16 tokens
+PROXY_SHRINK = 2  # training at a base's own size: the proxy of a clip has the clip's sides divided by this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,14 +67,24 @@ class ProxyWindows(Windows):
 
     @classmethod
     def trained(cls, own: tuple[int, int, int]) -> ProxyWindows:
-        """Those that a base of the token grid `own` (f, y, x) is trained in at its own resolution: at most an eighth of its tokens, half of its frames."""
-        return cls.at_most(math.prod(own) // 8, own[0] // 2)
+        """Those that a base of the token grid `own` (f, y, x) is trained in at its own resolution: at most an eighth of its tokens, half of its frames.
+
+        The proxy's sides are those of the clip over PROXY_SHRINK: in a corner of it the furthest of `near` places is so far from the first token.
+        """
+        windows = cls.at_most(math.prod(own) // 8, own[0] // 2)
+        rows, columns = ((count - 1) * PROXY_SHRINK + (PROXY_SHRINK - 1) / 2 for count in windows.near[1:])
+        return windows._reaching((own[0], rows, columns), own)
 
     @classmethod
     def of_crops(cls, own: tuple[int, int, int]) -> ProxyWindows:
-        """Those of crops of large videos: at most half of the base's tokens, as whole frames."""
+        """Those of crops of large videos: at most half of the base's tokens, as whole frames. A crop has the base's own frames, its picture is all sizes'."""
         frames = max(own[0] // 2, 1)
-        return cls.at_most(frames * own[1] * own[2], frames)
+        return cls.at_most(frames * own[1] * own[2], frames)._reaching((own[0], math.inf, math.inf), own)
+
+    def _reaching(self, furthest: tuple[float, float, float], own: tuple[int, int, int]) -> ProxyWindows:
+        """The same, with places no further from a window's middle than keeps them `furthest` from its tokens, the distances seen in training."""
+        sides = window_size(self, own)
+        return replace(self, reach=tuple(min(most, max(far - (side - 1) / 2, 1.0)) for most, far, side in zip(self.reach, furthest, sides)))
 
     @classmethod
     def at_most(cls, tokens: int, frames: int) -> ProxyWindows:

@@ -317,6 +317,4 @@ def _size_of(payload: Payload) -> int:
 
 
 def _damaged(path: Path, what: str) -> UserError:
-    return UserError(
-        f"{path.name} {what}", where=str(path.parent), fix="remove this directory and run the same command again: it is redone from what is intact"
-    )
+    return UserError(f"{path.name} {what}", where=str(path.parent), fix="remove this directory and run the same command again: what is in it is made anew")

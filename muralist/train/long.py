@@ -23,7 +23,7 @@ from muralist.data.latents import LatentPool, PoolConfig
 from muralist.nn.adapters import select_adapter
 from muralist.nn.attention import ProxyMemory, Within
 from muralist.stages.proxy import LowFrameRateProxy
-from muralist.stages.refine import ProxyWindows, Refine
+from muralist.stages.refine import PROXY_SHRINK, ProxyWindows, Refine
 from muralist.stages.upsample import LATENT_SCALE
 from muralist.train import state
 from muralist.train.loop import CHECKPOINTS, Report, begin
@@ -34,7 +34,6 @@ from muralist.types import Grid
 
 PROXY, DETAIL, DETAIL_UHR = "proxy", "detail", "detail_uhr"  # adapters
 EVERY = 4  # latent frames
-SHRINK = 2  # the proxy of a training clip has the clip's sides divided by this
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +96,7 @@ def train_detail(
     trainee, data = Trainee(model, device), (data or VideoData()).settled()
     origin = _origin(trainee, data, folder, PROXY)
     own = trainee.own_grid
-    coarse = _slow_proxy(own, SHRINK).grid(own, trainee.info.geometry)
+    coarse = _slow_proxy(own, PROXY_SHRINK).grid(own, trainee.info.geometry)
     (pool,) = trainee.encoded([PoolConfig(name="paired", count=data.clips, grid=own, proxy=coarse, guide_scale=LATENT_SCALE, seed=12)], data, folder, report)
     give_adapter(trainee, DETAIL)
     graft = training_windows(trainee).graft(trainee.info.geometry.token_shape(own))

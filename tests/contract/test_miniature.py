@@ -41,7 +41,7 @@ def test_no_path_of_a_machine_is_in_its_files():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "skip"), [("cascade", 1), ("luve", 1), ("pixelwizard", 0), ("ultragen", 0)])
+@pytest.mark.parametrize(("recipe", "skip"), [("cascade", 1), ("luve", 1), ("pixelwizard", 0), ("ultragen", 0), ("atlasvid", 1)])
 def test_a_recipe_it_has_the_parts_for_paints(recipe, skip, tmp_path):
     """At a size at which windows are shifted and the upsampler's too."""
     size = ("--size", "896x512", "--num-frames", 5, "--num-inference-steps", 3, "--skip-steps", skip)

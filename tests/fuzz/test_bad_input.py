@@ -55,7 +55,7 @@ OPTIONS = [
     *((name, "0") for name in ("--num-inference-steps", "--flow-shift", "--num-frames", "--fps", "--vram-limit")),
     ("--num-inference-steps", "2.5"), ("--num-frames", "4.5"), ("--seed", "1.5"), ("--skip-steps", "4"), ("--skip-steps", "99"),
     *(("--size", size) for size in ("", "5k", "0x0", "10x10", "3841x2160", "3840x2161", "99999x64", "-64x64", "64x-64", "64*64", "64", "x", "4k4k")),
-    *(("--duration", text) for text in ("", "0", "0s", "-1s", "ten", "1h", "1e3", "nan", "infs", "99999s", "1:30")),
+    *(("--duration", text) for text in ("", "0", "0s", "-1s", "1ms", "ten", "1h", "1e3", "nan", "infs", "99999s", "1:30")),
     ("--width", "640"), ("--height", "640"), ("--width", "abc"),
     ("--recipe", ""), ("--recipe", "Cascade"), ("--recipe", "nonsense"), ("--recipe", "../cascade"), ("--recipe", "x" * 10_000),
     ("--device", "tpu"), ("--device", ""), ("--device", "cpu:9:9"), ("--device", "cuda:99"), ("--device", "cuda:x"),

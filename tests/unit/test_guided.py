@@ -17,6 +17,7 @@ from muralist.nn.block import MuralBlock
 from muralist.nn.rope import axis_dims
 from muralist.nn.transformer import Graft, MuralTransformer
 from muralist.nn.windows import partition
+from muralist.stages.refine import PROXY_SHRINK, ProxyWindows, Refine
 
 FINE, COARSE, SCALE = (5, 6, 9), (2, 3, 4), 4.0
 WINDOWS = WindowAttention((2, 3, 4))
@@ -227,6 +228,35 @@ def test_every_window_has_its_count_of_distinct_neighbours_within_reach(fine, co
     many = math.prod(min(a, b) for a, b in zip(near.count, coarse))
     assert found.index.shape == (len(cut.origins), many) and found.cos.shape == (*found.index.shape, 8)
     assert all(len(set(row)) == many and min(row) >= 0 and max(row) < math.prod(coarse) for row in found.index.tolist())
+
+
+def furthest(windows: ProxyWindows, fine: tuple[int, int, int], coarse: tuple[int, int, int]) -> list[float]:
+    """The largest distance of a token from a place that it sees, along each axis."""
+    refine = Refine(num_inference_steps=1, guidance_scale=1.0, flow_shift=1.0, attention=windows)
+    axes, found = places(coarse, Within(fine), 4.0), [0.0, 0.0, 0.0]
+    for cut in refine.graft(fine).attention.partitions(fine):
+        for run in cut.groups:
+            first = cut.origins[run.first : run.first + run.num_windows].double()
+            for axis, side in enumerate(run.shape):
+                middles = first[:, axis] + (side - 1) / 2
+                reach = torch.full((len(middles), 1), max(side / 2, windows.reach[axis]), dtype=torch.float64)
+                seen = _nearest(middles, axes[axis], windows.near[axis], reach)[1]
+                found[axis] = max(found[axis], *((seen - first[:, axis, None] - token).abs().max().item() for token in (0, side - 1)))
+    return found
+
+
+OWN = (8, 8, 14)  # the embedded base's token grid
+SIZES = {"1080p": (8, 34, 60), "4k": (8, 68, 120), "8k": (8, 135, 240), "4k, 113 frames": (29, 68, 120), "8k, 161 frames": (41, 135, 240)}
+
+
+@pytest.mark.parametrize("fine", SIZES.values(), ids=SIZES)
+def test_no_place_is_further_from_a_token_than_in_training(fine):
+    """What is trained at the base's own size alone works at any: it never meets a relative position that it has not seen."""
+    windows = ProxyWindows.trained(OWN)
+    trained = furthest(windows, OWN, (2, OWN[1] // PROXY_SHRINK, OWN[2] // PROXY_SHRINK))
+    assert all(here <= there + 1 for here, there in zip(furthest(windows, fine, (-(-fine[0] // 4), 8, 14)), trained))
+    of_crops = ProxyWindows.of_crops(OWN)
+    assert furthest(of_crops, fine, (-(-fine[0] // 4), 8, 14))[0] <= OWN[0]
 
 
 def test_places_span_the_fine_grid():
