@@ -37,6 +37,7 @@ from muralist.nn.kinds import InjectorConfig, hierarchical
 from muralist.train.anchored import AnchoredConfig, train_anchored
 from muralist.train.branched import BranchedConfig, train_branched
 from muralist.train.experts import LESSONS, Lesson, train_experts
+from muralist.train.loop import Length
 from muralist.train.trainee import VideoData
 from muralist.types import Grid
 
@@ -172,11 +173,12 @@ def unsharpened() -> dict[str, Lesson]:
     return {name: replace(lesson, sharpen=None) for name, lesson in LESSONS.items()}
 
 
-def train_lessons(folder: Path, *, config: Expertise, minutes: float, **options: Any) -> Path:
-    """Each expert has half of the minutes, whether it has a neighbour or not."""
+def train_lessons(folder: Path, *, config: Expertise, length: Length, **options: Any) -> Path:
+    """Each expert has half of the length, whether it has a neighbour or not."""
     if not config.lessons:
         return folder
-    return train_experts(folder, lessons=dict(config.lessons), minutes=minutes * len(config.lessons) / len(LESSONS), **options)
+    of_all = length if len(config.lessons) == len(LESSONS) else length.part(len(LESSONS))
+    return train_experts(folder, lessons=dict(config.lessons), length=of_all, **options)
 
 
 def main() -> None:
@@ -186,6 +188,7 @@ def main() -> None:
     folder = (options.folder / options.name).absolute()
     model = stripped(info.folder, folder / "base", subject.without)
     (folder / "latents").mkdir(parents=True, exist_ok=True)
+    budget = Budget(steps=options.steps) if options.steps else Budget(minutes=options.minutes or 20)
 
     def train(config: Any, budget: Budget, directory: Path) -> tuple[Path, Any]:
         run_folder = directory / "run"
@@ -194,7 +197,7 @@ def main() -> None:
             (run_folder / "latents").symlink_to(folder / "latents")  # the same clips for all
         begun = any(run_folder.rglob("checkpoints"))
         data = VideoData(clips=options.clips)
-        subject.train(run_folder, minutes=budget.minutes, device=CPU, resume=begun, model=model, data=data, config=config)
+        subject.train(run_folder, length=budget.length, device=CPU, resume=begun, model=model, data=data, config=config)
         return with_results(model, run_folder, directory / "model"), config
 
     def evaluate(trained: tuple[Path, Any], scenes: Sequence[world.Scene]) -> dict[str, list[float]]:
@@ -205,7 +208,7 @@ def main() -> None:
     study = Study(
         name=f"{options.name} ({subject.paper})", base=subject.base, variants=subject.variants, train=train, evaluate=evaluate,
         measures=(ADHERENCE, ONE_OBJECT, SEAMS, DISTANCE),
-        budget=Budget(minutes=options.minutes), scenes=held_out(options.scenes),
+        budget=budget, scenes=held_out(options.scenes),
         facts=facts(model, options),
     )  # fmt: skip
     outcomes = run(study, folder)
@@ -221,7 +224,11 @@ def main() -> None:
         for o in outcomes
     ]
     judged = f"{options.scenes} held-out scenes at {options.size} x {options.num_frames}"
-    write(f"study-{options.name}", rows, note=f"{options.minutes:g} minutes a variant, {options.clips} clips of each size; {judged}")
+    write(
+        f"study-{options.name}",
+        rows,
+        note=f"{f'{budget.steps} steps' if budget.steps else f'{budget.minutes:g} minutes'} a variant, {options.clips} clips of each size; {judged}",
+    )
 
 
 def facts(model: Path, options: argparse.Namespace) -> dict[str, str]:
@@ -280,7 +287,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=tuple(SUBJECTS))
     parser.add_argument("--model", default="miniature")
-    parser.add_argument("--minutes", type=float, default=20)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, help="of each variant; 20")
+    length.add_argument("--steps", type=int, help="of each variant instead: fair on a machine that does other work beside")
     parser.add_argument("--clips", type=int, default=120)
     parser.add_argument("--scenes", type=int, default=6)
     parser.add_argument("--size", default="1920x1080")

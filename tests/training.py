@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import torch
 
+from muralist.train.loop import Length
 from muralist.types import Grid
 
 CPU = torch.device("cpu")
@@ -35,5 +36,5 @@ def spied(monkeypatch, module, train, *arguments, **options):
 
     monkeypatch.setattr(f"muralist.train.{module}.fit", fit)
     with suppress(KeyboardInterrupt):
-        train(*arguments, minutes=1, device=CPU, resume=False, report=quiet, **options)
+        train(*arguments, length=Length(minutes=1), device=CPU, resume=False, report=quiet, **options)
     return list(seen.values())

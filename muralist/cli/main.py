@@ -27,7 +27,7 @@ app = typer.Typer(
     context_settings={"token_normalize_func": canonical, "help_option_names": ["-h", "--help"]},
 )
 for module in (generate, resume, plan, inspect, eval, diagnose, psd, recipes, doctor, train, import_, score, compare, bench):
-    app.command(module.__name__.rpartition(".")[2].rstrip("_"))(module.command)
+    app.command(module.__name__.rpartition(".")[2].rstrip("_"), context_settings=getattr(module, "CONTEXT", None))(module.command)
 
 
 def _version(wanted: bool) -> None:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from muralist.cli._options import Debug, Device
+from muralist.cli._options import Debug, Device, canonical
 from muralist.errors import UserError
 
 if TYPE_CHECKING:
+    from muralist.train.loop import Length
     from muralist.train.trainee import VideoData
 
 
@@ -55,12 +56,16 @@ TRAININGS = {
     "experts": Training("muralist.train.experts", "train_experts", "model", MODEL, init=False, serves="parts/experts", data=True),
 }
 MAX_CLIPS = 1_000_000
-MAX_MINUTES = 60 * 24 * 30
+MINUTES, MAX_MINUTES, MAX_STEPS = 30.0, 60 * 24 * 30, 100_000_000
+
+
+CONTEXT = {"token_normalize_func": lambda name: name if name == "steps" else canonical(name)}  # elsewhere they are those of denoising
 
 
 def command(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(TRAININGS)}.")],
-    minutes: Annotated[float, typer.Option("--minutes", help="Time budget; the learning rate falls over its last quarter.")] = 30.0,
+    minutes: Annotated[float | None, typer.Option("--minutes", help="How long; the learning rate falls over its last quarter. [default: 30]")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="How long in steps instead, the same on every machine.")] = None,
     device: Device = "auto",
     start: Annotated[
         str | None,
@@ -86,8 +91,7 @@ def command(
     """Train the embedded base, or what is added to any base. It can be stopped at any time and continued with --resume."""
     if name not in TRAININGS:
         raise UserError(f"unknown training {name!r}", where="name", fix=f"use one of {', '.join(TRAININGS)}")
-    if not 0 < minutes <= MAX_MINUTES:
-        raise UserError(f"{minutes} minutes", where="minutes", fix="use a number above 0, such as 30")
+    length = _length(minutes, steps)
     from muralist.base import pick_device
     from muralist.cli._show import Interrupted
     from muralist.nn.heap import keep_freed_blocks
@@ -99,10 +103,11 @@ def command(
     earlier = _earlier(training, start) | _initial(training, init) | _videos(training, data, height, min_score, clips)
     begin(folder, resume=resume)
     try:
-        result = getattr(importlib.import_module(training.module), training.function)(folder, minutes=minutes, device=target, resume=resume, **earlier)
+        result = getattr(importlib.import_module(training.module), training.function)(folder, length=length, device=target, resume=resume, **earlier)
     except KeyboardInterrupt:
         typed = {
-            "minutes": f"{minutes:g}",
+            "minutes": None if length.minutes is None else f"{length.minutes:g}",
+            "steps": length.steps,
             "device": device,
             "from": start,
             "init": init,
@@ -117,6 +122,18 @@ def command(
         raise Interrupted(f"; go on from the newest checkpoint with: {shlex.join(['muralist', 'train', name, *words, '--resume'])}") from None
     print(f"done: {result}" + (f"; a model uses it once it is copied to MODEL/{training.serves}" if training.serves else ""))
     return 0
+
+
+def _length(minutes: float | None, steps: int | None) -> Length:
+    if minutes is not None and steps is not None:
+        raise UserError("both minutes and steps are given", where="steps", fix="give one of them")
+    if minutes is not None and not 0 < minutes <= MAX_MINUTES:
+        raise UserError(f"{minutes} minutes", where="minutes", fix="use a number above 0, such as 30")
+    if steps is not None and not 1 <= steps <= MAX_STEPS:
+        raise UserError(f"{steps} steps", where="steps", fix=f"use 1 to {MAX_STEPS:,}")
+    from muralist.train.loop import Length
+
+    return Length(steps=steps) if steps is not None else Length(minutes=MINUTES if minutes is None else minutes)
 
 
 def _earlier(training: Training, start: str | None) -> dict[str, Path]:

@@ -31,6 +31,7 @@ from muralist.data.world import Scene, sample_scene
 from muralist.errors import UserError
 from muralist.eval.registry import Better
 from muralist.store import atomic
+from muralist.train.loop import Length
 
 Verdict = Literal["agrees", "disagrees", "undecided"]
 Values = Mapping[str, float | Sequence[float]]
@@ -47,6 +48,11 @@ class Budget:
     def __post_init__(self):
         if (self.minutes is None) == (self.steps is None):
             raise UserError("give exactly one of minutes and steps", where="budget", fix="use Budget(minutes=10), say")
+
+    @property
+    def length(self) -> Length:
+        """For `muralist.train`."""
+        return Length(minutes=self.minutes, steps=self.steps)
 
 
 @dataclass(frozen=True, slots=True)

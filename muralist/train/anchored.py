@@ -17,7 +17,7 @@ from muralist.nn.injector import AnchorInjector
 from muralist.nn.kinds import INJECTOR, STEP_SIZE, InjectorConfig
 from muralist.nn.step_size import StepSizeEmbedding
 from muralist.store.parts import save_part
-from muralist.train.loop import Report, begin
+from muralist.train.loop import Length, Report, begin
 from muralist.train.objectives.flow import Batch, FlowConfig
 from muralist.train.objectives.shortcut import ShortcutConfig, ShortcutMatching
 from muralist.train.trainee import Crops, Trainee, VideoData, fit_adapter, give_adapter
@@ -38,7 +38,7 @@ class AnchoredConfig:
 def train_anchored(
     folder: Path,
     *,
-    minutes: float,
+    length: Length,
     device: torch.device,
     resume: bool,
     model: Path,
@@ -58,7 +58,7 @@ def train_anchored(
     added = _add_parts(trainee, config, width, device)
     flow = FlowConfig(prediction=trainee.info.prediction, shift=trainee.info.defaults.flow_shift)
     objective = Anchored(trainee, trainee.transformer, trainee.embed, Crops(pools, batch=BATCH), flow, device, shortcut=config.shortcut)
-    adapter = fit_adapter(trainee, ANCHORED, objective, folder, minutes, resume, trainee.origin(data), report)
+    adapter = fit_adapter(trainee, ANCHORED, objective, folder, length, resume, trainee.origin(data), report)
     for kind, (record, network) in added.items():
         save_part(folder / "parts" / kind, kind, record, {name: p.detach().half().cpu() for name, p in network.named_parameters()})
     return adapter

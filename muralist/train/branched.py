@@ -23,7 +23,7 @@ from muralist.nn.kinds import BRANCHES, BranchesConfig, hierarchical
 from muralist.nn.transformer import Graft
 from muralist.store import weights
 from muralist.store.parts import save_part
-from muralist.train.loop import Report, begin
+from muralist.train.loop import Length, Report, begin
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
 from muralist.train.trainee import Trainee, VideoData, fit_adapter, give_adapter
 from muralist.types import Grid
@@ -56,7 +56,7 @@ class BranchedConfig:
 def train_branched(
     folder: Path,
     *,
-    minutes: float,
+    length: Length,
     device: torch.device,
     resume: bool,
     model: Path,
@@ -77,7 +77,7 @@ def train_branched(
     source = Whole(pools[: len(whole)], pools[len(whole) :], TIMES * math.prod(trainee.info.geometry.latent_shape(trainee.own_grid)[1:]))
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, source, flow, device)
     origin = trainee.origin(data) | {"singles": f"{SINGLES}, {SINGLE_SHARE}", BRANCHES: stands_on}
-    adapter = fit_adapter(trainee, BRANCHED, objective, folder, minutes, resume, origin, report)
+    adapter = fit_adapter(trainee, BRANCHED, objective, folder, length, resume, origin, report)
     save_part(folder / "parts" / BRANCHES, BRANCHES, asdict(branches), {name: p.detach().half().cpu() for name, p in attached.named_parameters()})
     return adapter
 

@@ -18,7 +18,7 @@ from muralist.nn.filters import RadialFilter
 from muralist.nn.transformer import Graft
 from muralist.store.parts import save_part
 from muralist.train import state
-from muralist.train.loop import CHECKPOINTS, Report, Schedule, begin, draw_curve, fit
+from muralist.train.loop import CHECKPOINTS, Length, Report, Schedule, begin, draw_curve, fit
 from muralist.train.objectives.flow import FlowConfig, FlowMatching
 from muralist.train.trainee import Crops, Trainee, VideoData
 from muralist.train.uhr import ADAPTER
@@ -41,7 +41,7 @@ LESSONS = {
 def train_experts(
     folder: Path,
     *,
-    minutes: float,
+    length: Length,
     device: torch.device,
     resume: bool,
     model: Path,
@@ -49,7 +49,7 @@ def train_experts(
     lessons: dict[str, Lesson] | None = None,
     report: Report = print,
 ) -> Path:
-    """One expert after the other, each in `minutes` divided by their number; writes `folder/parts/experts`. A copy of it in `model/parts` puts them to use.
+    """One expert after the other, each in an equal part of `length`; writes `folder/parts/experts`. A copy of it in `model/parts` puts them to use.
 
     `lessons`: other experts than the two of the paper, for ablations.
     """
@@ -65,7 +65,7 @@ def train_experts(
     torch.manual_seed(0)
     attached = attach(trainee.transformer.blocks, width, experts.experts).to(device)
     for name, lesson in lessons.items():
-        _teach(name, lesson, trainee, attached, replace(data, sharpen=lesson.sharpen), folder, minutes / len(lessons), resume, report)
+        _teach(name, lesson, trainee, attached, replace(data, sharpen=lesson.sharpen), folder, length.part(len(lessons)), resume, report)
     tensors = {f"blocks.{name}": parameter.detach().half() for name, parameter in attached.named_parameters()}
     return save_part(folder / "parts" / EXPERTS, EXPERTS, experts.record(), tensors)
 
@@ -77,7 +77,7 @@ def _teach(
     attached: torch.nn.ModuleList,
     data: VideoData,
     folder: Path,
-    minutes: float,
+    length: Length,
     resume: bool,
     report: Report,
 ) -> None:
@@ -92,7 +92,7 @@ def _teach(
     config = FlowConfig(prediction=info.prediction, shift=info.defaults.flow_shift, min_sigma=low, max_sigma=high, graft=Graft(experts=(name,)))
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Crops(pools), config, trainee.base.device)
     report(f"expert {name}: noise levels {low:g} to {high:g}")
-    schedule = Schedule(minutes=minutes, learning_rate=1e-3, weight_decay=0.0)
+    schedule = Schedule(length=length, learning_rate=1e-3, weight_decay=0.0)
     origin = trainee.origin(data) | {"adapter": trainee.adapter_origin(ADAPTER)}
     fit(objective, schedule, folder / name, resume=resume, origin=origin, report=report)
     draw_curve(folder / name)

@@ -14,7 +14,7 @@ from muralist.errors import UserError
 from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, miniature, paper
 from muralist.store.parts import save_part
 from muralist.train import state
-from muralist.train.loop import CHECKPOINTS, Report, Schedule, begin, draw_curve, fit
+from muralist.train.loop import CHECKPOINTS, Length, Report, Schedule, begin, draw_curve, fit
 from muralist.train.miniature import load_vae
 from muralist.train.objectives.latent_upsample import LatentUpsample, LatentUpsampleConfig
 from muralist.train.trainee import VideoData
@@ -28,7 +28,7 @@ WIDE = 1024  # the width of a base from which it gets the paper's network; Wan2.
 def train_latent_upsampler(
     folder: Path,
     *,
-    minutes: float,
+    length: Length,
     device: torch.device,
     resume: bool,
     model: Path,
@@ -53,7 +53,7 @@ def train_latent_upsampler(
     torch.manual_seed(0)
     upsampler = LatentUpsampler(network or _usual(info)).to(device)
     goal = LatentUpsample(upsampler, vae, pools, objective or LatentUpsampleConfig(), device)
-    schedule = Schedule(minutes=minutes, learning_rate=2e-4, decay=1.0, weight_decay=0.0, betas=(0.9, 0.999))
+    schedule = Schedule(length=length, learning_rate=2e-4, decay=1.0, weight_decay=0.0, betas=(0.9, 0.999))
     upsampler = fit(goal, schedule, folder, resume=resume, origin=origin, report=report)
     weights = {name: parameter.detach().half() for name, parameter in upsampler.named_parameters()}
     made = save_part(folder / "parts" / UPSAMPLER, UPSAMPLER, asdict(upsampler.config), weights)

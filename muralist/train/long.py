@@ -26,7 +26,7 @@ from muralist.stages.proxy import LowFrameRateProxy
 from muralist.stages.refine import PROXY_SHRINK, ProxyWindows, Refine
 from muralist.stages.upsample import LATENT_SCALE
 from muralist.train import state
-from muralist.train.loop import CHECKPOINTS, Report, begin
+from muralist.train.loop import CHECKPOINTS, Length, Report, begin
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching, Source
 from muralist.train.trainee import AIMED, Trainee, VideoData, fit_adapter, give_adapter, train_alone
 from muralist.train.uhr import DAMAGE, start_of_path
@@ -75,7 +75,7 @@ def _from_proxy(batch: Batch, pool: LatentPool, index: np.ndarray, skip_share: f
 
 
 def train_proxy(
-    folder: Path, *, minutes: float, device: torch.device, resume: bool, model: Path, data: VideoData | None = None, report: Report = print
+    folder: Path, *, length: Length, device: torch.device, resume: bool, model: Path, data: VideoData | None = None, report: Report = print
 ) -> Path:
     """LoRA on clips of a quarter of the base's rate; writes `folder/adapters/proxy`."""
     begin(folder, resume=resume)
@@ -85,11 +85,11 @@ def train_proxy(
     (pool,) = trainee.encoded([PoolConfig(name="slow", count=data.clips, grid=slow, seed=11)], data, folder, report)
     give_adapter(trainee, PROXY)
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Clips(pool, stride=EVERY), _config(trainee), device)
-    return fit_adapter(trainee, PROXY, objective, folder, minutes, resume, trainee.origin(data), report)
+    return fit_adapter(trainee, PROXY, objective, folder, length, resume, trainee.origin(data), report)
 
 
 def train_detail(
-    folder: Path, *, minutes: float, device: torch.device, resume: bool, model: Path, data: VideoData | None = None, report: Report = print
+    folder: Path, *, length: Length, device: torch.device, resume: bool, model: Path, data: VideoData | None = None, report: Report = print
 ) -> Path:
     """LoRA on clips in small windows that see a proxy, which is looked at with the adapter `proxy` if there is one; writes `folder/adapters/detail`."""
     begin(folder, resume=resume)
@@ -101,11 +101,11 @@ def train_detail(
     give_adapter(trainee, DETAIL)
     graft = training_windows(trainee).graft(trainee.info.geometry.token_shape(own))
     objective = InSightOfProxy(trainee, Clips(pool, skip_share=trainee.info.defaults.skip_share), replace(_config(trainee), graft=graft), DETAIL)
-    return fit_adapter(trainee, DETAIL, objective, folder, minutes, resume, origin, report)
+    return fit_adapter(trainee, DETAIL, objective, folder, length, resume, origin, report)
 
 
 def train_detail_uhr(
-    folder: Path, *, minutes: float, device: torch.device, resume: bool, model: Path, data: VideoData | None = None, report: Report = print
+    folder: Path, *, length: Length, device: torch.device, resume: bool, model: Path, data: VideoData | None = None, report: Report = print
 ) -> Path:
     """LoRA on crops of large videos, in sight of the whole; starts as `detail` if there is one. Writes `folder/adapters/detail_uhr`."""
     begin(folder, resume=resume)
@@ -117,7 +117,7 @@ def train_detail_uhr(
     own = trainee.info.geometry.token_shape(trainee.own_grid)
     config = replace(_config(trainee), graft=_refine(ProxyWindows.of_crops(own)).graft(own))
     objective = InSightOfProxy(trainee, Sighted(pools, own, trainee.info.defaults.skip_share), config, DETAIL_UHR)
-    return fit_adapter(trainee, DETAIL_UHR, objective, folder, minutes, resume, origin, report)
+    return fit_adapter(trainee, DETAIL_UHR, objective, folder, length, resume, origin, report)
 
 
 class InSightOfProxy(FlowMatching):

@@ -1,8 +1,8 @@
 """The training loop: one visible loop over steps, for any objective.
 
 An objective owns the modules and says what a step's loss is; the loop owns time, learning rate, averages, checkpoints and
-the curve. The budget is minutes or steps; the learning rate is constant and falls over the last part of the budget, so
-that a run that is resumed with a larger budget goes on as if it had been planned so.
+the curve. Its length is minutes or steps; the learning rate is constant and falls over the last part of it, so
+that a run that is resumed with a larger length goes on as if it had been planned so.
 """
 
 from __future__ import annotations
@@ -38,18 +38,37 @@ class Objective(Protocol):
     def loss(self, step: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]: ...
 
 
-WARMUP = 0.1  # of the budget, at most: a short one would be over before `warmup` steps are
+WARMUP = 0.1  # of the length, at most: a short one would be over before `warmup` steps are
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Length:
+    """Of a training: exactly one of `minutes`, of this machine, and `steps`, the same everywhere."""
+
+    minutes: float | None = None
+    steps: int | None = None
+
+    def __post_init__(self):
+        if (self.minutes is None) == (self.steps is None):
+            raise UserError("give exactly one of minutes and steps", where="train", fix="use --minutes 30, or --steps 1000")
+
+    def progress(self, step: int, seconds: float) -> float:
+        """The share of it that is done, at most 1."""
+        return min(step / self.steps if self.steps is not None else seconds / 60 / self.minutes, 1.0)
+
+    def part(self, count: int) -> Length:
+        """One of so many equal parts of it."""
+        return Length(minutes=self.minutes / count) if self.steps is None else Length(steps=max(round(self.steps / count), 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """How long and how fast. Exactly one of `minutes` and `steps` is the budget; `decay` is the share of it in which the rate falls.
+    """How long and how fast. `decay` is the share of the length in which the rate falls.
 
-    The rate rises over `warmup` steps, or over WARMUP of the budget where that is sooner.
+    The rate rises over `warmup` steps, or over WARMUP of the length where that is sooner.
     """
 
-    minutes: float | None = None
-    steps: int | None = None
+    length: Length
     learning_rate: float = 1e-3
     warmup: int = 100
     decay: float = 0.25
@@ -59,13 +78,6 @@ class Schedule:
     ema: float = 0.999
     muon: bool = False
     save_every_minutes: float = 5.0
-
-    def __post_init__(self):
-        if (self.minutes is None) == (self.steps is None):
-            raise UserError("give exactly one of minutes and steps", where="train", fix="use --minutes 30, say")
-
-    def progress(self, step: int, seconds: float) -> float:
-        return min(step / self.steps if self.steps is not None else seconds / 60 / self.minutes, 1.0)
 
     def rate(self, step: int, progress: float) -> float:
         falling = max((progress - (1 - self.decay)) / self.decay, 0.0)
@@ -103,7 +115,7 @@ def fit(objective: Objective, schedule: Schedule, folder: Path, *, resume: bool,
     curve = _Curve(folder, step)
     report(f"{sum(p.numel() for p in parameters.values()) / 1e6:.2f} M parameters, from step {step} ({seconds / 60:.1f} min)")
     with _held_interrupt() as interrupted:
-        while (progress := schedule.progress(step, seconds)) < 1:
+        while (progress := schedule.length.progress(step, seconds)) < 1:
             started = time.monotonic()
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = schedule.rate(step, progress)
@@ -119,7 +131,7 @@ def fit(objective: Objective, schedule: Schedule, folder: Path, *, resume: bool,
             step, seconds = step + 1, seconds + time.monotonic() - started
             if line := curve.add(step, seconds, {"loss": loss.item(), "grad_norm": norm.item(), **metrics}):
                 report(line)
-            if interrupted() or seconds - saved_at > schedule.save_every_minutes * 60 or schedule.progress(step, seconds) >= 1:
+            if interrupted() or seconds - saved_at > schedule.save_every_minutes * 60 or schedule.length.progress(step, seconds) >= 1:
                 facts = {"step": step, "seconds": seconds, "schedule": asdict(schedule), "origin": dict(origin or {})}
                 _save(folder, parameters, average, optimizers, facts)
                 saved_at = seconds

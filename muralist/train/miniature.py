@@ -23,7 +23,7 @@ from muralist.errors import UserError
 from muralist.nn.transformer import MuralTransformer
 from muralist.store import weights
 from muralist.train import state
-from muralist.train.loop import CHECKPOINTS, Schedule, begin, draw_curve, fit
+from muralist.train.loop import CHECKPOINTS, Length, Schedule, begin, draw_curve, fit
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
 from muralist.train.objectives.reconstruction import FURTHER as FURTHER_HEIGHTS
 from muralist.train.objectives.reconstruction import Reconstruction, ReconstructionConfig
@@ -95,7 +95,7 @@ def _channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
     return vae
 
 
-def train_vae(folder: Path, *, minutes: float, device: torch.device, resume: bool, init: Path | None = None, report: Callable[[str], None] = print) -> Path:
+def train_vae(folder: Path, *, length: Length, device: torch.device, resume: bool, init: Path | None = None, report: Callable[[str], None] = print) -> Path:
     """`miniature-vae`: reconstruction of world crops at all scales; writes `folder/vae` in diffusers layout.
 
     `init`: a model folder whose VAE it starts from instead of a fresh one, and to whose latents it is held at the base's own size and where nothing moves.
@@ -103,7 +103,7 @@ def train_vae(folder: Path, *, minutes: float, device: torch.device, resume: boo
     """
     earlier = None if init is None else load_vae(init / "vae")
     vae, config = (new_vae(), ReconstructionConfig()) if earlier is None else _successor(earlier)
-    vae = _fit_vae(vae, config, folder, minutes, device, resume, report, _origin(init, "vae"), earlier)
+    vae = _fit_vae(vae, config, folder, length, device, resume, report, _origin(init, "vae"), earlier)
     if earlier is None:
         mean, std = _latent_statistics(vae, device)
         vae.register_to_config(latents_mean=mean, latents_std=std)
@@ -136,7 +136,7 @@ def _successor(earlier: AutoencoderKLWan) -> tuple[AutoencoderKLWan, Reconstruct
 
 
 def train_decoder(
-    folder: Path, *, minutes: float, device: torch.device, resume: bool, vae: Path, init: Path | None = None, report: Callable[[str], None] = print
+    folder: Path, *, length: Length, device: torch.device, resume: bool, vae: Path, init: Path | None = None, report: Callable[[str], None] = print
 ) -> Path:
     """`miniature-decoder`: a decoder for the latents of `vae`, whose encoder stays as it is; writes `folder/vae`.
 
@@ -154,7 +154,7 @@ def train_decoder(
         getattr(new, part).requires_grad_(False)
     new.register_to_config(latents_mean=old.config.latents_mean, latents_std=old.config.latents_std)
     origin = _origin(init, "vae") | {"--from": latents.digest_of(old)}
-    _fit_vae(new, config, folder, minutes, device, resume, report, origin).save_pretrained(folder / "vae")
+    _fit_vae(new, config, folder, length, device, resume, report, origin).save_pretrained(folder / "vae")
     draw_curve(folder)
     return folder / "vae"
 
@@ -163,7 +163,7 @@ def _fit_vae(
     vae: AutoencoderKLWan,
     config: ReconstructionConfig,
     folder: Path,
-    minutes: float,
+    length: Length,
     device: torch.device,
     resume: bool,
     report: Callable[[str], None],
@@ -171,7 +171,7 @@ def _fit_vae(
     earlier: AutoencoderKLWan | None = None,
 ) -> AutoencoderKLWan:
     objective = Reconstruction(_trainable(vae).to(device), config, device, None if earlier is None else earlier.to(device).requires_grad_(False))
-    schedule = Schedule(minutes=minutes, learning_rate=config.learning_rate, decay=0.6)
+    schedule = Schedule(length=length, learning_rate=config.learning_rate, decay=0.6)
     return fit(objective, schedule, folder, resume=resume, origin=origin, report=report)
 
 
@@ -290,7 +290,7 @@ def _batch(pool: latents.LatentPool, rng: np.random.Generator, size: int) -> Bat
 def train_base(
     folder: Path,
     *,
-    minutes: float,
+    length: Length,
     device: torch.device,
     resume: bool,
     vae: Path,
@@ -318,7 +318,7 @@ def train_base(
     small = latents.build_pool(autoencoder, latents.PoolConfig(name="small", count=small_clips, grid=SMALL_GRID, seed=3), pools, report)
     source = Curriculum(single, whole, small, PHASES if init is None else FURTHER)
     objective = FlowMatching(model, model.transformer, model.embed, source, FlowConfig(), device)
-    schedule = Schedule(minutes=minutes, learning_rate=1.5e-3 if init is None else 5e-4, muon=True)
+    schedule = Schedule(length=length, learning_rate=1.5e-3 if init is None else 5e-4, muon=True)
     fit(objective, schedule, folder, resume=resume, origin=origin, report=report)
     made = save_model(model, autoencoder, folder / "model")
     draw_curve(folder)

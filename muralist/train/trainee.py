@@ -26,7 +26,7 @@ from muralist.nn.enlarge import sampled
 from muralist.stages.prompt import embed
 from muralist.store import weights
 from muralist.train import state
-from muralist.train.loop import CHECKPOINTS, Report, Schedule, draw_curve, fit
+from muralist.train.loop import CHECKPOINTS, Length, Report, Schedule, draw_curve, fit
 from muralist.train.miniature import load_vae
 from muralist.train.objectives.flow import Batch, FlowMatching
 from muralist.types import Grid
@@ -204,10 +204,10 @@ def _copy_adapter(transformer: nn.Module, source: str, target: str) -> None:
 
 
 def fit_adapter(
-    trainee: Trainee, name: str, objective: FlowMatching, folder: Path, minutes: float, resume: bool, origin: Mapping[str, str], report: Report
+    trainee: Trainee, name: str, objective: FlowMatching, folder: Path, length: Length, resume: bool, origin: Mapping[str, str], report: Report
 ) -> Path:
     """Train the adapter, and what else is trainable, and write the adapter to `folder/adapters/name`, in bfloat16."""
-    fit(objective, Schedule(minutes=minutes, learning_rate=1e-3, weight_decay=0.0), folder, resume=resume, origin=origin, report=report)
+    fit(objective, Schedule(length=length, learning_rate=1e-3, weight_decay=0.0), folder, resume=resume, origin=origin, report=report)
     for parameter_name, parameter in trainee.transformer.named_parameters():
         if f".{name}." in parameter_name:  # the adapter alone: parts beside it are stored by whoever made them
             parameter.data = parameter.data.to(torch.bfloat16)

@@ -15,7 +15,7 @@ import torch
 
 from muralist.data.degrade import AnchorDamage
 from muralist.stages.upsample import LATENT_SCALE
-from muralist.train.loop import Report, begin
+from muralist.train.loop import Length, Report, begin
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
 from muralist.train.trainee import Crops, Trainee, VideoData, fit_adapter, give_adapter
 
@@ -41,7 +41,7 @@ def start_of_path(rng: np.random.Generator, skip_share: float) -> float:
     return skip_share if rng.random() < 0.5 else rng.uniform(min(EARLIEST, skip_share), skip_share)
 
 
-def train_uhr(folder: Path, *, minutes: float, device: torch.device, resume: bool, model: Path, data: VideoData | None = None, report: Report = print) -> Path:
+def train_uhr(folder: Path, *, length: Length, device: torch.device, resume: bool, model: Path, data: VideoData | None = None, report: Report = print) -> Path:
     """LoRA on every projection of the base in `model`; writes `folder/adapters/uhr`. A copy of it in `model/adapters` puts it to use.
 
     A base that has the adapter already goes on from it.
@@ -54,4 +54,4 @@ def train_uhr(folder: Path, *, minutes: float, device: torch.device, resume: boo
     config = FlowConfig(prediction=trainee.info.prediction, shift=defaults.flow_shift)
     source = Guided(Crops(pools), defaults.skip_share)
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, source, config, device)
-    return fit_adapter(trainee, ADAPTER, objective, folder, minutes, resume, trainee.origin(data) | trainee.path_origin, report)
+    return fit_adapter(trainee, ADAPTER, objective, folder, length, resume, trainee.origin(data) | trainee.path_origin, report)

@@ -17,7 +17,7 @@ from muralist.store.tensors import load_tensors, save_tensors
 from muralist.train import state
 from muralist.train.experts import train_experts
 from muralist.train.latent_upsampler import train_latent_upsampler
-from muralist.train.loop import Schedule, _Curve, draw_curve, fit
+from muralist.train.loop import Length, Schedule, _Curve, draw_curve, fit
 from muralist.train.miniature import FURTHER, PHASES, Curriculum, TextToVideo, new_tokenizer, new_vae, train_base, train_decoder
 from muralist.train.objectives.flow import FOCUS, Batch, FlowConfig, FlowMatching
 from muralist.train.uhr import train_uhr
@@ -39,7 +39,7 @@ class Line:
 
 
 def schedule(steps, **changes):
-    return Schedule(steps=steps, learning_rate=0.01, warmup=1, decay=0.5, save_every_minutes=0.0, **changes)
+    return Schedule(length=Length(steps=steps), learning_rate=0.01, warmup=1, decay=0.5, save_every_minutes=0.0, **changes)
 
 
 @pytest.mark.parametrize("muon", [False, True])
@@ -62,7 +62,7 @@ def test_ctrl_c_saves_the_step_it_meets(tmp_path):
             return super().loss(step, progress)
 
     with pytest.raises(KeyboardInterrupt):
-        fit(Interrupted(), Schedule(steps=20, save_every_minutes=60), tmp_path, resume=False, report=lambda line: None)
+        fit(Interrupted(), Schedule(length=Length(steps=20), save_every_minutes=60), tmp_path, resume=False, report=lambda line: None)
     assert state.load_newest(tmp_path / "checkpoints")[1]["step"] == 8
 
 
@@ -80,7 +80,7 @@ def test_a_training_asks_before_it_encodes(tmp_path, monkeypatch):
     monkeypatch.setattr("muralist.train.miniature.load_vae", lambda *a: pytest.fail("loaded"))
     for train, start in ((train_base, "vae"), (train_uhr, "model"), (train_latent_upsampler, "model"), (train_experts, "model")):
         with pytest.raises(UserError, match="step 7"):
-            train(tmp_path, minutes=1, device=torch.device("cpu"), resume=False, **{start: tmp_path})
+            train(tmp_path, length=Length(minutes=1), device=torch.device("cpu"), resume=False, **{start: tmp_path})
 
 
 def test_what_draws_the_curve_is_missed_at_the_start(tmp_path, monkeypatch):
@@ -119,9 +119,9 @@ def test_the_columns_of_a_curve_stay_whatever_a_step_measures(tmp_path):
 def test_a_base_is_not_trained_on_a_vae_of_other_channels(tmp_path):
     AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1).save_pretrained(tmp_path / "vae")
     with pytest.raises(UserError, match="48 channels"):
-        train_base(tmp_path / "run", minutes=1, device=torch.device("cpu"), resume=False, vae=tmp_path / "vae")
+        train_base(tmp_path / "run", length=Length(minutes=1), device=torch.device("cpu"), resume=False, vae=tmp_path / "vae")
     with pytest.raises(UserError, match="other layers"):
-        train_decoder(tmp_path / "run", minutes=1, device=torch.device("cpu"), resume=False, vae=tmp_path / "vae")
+        train_decoder(tmp_path / "run", length=Length(minutes=1), device=torch.device("cpu"), resume=False, vae=tmp_path / "vae")
 
 
 def test_a_training_too_short_for_a_curve_is_no_error(tmp_path):
@@ -150,9 +150,15 @@ def test_unfinished_checkpoints_are_ignored_and_two_are_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-4", "step-5", "step-9.tmp"]
 
 
-def test_a_schedule_has_one_budget():
-    with pytest.raises(UserError, match="minutes and steps"):
-        Schedule()
+def test_a_length_is_minutes_or_steps_and_its_parts_are_equal():
+    for none_or_both in ({}, {"minutes": 1.0, "steps": 1}):
+        with pytest.raises(UserError, match="minutes and steps"):
+            Length(**none_or_both)
+    assert Length(minutes=30).part(2) == Length(minutes=15) and Length(steps=7).part(2) == Length(steps=4)
+    assert Length(minutes=10).progress(1, 300) == 0.5 and Length(steps=10).progress(4, 1e9) == 0.4
+
+
+def test_the_rate_falls_at_the_end():
     assert schedule(10).rate(9, 0.999) < 0.1 * schedule(10).rate(5, 0.5)
 
 
@@ -185,7 +191,7 @@ def test_flow_matching_learns_a_constant_video(tmp_path, prediction):
 
     objective = FlowMatching(model, model.transformer, model.embed, source, FlowConfig(prediction=prediction), torch.device("cpu"))
     before = objective.loss(0, 0)[0].item()
-    fit(objective, Schedule(steps=60, learning_rate=5e-3, warmup=5, muon=True), tmp_path, resume=False, report=lambda line: None)
+    fit(objective, Schedule(length=Length(steps=60), learning_rate=5e-3, warmup=5, muon=True), tmp_path, resume=False, report=lambda line: None)
     assert objective.loss(0, 0)[0].item() < 0.7 * before
 
 

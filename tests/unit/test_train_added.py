@@ -32,6 +32,7 @@ from muralist.tiling import Box
 from muralist.train.anchored import train_anchored
 from muralist.train.branched import SINGLE_SHARE, BranchedConfig, Whole, train_branched
 from muralist.train.experts import LESSONS, train_experts
+from muralist.train.loop import Length
 from muralist.train.objectives.flow import Batch, from_guide
 from muralist.train.trainee import Trainee, VideoData, cut_to
 from muralist.train.uhr import train_uhr
@@ -44,21 +45,23 @@ from tests.training import CPU, quiet, spied
 def test_an_adapter_is_trained_and_serves(data, tiny_base, videos, tmp_path, small_shards):
     source = World() if data == "world" else read_footage(videos)
     model = shutil.copytree(tiny_base, tmp_path / "model")
-    made = train_uhr(tmp_path / "run", minutes=0.03, device=CPU, resume=False, model=model, data=VideoData(source=source, heights=(96,), clips=2), report=quiet)
+    made = train_uhr(
+        tmp_path / "run", length=Length(steps=2), device=CPU, resume=False, model=model, data=VideoData(source=source, heights=(96,), clips=2), report=quiet
+    )
     shutil.copytree(made, model / "adapters" / "uhr")
     assert "uhr" in inspect_base(str(model)).adapters
     answer = muralist("generate", "a red ball", "--model", model, "-o", tmp_path / "a.mp4", "--size", "160x96", "--num-frames", 5, "--seed", 1)
     assert answer.code == 0, answer.err
     found = load_file(made / "pytorch_lora_weights.safetensors")
     assert any(tensor.abs().max() > 0 for name, tensor in found.items() if "lora_B" in name)
-    again = train_uhr(tmp_path / "more", minutes=0.01, device=CPU, resume=False, model=model, data=VideoData(heights=(96,), clips=2), report=quiet)
+    again = train_uhr(tmp_path / "more", length=Length(steps=1), device=CPU, resume=False, model=model, data=VideoData(heights=(96,), clips=2), report=quiet)
     assert load_file(again / "pytorch_lora_weights.safetensors").keys() == found.keys()
 
 
 def test_experts_are_trained_one_after_the_other_and_serve(tiny22, tmp_path, small_shards):
     model = shutil.copytree(tiny22, tmp_path / "model")
     data = VideoData(heights=(96,), clips=2)
-    made = train_experts(tmp_path / "run", minutes=0.06, device=CPU, resume=False, model=model, data=data, report=quiet)
+    made = train_experts(tmp_path / "run", length=Length(steps=4), device=CPU, resume=False, model=model, data=data, report=quiet)
     found = load_file(made / "model.safetensors")
     assert all(tensor.abs().max() > 0 for name, tensor in found.items() if ".up." in name), "an expert has learned nothing"
     assert (tmp_path / "run" / "latents" / "sharp-96-0000.safetensors").is_file() and (tmp_path / "run" / "latents" / "crops-96-0000.safetensors").is_file()
@@ -68,8 +71,8 @@ def test_experts_are_trained_one_after_the_other_and_serve(tiny22, tmp_path, sma
     assert experts == {name: lesson.expert for name, lesson in LESSONS.items()}
     assert muralist("generate", "a red ball", "--recipe", "luve", "--model", model, "-o", tmp_path / "a.mp4", "--size", "160x96", "--num-frames", 5).code == 0
     with pytest.raises(UserError, match="--resume, or name another"):
-        train_experts(tmp_path / "run", minutes=1, device=CPU, resume=False, model=model, data=data, report=quiet)
-    resumed = train_experts(tmp_path / "run", minutes=0.06, device=CPU, resume=True, model=model, data=data, report=quiet)
+        train_experts(tmp_path / "run", length=Length(minutes=1), device=CPU, resume=False, model=model, data=data, report=quiet)
+    resumed = train_experts(tmp_path / "run", length=Length(steps=4), device=CPU, resume=True, model=model, data=data, report=quiet)
     assert all(torch.equal(tensor, found[name]) for name, tensor in load_file(resumed / "model.safetensors").items())
 
 
@@ -81,7 +84,7 @@ def test_branches_are_trained_with_an_adapter_and_serve(source, tiny22, videos, 
     assert "train it (muralist train branched)" in muralist("plan", "--recipe", "ultragen", "--model", model).err
     data = VideoData(source=World() if source == "world" else read_footage(videos), heights=(96,), clips=2)
     config = BranchedConfig(branches=hierarchical(24, 2, windows=2, rank=2))
-    made = train_branched(tmp_path / "run", minutes=0.05, device=CPU, resume=False, model=model, data=data, config=config, report=quiet)
+    made = train_branched(tmp_path / "run", length=Length(steps=3), device=CPU, resume=False, model=model, data=data, config=config, report=quiet)
     assert any(tensor.abs().max() > 0 for key, tensor in load_file(made / "pytorch_lora_weights.safetensors").items() if "lora_B" in key)
     found = load_file(tmp_path / "run" / "parts" / "branches" / "model.safetensors")
     assert all(tensor.abs().max() > 0 for name, tensor in found.items() if "lora_B" in name), "a branch has learned nothing"
@@ -95,7 +98,9 @@ def test_branches_are_trained_with_an_adapter_and_serve(source, tiny22, videos, 
 @pytest.mark.parametrize("height, said", [(64, "videos 64 pixels high: 5 windows along 2"), (4096, "only single frames fit")])
 def test_heights_that_branches_cannot_be_trained_at_are_refused_before_anything_is_encoded(height, said, tiny22, tmp_path):
     with pytest.raises(UserError, match=said):
-        train_branched(tmp_path / "run", minutes=1, device=CPU, resume=False, model=tiny22, data=VideoData(heights=(height,), clips=2), report=quiet)
+        train_branched(
+            tmp_path / "run", length=Length(minutes=1), device=CPU, resume=False, model=tiny22, data=VideoData(heights=(height,), clips=2), report=quiet
+        )
     assert not (tmp_path / "run" / "latents").exists()
 
 
@@ -117,7 +122,7 @@ def test_a_training_does_not_go_on_on_other_branches(tiny22, tmp_path, small_sha
     config = BranchedConfig(branches=inspect_base(str(model)).branches)
 
     def train(resume):
-        return train_branched(tmp_path / "run", minutes=0.01, device=CPU, resume=resume, model=model, data=data, config=config, report=quiet)
+        return train_branched(tmp_path / "run", length=Length(steps=1), device=CPU, resume=resume, model=model, data=data, config=config, report=quiet)
 
     train(resume=False)
     train(resume=True)
@@ -163,15 +168,15 @@ def test_a_stamp_leaves_caches_good_that_were_made_before_a_field(tiny22):
 def test_a_training_does_not_go_on_on_another_base_or_other_videos(tiny22, tmp_path, small_shards, monkeypatch):
     model = shutil.copytree(tiny22, tmp_path / "model")
     data = VideoData(heights=(96,), clips=2)
-    train_uhr(tmp_path / "run", minutes=0.01, device=CPU, resume=False, model=model, data=data, report=quiet)
+    train_uhr(tmp_path / "run", length=Length(steps=1), device=CPU, resume=False, model=model, data=data, report=quiet)
     monkeypatch.setattr("muralist.data.latents.build_pool", lambda *a: pytest.fail("encoded before it was refused"))
     for other, named in ((VideoData(heights=(128,), clips=2), "data"), (VideoData(heights=(96,), clips=3), "--clips")):
         with pytest.raises(UserError, match=f"stand on another {named}"):
-            train_uhr(tmp_path / "run", minutes=0.02, device=CPU, resume=True, model=model, data=other, report=quiet)
+            train_uhr(tmp_path / "run", length=Length(steps=2), device=CPU, resume=True, model=model, data=other, report=quiet)
     file = next((model / "transformer").glob("*.safetensors"))
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     with pytest.raises(UserError, match="stand on another base"):
-        train_uhr(tmp_path / "run", minutes=0.02, device=CPU, resume=True, model=model, data=data, report=quiet)
+        train_uhr(tmp_path / "run", length=Length(steps=2), device=CPU, resume=True, model=model, data=data, report=quiet)
 
 
 @pytest.mark.parametrize("source", ["world", "footage"])
@@ -180,7 +185,7 @@ def test_anchored_synthesis_is_trained_and_serves(source, tiny22, videos, tmp_pa
     for folder in ("adapters/anchored", "parts/injector", "parts/step_size"):
         shutil.rmtree(model / folder)
     data = VideoData(source=World() if source == "world" else read_footage(videos), heights=(96,), clips=2)
-    made = train_anchored(tmp_path / "run", minutes=0.08, device=CPU, resume=False, model=model, data=data, report=quiet)
+    made = train_anchored(tmp_path / "run", length=Length(steps=3), device=CPU, resume=False, model=model, data=data, report=quiet)
     shutil.copytree(made, model / "adapters" / "anchored")
     for kind, learned in (("injector", "out.1.weight"), ("step_size", "linear_2.weight")):
         tensors = load_file(tmp_path / "run" / "parts" / kind / "model.safetensors")

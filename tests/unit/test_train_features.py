@@ -11,7 +11,7 @@ from muralist.data.world import COLOURS, GROUNDS
 from muralist.eval.features.mural import WIDTH, Mural
 from muralist.store.tensors import load_tensors
 from muralist.train import features
-from muralist.train.loop import Schedule, fit
+from muralist.train.loop import Length, Schedule, fit
 from muralist.train.objectives.factors import UNKNOWN, FactorsConfig, Reader, TellApart, batch, judge, world_crop
 
 CPU = torch.device("cpu")
@@ -72,12 +72,12 @@ def test_it_learns(tmp_path):
     torch.manual_seed(0)
     objective = TellApart(Reader(Mural(), WIDTH), FactorsConfig(side=32, crops=2, views=2), CPU)
     before = [objective.loss(step, 0)[0].item() for step in range(3)]
-    fit(objective, Schedule(steps=25, learning_rate=1e-3, warmup=5, ema=0.9), tmp_path, resume=False, report=lambda line: None)
+    fit(objective, Schedule(length=Length(steps=25), learning_rate=1e-3, warmup=5, ema=0.9), tmp_path, resume=False, report=lambda line: None)
     assert sum(objective.loss(step, 0)[0].item() for step in range(3)) < 0.9 * sum(before)
     assert set(judge(objective.module, FactorsConfig(side=32, crops=2, held_out=True), CPU, batches=1)) == {"colour", "shape", "ground", "scale", "grade_error"}
 
 
 def test_the_command_writes_the_network(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "FactorsConfig", lambda **changes: FactorsConfig(side=32, crops=1, views=1, **changes))
-    path = features.train_features(tmp_path, minutes=0.001, device=CPU, resume=False, report=lambda line: None)
+    path = features.train_features(tmp_path, length=Length(steps=1), device=CPU, resume=False, report=lambda line: None)
     Mural().load_state_dict(load_tensors(path))

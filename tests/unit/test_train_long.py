@@ -19,6 +19,7 @@ from muralist.data.sources import World, read_footage
 from muralist.errors import UserError
 from muralist.recipes import find
 from muralist.train.long import train_detail, train_detail_uhr, train_proxy
+from muralist.train.loop import Length
 from muralist.train.trainee import VideoData
 from tests.shell import muralist
 from tests.training import CPU, quiet, spied
@@ -30,7 +31,7 @@ def test_proxy_and_detail_are_trained_at_the_bases_own_size_and_serve(source, ti
     shutil.rmtree(model / "adapters")
     data = VideoData(source=World() if source == "world" else read_footage(videos), clips=2)
     for train, name in ((train_proxy, "proxy"), (train_detail, "detail")):
-        made = train(tmp_path / name, minutes=0.03, device=CPU, resume=False, model=model, data=data, report=quiet)
+        made = train(tmp_path / name, length=Length(steps=2), device=CPU, resume=False, model=model, data=data, report=quiet)
         assert any(tensor.abs().max() > 0 for key, tensor in load_file(made / "pytorch_lora_weights.safetensors").items() if "lora_B" in key)
         shutil.copytree(made, model / "adapters" / name)
     assert load_file(tmp_path / "detail" / "latents" / "paired-0000.safetensors")["proxy"].shape == (2, 48, 2, 2, 4)
@@ -43,7 +44,7 @@ def test_proxy_and_detail_are_trained_at_the_bases_own_size_and_serve(source, ti
 def test_detail_goes_on_from_itself_on_crops_of_large_videos_and_serves(source, tiny22, videos, tmp_path, small_shards):
     model = shutil.copytree(tiny22, tmp_path / "model")
     data = VideoData(source=World() if source == "world" else read_footage(videos), heights=(96,), clips=2)
-    made = train_detail_uhr(tmp_path / "run", minutes=0.03, device=CPU, resume=False, model=model, data=data, report=quiet)
+    made = train_detail_uhr(tmp_path / "run", length=Length(steps=2), device=CPU, resume=False, model=model, data=data, report=quiet)
     before, after = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (model / "adapters" / "detail", made))
     assert before.keys() == after.keys() and any((after[key].float() - before[key].float()).abs().max() > 0 for key in before)
     shutil.copytree(made, model / "adapters" / "detail_uhr")
@@ -133,19 +134,19 @@ def test_detail_training_looks_at_a_clean_proxy_as_the_proxy_was_painted(tiny22,
 
 def test_windows_in_sight_of_a_proxy_are_trained_for_the_adapter_that_it_is_looked_at_with(tiny22, tmp_path, small_shards):
     model, data = shutil.copytree(tiny22, tmp_path / "model"), VideoData(clips=2)
-    train_detail(tmp_path / "run", minutes=0.01, device=CPU, resume=False, model=model, data=data, report=quiet)
+    train_detail(tmp_path / "run", length=Length(steps=1), device=CPU, resume=False, model=model, data=data, report=quiet)
     shutil.rmtree(model / "adapters" / "proxy")
     with pytest.raises(UserError, match="stand on another adapter proxy"):
-        train_detail(tmp_path / "run", minutes=0.02, device=CPU, resume=True, model=model, data=data, report=quiet)
+        train_detail(tmp_path / "run", length=Length(steps=2), device=CPU, resume=True, model=model, data=data, report=quiet)
 
 
 def test_a_training_on_another_path_is_not_gone_on_with(tiny22, tmp_path, small_shards):
     model, data = shutil.copytree(tiny22, tmp_path / "model"), VideoData(clips=2)
-    train_detail(tmp_path / "run", minutes=0.01, device=CPU, resume=False, model=model, data=data, report=quiet)
+    train_detail(tmp_path / "run", length=Length(steps=1), device=CPU, resume=False, model=model, data=data, report=quiet)
     path = model / "muralist.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"skip_share": 0.3}))
     with pytest.raises(UserError, match="stand on another path"):
-        train_detail(tmp_path / "run", minutes=0.02, device=CPU, resume=True, model=model, data=data, report=quiet)
+        train_detail(tmp_path / "run", length=Length(steps=2), device=CPU, resume=True, model=model, data=data, report=quiet)
 
 
 def test_windows_are_trained_on_the_path_that_the_recipe_takes(tiny22, tmp_path, small_shards, monkeypatch):

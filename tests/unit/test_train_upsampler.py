@@ -15,7 +15,7 @@ from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig,
 from muralist.store.parts import load_part, save_part
 from muralist.train import latent_upsampler as training
 from muralist.train.latent_upsampler import train_latent_upsampler
-from muralist.train.loop import Schedule, fit
+from muralist.train.loop import Length, Schedule, fit
 from muralist.train.miniature import GRID, new_vae
 from muralist.train.objectives.latent_upsample import LatentUpsample, LatentUpsampleConfig
 from muralist.train.trainee import VideoData
@@ -53,11 +53,13 @@ def test_the_trained_part_lies_in_the_output_and_the_model_stays_as_it_is(tiny22
     monkeypatch.setattr(training, "_scales", lambda own, data: [])
     monkeypatch.setattr(training, "miniature", lambda channels: CONFIG)
     monkeypatch.setattr(training, "LatentUpsample", lambda network, *rest: Still(network))
-    made = train_latent_upsampler(tmp_path / "run", minutes=1e-6, device=CPU, resume=False, model=tiny22, report=lambda line: None)
+    made = train_latent_upsampler(tmp_path / "run", length=Length(steps=1), device=CPU, resume=False, model=tiny22, report=lambda line: None)
     assert made == tmp_path / "run" / "parts" / "latent_upsampler" and load_part(made, "latent_upsampler")
     assert {path: path.read_bytes() for path in tiny22.rglob("*") if path.is_file()} == before
     with pytest.raises(UserError, match="stand on another --clips"):
-        train_latent_upsampler(tmp_path / "run", minutes=1, device=CPU, resume=True, model=tiny22, data=VideoData(clips=2), report=lambda line: None)
+        train_latent_upsampler(
+            tmp_path / "run", length=Length(minutes=1), device=CPU, resume=True, model=tiny22, data=VideoData(clips=2), report=lambda line: None
+        )
 
 
 class Still:
@@ -77,7 +79,7 @@ def test_training_lowers_the_loss(pixels_from, tmp_path):
     high = torch.nn.functional.interpolate(low.flatten(1, 2), scale_factor=2, mode="nearest").unflatten(1, (48, 2))  # bilinear is wrong by a learnable rule
     objective = LatentUpsample(network(), new_vae(), [LatentPairs(low.half(), high.half())], LatentUpsampleConfig(pixels_from=pixels_from, patch=4), CPU)
     before = objective.loss(0, 1.0)[0].item()
-    fit(objective, Schedule(steps=40, learning_rate=5e-3, warmup=5), tmp_path, resume=False, report=lambda line: None)
+    fit(objective, Schedule(length=Length(steps=40), learning_rate=5e-3, warmup=5), tmp_path, resume=False, report=lambda line: None)
     assert objective.loss(0, 1.0)[0].item() < 0.9 * before
 
 

@@ -13,6 +13,7 @@ from muralist.data import world
 from muralist.errors import UserError
 from muralist.nn.single_frame import single_frame_convolutions
 from muralist.train import miniature
+from muralist.train.loop import Length
 from muralist.train.miniature import FURTHER_VAE, TAUGHT_VAE, new_vae, train_decoder, train_vae
 from muralist.train.objectives import reconstruction
 from muralist.train.objectives.reconstruction import Reconstruction, ReconstructionConfig, band_error, still
@@ -123,12 +124,14 @@ def test_a_vae_of_other_layers_takes_over_what_fits_and_is_taught_the_rest(old):
 
 def test_a_taught_vae_keeps_what_its_latents_are_scaled_by_and_goes_on(old, tmp_path):
     old.save_pretrained(tmp_path / "base" / "vae")
-    for minutes, resume in ((0.01, False), (0.02, True)):
-        made = train_vae(tmp_path / "run", minutes=minutes, device=torch.device("cpu"), resume=resume, init=tmp_path / "base", report=lambda line: None)
+    for steps, resume in ((1, False), (2, True)):
+        made = train_vae(
+            tmp_path / "run", length=Length(steps=steps), device=torch.device("cpu"), resume=resume, init=tmp_path / "base", report=lambda line: None
+        )
     vae = AutoencoderKLWan.from_pretrained(made)
     assert vae.config.latents_mean == [0.5] * 48 and vae.config.dim_mult == new_vae().config.dim_mult
     with pytest.raises(UserError, match="has other layers"):
-        train_decoder(tmp_path / "decoder", minutes=0.01, device=torch.device("cpu"), resume=False, vae=tmp_path / "base" / "vae")
+        train_decoder(tmp_path / "decoder", length=Length(steps=1), device=torch.device("cpu"), resume=False, vae=tmp_path / "base" / "vae")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +144,7 @@ def test_a_taught_vae_keeps_what_its_latents_are_scaled_by_and_goes_on(old, tmp_
 def test_a_vae_of_other_latents_is_no_teacher(config, told, tmp_path):
     AutoencoderKLWan(**config).save_pretrained(tmp_path / "vae")
     with pytest.raises(UserError, match=told):
-        train_vae(tmp_path / "run", minutes=0.01, device=torch.device("cpu"), resume=False, init=tmp_path)
+        train_vae(tmp_path / "run", length=Length(steps=1), device=torch.device("cpu"), resume=False, init=tmp_path)
 
 
 @pytest.mark.parametrize("progress", [0.1, 0.9])
@@ -176,7 +179,7 @@ def test_a_new_decoder_keeps_the_encoder_and_its_statistics(tmp_path):
     old = new_vae()
     old.register_to_config(latents_mean=[0.5] * 48, latents_std=[2.0] * 48)
     old.save_pretrained(tmp_path / "old")
-    made = train_decoder(tmp_path / "run", minutes=0.01, device=torch.device("cpu"), resume=False, vae=tmp_path / "old", report=lambda line: None)
+    made = train_decoder(tmp_path / "run", length=Length(steps=1), device=torch.device("cpu"), resume=False, vae=tmp_path / "old", report=lambda line: None)
     new = AutoencoderKLWan.from_pretrained(made)
     assert new.config.latents_mean == [0.5] * 48 and new.config.latents_std == [2.0] * 48
     assert all(torch.equal(p, new.encoder.state_dict()[name]) for name, p in old.encoder.state_dict().items())
@@ -185,7 +188,9 @@ def test_a_new_decoder_keeps_the_encoder_and_its_statistics(tmp_path):
 
 def test_a_decoder_goes_on_with_the_encoder_that_it_started_with(tmp_path):
     def train(source, resume=True):
-        return train_decoder(tmp_path / "run", minutes=0.01, device=torch.device("cpu"), resume=resume, vae=tmp_path / source, report=lambda line: None)
+        return train_decoder(
+            tmp_path / "run", length=Length(steps=1), device=torch.device("cpu"), resume=resume, vae=tmp_path / source, report=lambda line: None
+        )
 
     for seed, name in enumerate("ab"):
         new_vae(seed=seed).save_pretrained(tmp_path / name)
@@ -200,7 +205,7 @@ def test_what_started_from_a_model_goes_on_with_that_model_alone(tmp_path):
     new_vae(seed=1).save_pretrained(tmp_path / "b" / "vae")
 
     def train(init, resume=True):
-        return train_vae(tmp_path / "run", minutes=0.01, device=torch.device("cpu"), resume=resume, init=init, report=lambda line: None)
+        return train_vae(tmp_path / "run", length=Length(steps=1), device=torch.device("cpu"), resume=resume, init=init, report=lambda line: None)
 
     made = AutoencoderKLWan.from_pretrained(train(tmp_path / "a", resume=False))
     assert made.config.latents_mean == new_vae().config.latents_mean  # latents of the base's own size stay, and so does what normalises them
