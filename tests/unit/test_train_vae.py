@@ -213,3 +213,16 @@ def test_what_started_from_a_model_goes_on_with_that_model_alone(tmp_path):
         with pytest.raises(UserError, match="stand on another --init"):
             train(other)
     train(tmp_path / "a")
+
+
+def test_longer_clips_are_fewer_and_their_number_of_frames_is_drawn(monkeypatch):
+    config = ReconstructionConfig(side=32, lengths=(5, 9), batch_clip=2, single_share=0.0)
+    assert [config.clips_of(frames) for frames in (5, 9, 29)] == [2, 1, 1]
+    seen = []
+    monkeypatch.setattr(
+        reconstruction, "_batch", lambda rng, heights, count, frames, side: seen.append((count, frames)) or (torch.zeros(1, 3, 1, 32, 32), None)
+    )
+    objective = Reconstruction(new_vae(), config, torch.device("cpu"))
+    for step in range(20):
+        objective.loss(step, 0.5)
+    assert set(seen) == {(2, 5), (1, 9)}
