@@ -188,7 +188,7 @@ def main() -> None:
     folder = (options.folder / options.name).absolute()
     model = stripped(info.folder, folder / "base", subject.without)
     (folder / "latents").mkdir(parents=True, exist_ok=True)
-    budget = Budget(steps=options.steps) if options.steps else Budget(minutes=options.minutes or 20)
+    budget = Budget(steps=options.steps) if options.steps is not None else Budget(minutes=20 if options.minutes is None else options.minutes)
 
     def train(config: Any, budget: Budget, directory: Path) -> tuple[Path, Any]:
         run_folder = directory / "run"

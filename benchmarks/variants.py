@@ -49,7 +49,7 @@ class Choices:
     variants: Mapping[str, tuple[str, ...]]
 
 
-SMALL_WINDOWS = ("refine.adapter=detail", "refine.attention.tokens=112")  # those that `detail` was trained in
+SMALL_WINDOWS = ("refine.adapter=detail", "refine.attention.tokens=112", "refine.attention.reach=[6.5, 4, 4]")  # those that `detail` was trained in
 ALONE = '{"kind": "Windows", "tokens": 448, "max_frames": 4'
 SIGHT = {
     "windows": (f'refine.attention={ALONE}, "shift": false, "travel": false}}',),
@@ -98,7 +98,9 @@ STUDIES = {
             "PixelWizard's steps": FEW_FROM_GUIDE,
             "and its anchor": (*FEW_FROM_GUIDE, "refine.anchor=injected"),
             "and LUVE's upsampler": (*FEW_FROM_GUIDE, "refine.anchor=injected", LEARNED),
-            "AtlasVid's windows": ('refine.attention={"kind": "ProxyWindows", "tokens": 448, "max_frames": 4}', "refine.adapter=detail_uhr"),
+            "AtlasVid's windows": (
+                'refine.attention={"kind": "ProxyWindows", "tokens": 448, "max_frames": 4, "reach": [6.5, 16, 24]}', "refine.adapter=detail_uhr",
+            ),
         },
     ),
     "sight": Choices(

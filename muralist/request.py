@@ -21,7 +21,7 @@ import torch
 
 from muralist import recipes
 from muralist.base import pick_dtype
-from muralist.base_info import BaseInfo
+from muralist.base_info import UPSAMPLER, BaseInfo
 from muralist.config import MAX_FRAMES, MAX_PROMPT, Config, Request
 from muralist.errors import UserError
 from muralist.nn.attention import BranchedWindows
@@ -30,9 +30,10 @@ from muralist.nn.kinds import INJECTOR, STEP_SIZE
 from muralist.restoring import restored
 from muralist.sampling.shortcut import ShortcutSteps
 from muralist.settings import changed
+from muralist.stages.upsample import LearnedUpsampling
 from muralist.store.run import SETTLED, TYPED, RunDirectory
 from muralist.store.vocabulary import read_prompt
-from muralist.structure import check_structure
+from muralist.structure import check_structure, check_upsampler
 from muralist.types import Geometry, Grid, nearest_frames
 
 if TYPE_CHECKING:  # the plan imports diffusers, which takes seconds: not for what only parses
@@ -127,6 +128,9 @@ def _require_parts(config: Config, info: BaseInfo) -> None:
         info.require_part(STEP_SIZE)
     if refine.anchor != "none":
         info.require_part(INJECTOR)
+    if isinstance(config.upsample, LearnedUpsampling):
+        info.require_part(UPSAMPLER)
+        check_upsampler(info)
     if isinstance(refine.attention, BranchedWindows):
         info.require_branches(refine.attention.branches, refine.attention.plain, refine.attention.windows)
     for adapter in (refine.adapter, config.proxy and config.proxy.adapter):

@@ -19,8 +19,8 @@ def changed(config: Config, settings: Sequence[str], typed: Mapping[str, Any] = 
     """The configuration with single values replaced: `refine.experts=["low"]`, `refine.adapter=null`, `upsample={"kind": "PixelInterpolation"}`.
 
     Names lead through the configuration's parts; values are JSON, bare words strings. A part may be replaced as a whole by its `kind` and
-    the fields that shall differ from that kind's defaults. `typed`: values by name, for the parts that have them and where no setting says otherwise; not for
-    a proxy beside learned large steps, which are refinement's alone.
+    the fields that shall differ from that kind's defaults. `typed`: values by name, for the parts that have them and where no setting says otherwise; in a
+    recipe of few learned steps they are those of these, and not of its anchor.
     Of two settings for one name the later holds. With another number of steps the guide replaces the same share of them, unless told. Only all of it
     together has to make sense. Raises UserError.
     """
@@ -33,15 +33,21 @@ def changed(config: Config, settings: Sequence[str], typed: Mapping[str, Any] = 
         _place(record, name, value)
         told = {each for each in told if not each.startswith(f"{name}.")}  # what a part replaces is told no more
         told |= {name} | ({f"{name}.{field}" for field in value} if isinstance(value, dict) else set())
-    steps = record["refine"].get("steps") if isinstance(record["refine"], dict) else None
-    apart = ("proxy",) if isinstance(steps, dict) and steps.get("kind") == ShortcutSteps.__name__ else ()
     for name, value in typed.items():
         part, _, field = name.partition(".")
-        if name not in told and part not in apart and field in _hints(_hints(Config, record)[part], record[part]):
+        if name in told or (part == "proxy" and f"refine.{field}" in typed.keys() - told and _takes_few_steps(config, record)):
+            continue
+        if field in _hints(_hints(Config, record)[part], record[part]):
             _place(record, name, value)
     if "refine.skip_steps" not in told | typed.keys():
         _keep_share(record["refine"], config)
     return _judged(record, settings)
+
+
+def _takes_few_steps(config: Config, record: dict[str, Any]) -> bool:
+    """Whether a recipe does, and a record of it still does."""
+    steps = record["refine"].get("steps") if isinstance(record["refine"], dict) else None
+    return isinstance(config.refine.steps, ShortcutSteps) and isinstance(steps, dict) and steps.get("kind") == ShortcutSteps.__name__
 
 
 def _judged(record: dict[str, Any], settings: Sequence[str]) -> Config:

@@ -65,16 +65,24 @@ def _builders(info: BaseInfo) -> dict[str, Callable[[], torch.nn.Module]]:
     if info.boundary is not None:
         second = weights.read_config(info.folder / "transformer_2" / "config.json")
         builders["transformer_2"] = lambda: WanTransformer3DModel.from_config(second)
-    if UPSAMPLER in info.parts:
-        builders[f"parts/{UPSAMPLER}"] = lambda: _upsampler(info)
     return builders | {"vae": lambda: AutoencoderKLWan.from_config(info.vae_config), "text_encoder": lambda: UMT5EncoderModel(UMT5Config(**text))}
 
 
-def _upsampler(info: BaseInfo) -> torch.nn.Module:
+def check_upsampler(info: BaseInfo) -> None:
+    """The same for the base's latent upsampler: the paper's takes two seconds to build, and only what enlarges by it needs it. Raises UserError."""
     from muralist.nn.latent_upsampler.model import LatentUpsampler, LatentUpsamplerConfig
 
-    config = LatentUpsamplerConfig.of(read_part(info.folder / "parts" / UPSAMPLER, UPSAMPLER))
+    folder = info.folder / "parts" / UPSAMPLER
+    try:
+        config = LatentUpsamplerConfig.of(read_part(folder, UPSAMPLER))
+        with torch.device("meta"):
+            expected = {name: tuple(tensor.shape) for name, tensor in LatentUpsampler(config).state_dict().items()}
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{folder}/config.json cannot be built ({type(error).__name__}: {error})", where="part", fix="fetch it again") from None
     if config.channels != info.geometry.channels:
         what = f"it enlarges latents of {config.channels} channels, those of {info.name} have {info.geometry.channels}"
         raise UserError(what, where=f"part {UPSAMPLER}", fix="use one that was made for this base")
-    return LatentUpsampler(config)
+    if weights.tensor_shapes(folder) != expected:
+        raise UserError(f"{folder}: the weights are not those that its config.json names", where="part", fix="fetch both files again")

@@ -62,7 +62,7 @@ def show(plan: Plan, *, json: bool) -> int:
 def _attention(stage: StagePlan) -> str:
     if stage.attention_saving <= 1:
         return ""
-    return f"{stage.keys_per_query:,.0f} keys a query, {stage.attention_saving:,.3g} times fewer attention FLOPs than over all tokens"
+    return f"{stage.keys_per_query:,.0f} keys a query, {stage.attention_saving:,.0f} times fewer attention FLOPs than over all tokens"
 
 
 def _row(stage: StagePlan) -> list[str]:

@@ -48,6 +48,7 @@ class Budget:
     def __post_init__(self):
         if (self.minutes is None) == (self.steps is None):
             raise UserError("give exactly one of minutes and steps", where="budget", fix="use Budget(minutes=10), say")
+        _ = self.length  # refuses what is no length
 
     @property
     def length(self) -> Length:

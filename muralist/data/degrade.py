@@ -16,7 +16,6 @@ from PIL import Image
 
 # strength from barely visible to gross: standard deviation in pixels, standard deviation of the values, factor, 100 - JPEG quality
 RANGES = {"blur": (0.35, 6.0), "noise": (0.004, 0.16), "enlargement": (1.15, 6.0), "compression": (8.0, 92.0)}
-LARGE, SMALL = 1440, 240  # rows of the videos that a released training starts from, and of what it shrinks them to
 
 
 def degrade(x: torch.Tensor, kind: str, strength: float, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -70,20 +69,21 @@ def of_grade(kind: str, u: float) -> float:
 class AnchorDamage:
     """What is done to a training video so that it can stand for a generated anchor (PixelWizard, section 3.3; ranges as released).
 
-    Shrunk by a factor, enlarged again, blurred, and in half of the cases noised; the factor in pixels of a frame of LARGE rows, the standard deviation
-    of the blur in those of SMALL rows, that of the noise for values in [0, 1] (the release counts in [-1, 1]). The release draws a deviation of 3 to 5
-    pixels and cuts it off by a kernel of 7 to 11, which leaves 1.8 to 2.9.
+    Shrunk by a factor, enlarged again, blurred, and in half of the cases noised; factor and standard deviation of the blur in pixels of a frame `height`
+    pixels high, that of the noise for values in [0, 1] (the release counts in [-1, 1]). The release blurs at 240 rows: it draws a deviation of 3 to 5
+    pixels there and cuts it off by a kernel of 7 to 11, which leaves 1.8 to 2.9, six times that at 1440 rows.
     """
 
     factor: tuple[float, float] = (8.0, 32.0)
-    blur: tuple[float, float] = (1.8, 2.9)
+    blur: tuple[float, float] = (10.8, 17.4)
     noise: tuple[float, float] = (0.0, 0.05)
+    height: int = 1440
 
     def __call__(self, video: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         """[T, H, W, 3] in [0, 1] -> the same, one strength for all frames."""
-        rows = video.shape[1]
-        frames = enlarge(video.permute(0, 3, 1, 2), max(rng.uniform(*self.factor) * rows / LARGE, 1.0))
-        frames = blur(frames, max(rng.uniform(*self.blur) * rows / SMALL, 0.1))
+        share = video.shape[1] / self.height
+        frames = enlarge(video.permute(0, 3, 1, 2), max(rng.uniform(*self.factor) * share, 1.0))
+        frames = blur(frames, max(rng.uniform(*self.blur) * share, 0.1))
         if rng.random() < 0.5:
             generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
             frames = degrade(frames, "noise", rng.uniform(*self.noise), generator)

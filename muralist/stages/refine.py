@@ -69,22 +69,21 @@ class ProxyWindows(Windows):
     def trained(cls, own: tuple[int, int, int]) -> ProxyWindows:
         """Those that a base of the token grid `own` (f, y, x) is trained in at its own resolution: at most an eighth of its tokens, half of its frames.
 
-        The proxy's sides are those of the clip over PROXY_SHRINK: in a corner of it the furthest of `near` places is so far from the first token.
+        The proxy's sides are those of the clip over PROXY_SHRINK: so far from a window's middle are the places that it sees, and no further at any size.
         """
         windows = cls.at_most(math.prod(own) // 8, own[0] // 2)
-        rows, columns = ((count - 1) * PROXY_SHRINK + (PROXY_SHRINK - 1) / 2 for count in windows.near[1:])
-        return windows._reaching((own[0], rows, columns), own)
+        windows = windows._within_frames(own[0])
+        return replace(windows, reach=(windows.reach[0], *(count * PROXY_SHRINK / 2 for count in windows.near[1:])))
 
     @classmethod
     def of_crops(cls, own: tuple[int, int, int]) -> ProxyWindows:
         """Those of crops of large videos: at most half of the base's tokens, as whole frames. A crop has the base's own frames, its picture is all sizes'."""
         frames = max(own[0] // 2, 1)
-        return cls.at_most(frames * own[1] * own[2], frames)._reaching((own[0], math.inf, math.inf), own)
+        return cls.at_most(frames * own[1] * own[2], frames)._within_frames(own[0])
 
-    def _reaching(self, furthest: tuple[float, float, float], own: tuple[int, int, int]) -> ProxyWindows:
-        """The same, with places no further from a window's middle than keeps them `furthest` from its tokens, the distances seen in training."""
-        sides = window_size(self, own)
-        return replace(self, reach=tuple(min(most, max(far - (side - 1) / 2, 1.0)) for most, far, side in zip(self.reach, furthest, sides)))
+    def _within_frames(self, frames: int) -> ProxyWindows:
+        """The same, with no place further from a token in time than so many latent frames: all that a clip of training has."""
+        return replace(self, reach=(min(self.reach[0], frames - (self.max_frames - 1) / 2), *self.reach[1:]))
 
     @classmethod
     def at_most(cls, tokens: int, frames: int) -> ProxyWindows:

@@ -94,12 +94,13 @@ def train_detail(
     """LoRA on clips in small windows that see a proxy, which is looked at with the adapter `proxy` if there is one; writes `folder/adapters/detail`."""
     begin(folder, resume=resume)
     trainee, data = Trainee(model, device), (data or VideoData()).settled()
-    origin = _origin(trainee, data, folder, PROXY)
+    windows = training_windows(trainee)
+    origin = _origin(trainee, data, folder, PROXY) | {"windows": repr(windows.attention)}
     own = trainee.own_grid
     coarse = _slow_proxy(own, PROXY_SHRINK).grid(own, trainee.info.geometry)
     (pool,) = trainee.encoded([PoolConfig(name="paired", count=data.clips, grid=own, proxy=coarse, guide_scale=LATENT_SCALE, seed=12)], data, folder, report)
     give_adapter(trainee, DETAIL)
-    graft = training_windows(trainee).graft(trainee.info.geometry.token_shape(own))
+    graft = windows.graft(trainee.info.geometry.token_shape(own))
     objective = InSightOfProxy(trainee, Clips(pool, skip_share=trainee.info.defaults.skip_share), replace(_config(trainee), graft=graft), DETAIL)
     return fit_adapter(trainee, DETAIL, objective, folder, length, resume, origin, report)
 

@@ -51,6 +51,8 @@ class Length:
     def __post_init__(self):
         if (self.minutes is None) == (self.steps is None):
             raise UserError("give exactly one of minutes and steps", where="train", fix="use --minutes 30, or --steps 1000")
+        if (self.minutes if self.steps is None else self.steps) <= 0:
+            raise UserError(f"{self.minutes if self.steps is None else self.steps} of them", where="train", fix="use a number above 0")
 
     def progress(self, step: int, seconds: float) -> float:
         """The share of it that is done, at most 1."""
@@ -97,7 +99,7 @@ def begin(folder: Path, *, resume: bool) -> None:
 
 
 def fit(objective: Objective, schedule: Schedule, folder: Path, *, resume: bool, origin: Mapping[str, str] | None = None, report: Report = print) -> nn.Module:
-    """Train until the budget is spent; returns the module with its averaged (EMA) weights.
+    """Train to the schedule's end; returns the module with its averaged (EMA) weights.
 
     `origin`: what the training stands on (a base's fingerprint, its data), by name; a resume on another one is refused.
 

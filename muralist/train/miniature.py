@@ -172,7 +172,8 @@ def _fit_vae(
 ) -> AutoencoderKLWan:
     objective = Reconstruction(_trainable(vae).to(device), config, device, None if earlier is None else earlier.to(device).requires_grad_(False))
     schedule = Schedule(length=length, learning_rate=config.learning_rate, decay=0.6)
-    return fit(objective, schedule, folder, resume=resume, origin=origin, report=report)
+    clips = {"clips": json.dumps([config.heights, config.side, config.lengths])}
+    return fit(objective, schedule, folder, resume=resume, origin=origin | clips, report=report)
 
 
 def _origin(init: Path | None, part: str) -> dict[str, str]:

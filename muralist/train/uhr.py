@@ -21,7 +21,7 @@ from muralist.train.trainee import Crops, Trainee, VideoData, fit_adapter, give_
 
 ADAPTER = "uhr"
 EARLIEST = 0.1  # share of the steps that a guide replaces: LUVE's
-DAMAGE = AnchorDamage(factor=(1.0, 8.0), blur=(0.0, 0.33))  # milder than an anchor's: a guide is drawn over, an anchor is looked at
+DAMAGE = AnchorDamage(factor=(1.0, 8.0), blur=(0.0, 2.0))  # milder than an anchor's: a guide is drawn over, an anchor is looked at
 
 
 @dataclass(frozen=True, slots=True)

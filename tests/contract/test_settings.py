@@ -57,17 +57,26 @@ def test_typed_numbers_are_those_of_few_steps_and_not_of_their_anchor(tiny22):
     own = RECIPES["pixelwizard"](inspect_base(str(tiny22)))
     made = changed(own, [], {f"{stage}.{name}": value for stage in ("proxy", "refine") for name, value in (("num_inference_steps", 8), ("flow_shift", 2.0))})
     assert made.proxy == own.proxy and (made.refine.num_inference_steps, made.refine.flow_shift) == (8, 2.0)
-    plain = changed(own, ['refine.steps={"kind": "PlainSteps"}'], {"proxy.num_inference_steps": 8})
-    assert plain.proxy.num_inference_steps == 8
-    assert changed(own, ["proxy.num_inference_steps=3"], {"proxy.num_inference_steps": 8}).proxy.num_inference_steps == 3
+    typed = {"proxy.num_inference_steps": 8, "refine.num_inference_steps": 8}
+    plain = changed(own, ['refine.steps={"kind": "PlainSteps"}'], typed)
+    assert (plain.proxy.num_inference_steps, plain.refine.num_inference_steps) == (8, 8)
+    # where a setting has the few steps' number, the typed one is for what is left; and in other recipes it is every stage's
+    assert changed(own, ["refine.num_inference_steps=3"], typed).proxy.num_inference_steps == 8
+    few = changed(RECIPES["cascade"](inspect_base(str(tiny22))), ['refine.steps={"kind": "ShortcutSteps"}', "refine.skip_steps=0"], typed)
+    assert (few.proxy.num_inference_steps, few.refine.num_inference_steps) == (8, 8)
 
 
-@pytest.mark.parametrize("settings", [("refine.attention.windows=3",), ("refine.attention.windows=9", "refine.attention.branches=[]")])
-def test_windows_that_branches_or_the_grid_do_not_fit_are_refused_before_anything_is_planned(settings, tiny22):
-    asked = Asked(prompt="a red ball", recipe="ultragen", width=192, height=96, settings=settings)
-    with pytest.raises(UserError) as refused:
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (("refine.attention.windows=3",), "3 windows along a side, its branches were trained beside"),
+        (("refine.attention.windows=40", "refine.attention.branches=[]"), "41 windows along"),
+    ],
+)
+def test_windows_that_branches_or_the_grid_do_not_fit_are_refused_before_anything_is_planned(settings, said, tiny22):
+    asked = Asked(prompt="a red ball", recipe="ultragen", width=512, height=512, settings=settings)
+    with pytest.raises(UserError, match=said):
         make_request(asked, inspect_base(str(tiny22)), note=lambda text: None)
-    assert refused.value.where == "attention.windows"
 
 
 def test_a_part_that_a_setting_brings_can_be_set_further(luve):
@@ -145,3 +154,10 @@ def test_numbers_of_numpy_are_numbers_and_a_record_comes_back(tiny22):
     asked = Asked(prompt="a red ball", width=np.int64(192), height=np.int32(96), fps=np.float32(8), seed=np.int64(3), settings=["refine.skip_steps=1"])
     request = make_request(asked, inspect_base(str(tiny22)), note=print)
     assert restore(request.record()) == request and type(request.grid.width) is int
+
+
+def test_a_plan_says_how_many_keys_a_query_has_and_what_that_saves():
+    answer = muralist("plan", "--size", "4k")
+    assert answer.code == 0 and "481 keys a query" in answer.out
+    (line,) = [line for line in answer.out.splitlines() if "keys a query" in line]
+    assert "times fewer attention FLOPs than over all tokens" in line and "e+" not in line

@@ -22,7 +22,7 @@ from muralist.recipes.imports import luve
 from muralist.store import pickle_copy
 from muralist.store.convert import convert
 from muralist.store.parts import load_part, save_part
-from muralist.structure import check_structure
+from muralist.structure import check_structure, check_upsampler
 from tests import released, released_reference
 from tests.shell import muralist
 
@@ -160,7 +160,7 @@ def test_both_networks_of_a_released_file_serve_a_base(upsampler, backbone, tiny
     "harm, said",
     [
         (lambda part, other: shutil.copytree(other, part, dirs_exist_ok=True), "48 channels, those of .* have 16"),
-        (lambda part, other: save_part(part, UPSAMPLER, load_part(part, UPSAMPLER)[0], {"conv.weight": torch.zeros(3)}), "latent_upsampler lacks the tensor"),
+        (lambda part, other: save_part(part, UPSAMPLER, load_part(part, UPSAMPLER)[0], {"conv.weight": torch.zeros(3)}), "the weights are not those that"),
     ],
 )
 def test_an_upsampler_that_does_not_fit_is_refused_with_the_model(harm, said, tiny21, tiny22, tmp_path):
@@ -168,8 +168,9 @@ def test_an_upsampler_that_does_not_fit_is_refused_with_the_model(harm, said, ti
     part = "parts/latent_upsampler"
     harm(model / part, tiny22 / part)
     with pytest.raises(UserError, match=said):
-        check_structure(inspect_base(str(model)))
+        check_upsampler(inspect_base(str(model)))
     assert muralist("plan", "--recipe", "luve", "--model", model, "--size", "192x96").code == 2
+    assert muralist("plan", "--recipe", "direct", "--model", model, "--size", "192x96").code == 0
 
 
 def test_the_experts_tensors_are_named_and_left_out_only_on_demand(upsampler, backbone, tiny21, tmp_path):

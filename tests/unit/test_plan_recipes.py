@@ -18,6 +18,7 @@ from muralist.plan import plan
 from muralist.progress import Silent
 from muralist.recipes import RECIPES
 from muralist.request import Asked, make_request
+from muralist.sampling import flow
 from muralist.stages.proxy import LowFrameRateProxy
 from muralist.stages.refine import Refine, Windows, refine
 from muralist.stages.upsample import LatentInterpolation, upsample
@@ -132,3 +133,10 @@ def test_a_guide_that_no_step_begins_with_is_told(skip, told):
     typed = Asked(prompt="a ball", width=896, height=512, num_frames=5, skip_steps=skip, seed=0)
     notes = plan(make_request(typed, info, note=lambda text: None), info, Machine.of("80GB")).notes
     assert any("made and not used" in note for note in notes) == told
+
+
+def test_a_noisy_view_lies_on_the_path_from_the_noise_that_the_proxy_was_painted_from():
+    z = torch.randn(1, 48, 2, 4, 8)
+    noise = flow.keyed_noise(tuple(z.shape), seed=3, stage="proxy")  # `make_proxy`'s
+    assert torch.equal(ProxyView(z, 4.0, None, "same", seed=3).at(1.0), noise)
+    assert torch.allclose(ProxyView(z, 4.0, None, "same", seed=3).at(0.25), 0.75 * z + 0.25 * noise)

@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,8 +21,10 @@ from muralist.train.latent_upsampler import train_latent_upsampler
 from muralist.train.loop import Length, Schedule, _Curve, draw_curve, fit
 from muralist.train.miniature import FURTHER, PHASES, Curriculum, TextToVideo, new_tokenizer, new_vae, train_base, train_decoder
 from muralist.train.objectives.flow import FOCUS, Batch, FlowConfig, FlowMatching
+from muralist.train.trainee import FRAMES, Trainee
 from muralist.train.uhr import train_uhr
 from muralist.types import Grid
+from tests.shell import muralist
 
 
 class Line:
@@ -318,3 +321,24 @@ def test_the_tokenizer_knows_every_word_of_the_world_and_nothing_else():
     tokenizer = new_tokenizer()
     assert tokenizer.unk_token_id not in tokenizer("An orange star moves left over lava, camera zooms in")["input_ids"]
     assert tokenizer.unk_token_id in tokenizer("a red dinosaur rises over sand")["input_ids"]
+
+
+def test_steps_of_a_training_are_its_own_option_and_told_to_go_on(tmp_path, monkeypatch):
+    """Elsewhere `--steps` is another spelling of the number of denoising steps."""
+
+    def stopped(folder, *, length, **options):
+        assert length == Length(steps=7)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("muralist.train.features.train_features", stopped)
+    answer = muralist("train", "features", "--steps", 7, "-o", tmp_path / "run")
+    assert answer.code == 130 and "--steps 7" in answer.err and "--minutes" not in answer.err and "is read as" not in answer.err
+    assert "no such option" in muralist("train", "features", "--num-inference-steps", 7).error.lower()
+
+
+def test_crops_with_a_guide_are_long_and_half_of_them_lie_on_the_object():
+    own = Grid(num_frames=29, height=256, width=448)
+    crops = PoolConfig(name="crops", count=1, grid=own, frames=17)
+    made = Trainee.guided_pool(SimpleNamespace(own_grid=own, crop_pool=lambda height, data: crops), "enlarged", 1088, None, None)
+    assert (made.aimed, made.length, made.proxy.num_frames) == (0.5, 17, 17)
+    assert FRAMES == 17  # more latents than three, which all meet the padding before a clip

@@ -31,7 +31,7 @@ Axes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class Near:
     """How much of a coarse video a window sees: `count` tokens along time, height and width, those around its middle.
 
-    `reach`: how far from the window's middle, in fine tokens, their places may be (half the window, where it is larger than that).
+    `reach`: how far from the window's middle, in fine tokens, their places may be.
     """
 
     count: Shape = (4, 4, 4)
@@ -132,7 +132,7 @@ def neighbours(cut: Partition, coarse: Shape, axes: Axes, near: Near, head_dim: 
     axes = tuple(axis.to(where) for axis in axes)
     sides = torch.cat([torch.tensor(run.shape, dtype=torch.float64, device=where).expand(run.num_windows, 3) for run in cut.groups])
     middles = cut.origins.to(where) + (sides - 1) / 2  # [W, 3]
-    found = [_nearest(middles[:, axis], axes[axis], near.count[axis], (sides[:, axis, None] / 2).clamp(min=near.reach[axis])) for axis in range(3)]
+    found = [_nearest(middles[:, axis], axes[axis], near.count[axis], near.reach[axis]) for axis in range(3)]
     indices, angles = zip(*found)
     rows, columns = coarse[1:]
     index = _combined([indices[0] * rows * columns, indices[1] * columns, indices[2]])
@@ -142,13 +142,13 @@ def neighbours(cut: Partition, coarse: Shape, axes: Axes, near: Near, head_dim: 
     return Neighbours(index.to(device), angle.cos().float().to(device), angle.sin().float().to(device))
 
 
-def _nearest(middles: torch.Tensor, axis: torch.Tensor, count: int, reach: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices and places, [W, c] each, of the `count` consecutive tokens (all, if there are no more) around each middle [W]; reach [W, 1]."""
+def _nearest(middles: torch.Tensor, axis: torch.Tensor, count: int, reach: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices and places, [W, c] each, of the `count` consecutive tokens (all, if there are no more) around each middle [W]."""
     count = min(count, len(axis))
     means = axis.unfold(0, count, 1).mean(dim=1)
     first = (means[None, :] - middles[:, None]).abs().argmin(dim=1)
     index = first[:, None] + torch.arange(count, device=first.device)
-    return index, middles[:, None] + torch.maximum(torch.minimum(axis[index] - middles[:, None], reach), -reach)
+    return index, middles[:, None] + (axis[index] - middles[:, None]).clamp(-reach, reach)
 
 
 def _combined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
