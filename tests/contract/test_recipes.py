@@ -130,7 +130,7 @@ def test_settings_that_cannot_be_are_told_in_one_line(setting, told, tiny22, tmp
     [
         ("refine.attention.windows=2.5", "no int"),
         ("refine.attention.windows=0", "a whole number from 1"),
-        ("refine.attention.windows=9", "10 windows along 3 tokens"),
+        ("refine.attention.windows=9", "9 windows along a side, its branches were trained beside 2"),
         ("refine.attention.odd=even", "more"),
         ('refine.attention.branches=["fine"]', "no branch 'fine'"),
         ('refine.attention.branches=["coarse", "coarse"]', "name each once"),
