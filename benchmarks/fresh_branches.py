@@ -20,6 +20,7 @@ from muralist.nn.attention import BranchedWindows, FullAttention
 from muralist.nn.branches import attach_branches
 from muralist.nn.kinds import hierarchical
 from muralist.nn.transformer import Graft
+from muralist.sampling import flow
 from muralist.stages.prompt import encode_prompt
 from muralist.types import Grid
 
@@ -32,7 +33,7 @@ def velocity(base: Base, noisy: torch.Tensor, sigma: float, text: torch.Tensor, 
     model = base.transformer()
     model.configure(Graft(attention=attention))
     answer = model(noisy, torch.tensor([1000 * sigma]), text, return_dict=False)[0]
-    return (noisy - answer) / sigma if base.info.prediction == "sample" else answer
+    return flow.velocity_of_sample(noisy, answer, sigma) if base.info.prediction == "sample" else answer
 
 
 @torch.inference_mode()
@@ -43,7 +44,8 @@ def main() -> None:
     torch.manual_seed(0)
     transformer = base.transformer()
     attach_branches(transformer.blocks, hierarchical(base.info.width, len(transformer.blocks)))
-    transformer.disable_adapters() if base.info.adapters else None
+    if base.info.adapters:
+        transformer.disable_adapters()
     rng, rows = np.random.default_rng(7), []
     scenes = [world.sample_scene(rng, held_out=True) for _ in range(SCENES)]
     for (size, (height, width)), frames in ((case, frames) for case in CASES.items() for frames in FRAMES):

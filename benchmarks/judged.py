@@ -10,6 +10,8 @@ import torch
 import muralist
 from muralist.data import world
 from muralist.data.score import Score, score
+from muralist.eval.diagnose.checks import Seams
+from muralist.eval.diagnose.view import View
 from muralist.eval.metrics.spectrum import SpectralDistance
 from muralist.types import Grid
 
@@ -32,3 +34,11 @@ def paint_and_judge(pipe: muralist.Pipeline, scene: world.Scene, grid: Grid, set
     for frame, true in zip(frames, world.render(scene, grid)):
         distance.add(frame, true)
     return Judged(frames, score(frames, scene), distance.result())
+
+
+def seams(frames: torch.Tensor) -> float:
+    """How far the strongest comb of lines stands out, by `diagnose`."""
+    check = Seams()
+    for index, frame in enumerate(frames):
+        check.add(View(frame, index))
+    return check.results()[0].finding.value

@@ -23,15 +23,13 @@ from typing import Any
 
 import torch
 from common import write
-from judged import paint_and_judge
+from judged import paint_and_judge, seams
 
 import muralist
 from muralist.base import pick_dtype
 from muralist.base_info import BaseInfo, inspect_base
 from muralist.compare.ablation import Budget, Measured, Study, Variant, held_out, run
 from muralist.data import world
-from muralist.eval.diagnose.checks import Seams
-from muralist.eval.diagnose.view import View
 from muralist.nn.filters import RadialFilter
 from muralist.nn.kinds import InjectorConfig, hierarchical
 from muralist.train.anchored import AnchoredConfig, train_anchored
@@ -197,7 +195,7 @@ def main() -> None:
             (run_folder / "latents").symlink_to(folder / "latents")  # the same clips for all
         begun = any(run_folder.rglob("checkpoints"))
         data = VideoData(clips=options.clips)
-        subject.train(run_folder, length=budget.length, device=CPU, resume=begun, model=model, data=data, config=config)
+        subject.train(run_folder, length=budget, device=CPU, resume=begun, model=model, data=data, config=config)
         return with_results(model, run_folder, directory / "model"), config
 
     def evaluate(trained: tuple[Path, Any], scenes: Sequence[world.Scene]) -> dict[str, list[float]]:
@@ -224,11 +222,7 @@ def main() -> None:
         for o in outcomes
     ]
     judged = f"{options.scenes} held-out scenes at {options.size} x {options.num_frames}"
-    write(
-        f"study-{options.name}",
-        rows,
-        note=f"{f'{budget.steps} steps' if budget.steps else f'{budget.minutes:g} minutes'} a variant, {options.clips} clips of each size; {judged}",
-    )
+    write(f"study-{options.name}", rows, note=f"{budget} a variant, {options.clips} clips of each size; {judged}")
 
 
 def facts(model: Path, options: argparse.Namespace) -> dict[str, str]:
@@ -267,13 +261,10 @@ def judge(painter: muralist.Pipeline, scene: world.Scene, options: argparse.Name
     width, height = (int(side) for side in options.size.split("x"))
     found = paint_and_judge(painter, scene, Grid(num_frames=options.num_frames, height=height, width=width), settings)
     right = (found.score.colour, found.score.shape, found.score.motion, found.score.num_objects == 1)
-    seams = Seams()
-    for index, frame in enumerate(found.frames):
-        seams.add(View(frame, index))
     return {
         "adherence": sum(map(bool, right)) / len(right),
         "one_object": float(right[-1]),
-        "seams": seams.results()[0].finding.value,
+        "seams": seams(found.frames),
         "spectral_distance": found.distance["spectral_distance"],
     }
 

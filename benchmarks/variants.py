@@ -27,13 +27,11 @@ import numpy as np
 import torch
 from adherence import ATTRIBUTES, scenes, small
 from common import write
-from judged import paint_and_judge
+from judged import paint_and_judge, seams
 from PIL import Image
 
 import muralist
 from muralist.data import world
-from muralist.eval.diagnose.checks import Seams
-from muralist.eval.diagnose.view import View
 from muralist.eval.metrics.temporal import DynamicDegree
 from muralist.progress import Silent
 from muralist.types import Grid
@@ -124,15 +122,14 @@ def painted(pipe: muralist.Pipeline, scene: world.Scene, grid: Grid, settings: t
     """What is measured of a video, and its middle frame."""
     observer = Silent()
     found = paint_and_judge(pipe, scene, grid, settings, fps=grid.fps, observer=observer)
-    dynamic, seams = DynamicDegree(grid.fps), Seams()
-    for index, frame in enumerate(found.frames):
+    dynamic = DynamicDegree(grid.fps)
+    for frame in found.frames:
         dynamic.add(frame)
-        seams.add(View(frame, index))
     moved = dynamic.result()
     right = {name: float(bool(getattr(found.score, name))) for name in ATTRIBUTES if name != "camera"}  # the prompts say nothing of one
     right["one object"] = float(found.score.num_objects == 1)
     seconds = {f"{stage}_s": sum(report.seconds for report in observer.reports if report.stage == stage) for stage in ("refine", "upsample")}
-    about = {"dynamic": moved[DYNAMIC], "speed": moved[f"{DYNAMIC}.speed"], "seams": seams.results()[0].finding.value}
+    about = {"dynamic": moved[DYNAMIC], "speed": moved[f"{DYNAMIC}.speed"], "seams": seams(found.frames)}
     return seconds | right | found.distance | about, small(found.frames)[:, 448:896]
 
 

@@ -210,11 +210,11 @@ def _experts(folder: Path, transformer: dict[str, Any]) -> ExpertsConfig:
     """The configuration of a base's experts, after checking that they are whole and made for a transformer like this one."""
     experts = ExpertsConfig.of(parts.read_part(folder, EXPERTS))
     experts.require_fit(_width(transformer), transformer["num_layers"])
-    _require_tensors(folder, experts.tensors())
+    require_tensors(folder, experts.tensors())
     return experts
 
 
-def _require_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
+def require_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
     """UserError unless a part holds exactly these."""
     if weights.tensor_shapes(folder) != expected:
         raise UserError(f"{folder}: the weights are not those that its config.json names", where="part", fix="fetch both files again")
@@ -226,7 +226,7 @@ def _injector(folder: Path, transformer: dict[str, Any], geometry: Geometry) -> 
     if config.channels != geometry.channels or max(config.blocks) >= transformer["num_layers"]:
         what = f"the injector is for {config.channels} channels and stands before block {max(config.blocks)}"
         raise UserError(what, where="part", fix="use one that was trained for this base")
-    _require_tensors(folder, config.tensors())
+    require_tensors(folder, config.tensors())
     return config
 
 
@@ -236,7 +236,7 @@ def _branches(folder: Path, transformer: dict[str, Any]) -> BranchesConfig:
     if max(config.blocks) >= transformer["num_layers"]:
         what = f"the branches stand beside block {max(config.blocks)}, this base has {transformer['num_layers']}"
         raise UserError(what, where="part", fix="use branches that were trained for this base")
-    _require_tensors(folder, config.tensors())
+    require_tensors(folder, config.tensors())
     return config
 
 

@@ -130,7 +130,6 @@ def _require_parts(config: Config, info: BaseInfo) -> None:
         info.require_part(INJECTOR)
     if isinstance(config.upsample, LearnedUpsampling):
         info.require_part(UPSAMPLER)
-        check_upsampler(info)
     if isinstance(refine.attention, BranchedWindows):
         info.require_branches(refine.attention.branches, refine.attention.plain, refine.attention.windows)
     for adapter in (refine.adapter, config.proxy and config.proxy.adapter):
@@ -266,9 +265,16 @@ def plan_run(request: Request, info: BaseInfo, machine: Machine, run_dir: Path, 
     from muralist.plan import plan
 
     _require_parts(request.config, info)  # again: a run that goes on may stand on another base by now
-    check_structure(info)
+    check_weights(request.config, info)
     begun, held = _begun(request, run_dir)
     return plan(begun or request, info, replace(machine, disk_free=machine.disk_free + held), budget=budget, begun=begun is not None)
+
+
+def check_weights(config: Config, info: BaseInfo) -> None:
+    """UserError unless the weights of the model, and of the upsampler that the configuration enlarges by, are those that their configurations build."""
+    check_structure(info)
+    if isinstance(config.upsample, LearnedUpsampling):
+        check_upsampler(info)
 
 
 def run_record(asked: Request, settled: Request, **more: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from muralist.base_info import UPSAMPLER, BaseInfo
+from muralist.base_info import UPSAMPLER, BaseInfo, require_tensors
 from muralist.errors import UserError
 from muralist.nn.kinds import ADAPTER_FILE
 from muralist.store import weights
@@ -22,21 +22,25 @@ def check_structure(info: BaseInfo) -> None:
     fail with a traceback there, or start with random numbers in its place.
     """
     for name, build in _builders(info).items():
-        try:
-            with torch.device("meta"):
-                expected = build().state_dict()
-        except UserError:
-            raise
-        except Exception as error:  # whatever a constructor makes of a number it did not expect
-            raise UserError(f"{name}/config.json cannot be built ({type(error).__name__}: {error})", where="model", fix="download it again") from None
-        found = weights.tensor_shapes(info.folder / name)
-        for key, tensor in expected.items():
+        expected, found = _shapes(name, build), weights.tensor_shapes(info.folder / name)
+        for key, shape in expected.items():
             if key not in found and key not in TIED:
                 raise UserError(f"{name} lacks the tensor {key}", where="model", fix="download its weights again")
-            if key in found and found[key] != tuple(tensor.shape):
-                raise UserError(f"{name}: {key} is {found[key]}, its config.json says {tuple(tensor.shape)}", where="model", fix="download both again")
+            if key in found and found[key] != shape:
+                raise UserError(f"{name}: {key} is {found[key]}, its config.json says {shape}", where="model", fix="download both again")
         if name in ("transformer", "transformer_2"):
-            _check_adapters(info, name, {key: tuple(tensor.shape) for key, tensor in expected.items()})
+            _check_adapters(info, name, expected)
+
+
+def _shapes(name: str, build: Callable[[], torch.nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Those of the tensors of what is built in the folder `name`. Raises UserError."""
+    try:
+        with torch.device("meta"):
+            return {key: tuple(tensor.shape) for key, tensor in build().state_dict().items()}
+    except UserError:
+        raise
+    except Exception as error:  # whatever a constructor makes of a number it did not expect
+        raise UserError(f"{name}/config.json cannot be built ({type(error).__name__}: {error})", where="model", fix="download it again") from None
 
 
 def _check_adapters(info: BaseInfo, transformer: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -73,16 +77,12 @@ def check_upsampler(info: BaseInfo) -> None:
     from muralist.nn.latent_upsampler.model import LatentUpsampler, LatentUpsamplerConfig
 
     folder = info.folder / "parts" / UPSAMPLER
-    try:
+
+    def build() -> LatentUpsampler:
         config = LatentUpsamplerConfig.of(read_part(folder, UPSAMPLER))
-        with torch.device("meta"):
-            expected = {name: tuple(tensor.shape) for name, tensor in LatentUpsampler(config).state_dict().items()}
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{folder}/config.json cannot be built ({type(error).__name__}: {error})", where="part", fix="fetch it again") from None
-    if config.channels != info.geometry.channels:
-        what = f"it enlarges latents of {config.channels} channels, those of {info.name} have {info.geometry.channels}"
-        raise UserError(what, where=f"part {UPSAMPLER}", fix="use one that was made for this base")
-    if weights.tensor_shapes(folder) != expected:
-        raise UserError(f"{folder}: the weights are not those that its config.json names", where="part", fix="fetch both files again")
+        if config.channels != info.geometry.channels:
+            what = f"it enlarges latents of {config.channels} channels, those of {info.name} have {info.geometry.channels}"
+            raise UserError(what, where=f"part {UPSAMPLER}", fix="use one that was made for this base")
+        return LatentUpsampler(config)
+
+    require_tensors(folder, _shapes(f"parts/{UPSAMPLER}", build))

@@ -31,9 +31,9 @@ def command(
 
     from muralist.cost.machine import Machine  # these import diffusers, which takes seconds: not for what is refused
     from muralist.plan import plan
-    from muralist.structure import check_structure
+    from muralist.request import check_weights
 
-    check_structure(job.info)
+    check_weights(job.request.config, job.info)
     where = Machine.measure(job.device, Path()) if machine is None else Machine.of(machine)
     return show(plan(job.request, job.info, where, budget=job.budget), json=json)
 

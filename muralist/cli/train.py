@@ -1,4 +1,4 @@
-"""`muralist train`: make the embedded base, or a better one, within a time budget."""
+"""`muralist train`: make the embedded base, or a better one, or what is added to any."""
 
 from __future__ import annotations
 
@@ -57,8 +57,6 @@ TRAININGS = {
 }
 MAX_CLIPS = 1_000_000
 MINUTES, MAX_MINUTES, MAX_STEPS = 30.0, 60 * 24 * 30, 100_000_000
-
-
 CONTEXT = {"token_normalize_func": lambda name: name if name == "steps" else canonical(name)}  # elsewhere they are those of denoising
 
 
@@ -79,7 +77,7 @@ def command(
     ] = None,
     min_score: Annotated[float | None, typer.Option("--min-score", help="Footage of at least this score alone, such as 6.5 of HPSv3.")] = None,
     clips: Annotated[
-        int | None, typer.Option("--clips", help="Clips of each size to train on; they are encoded first, beside the budget. [default: 200 or 400]")
+        int | None, typer.Option("--clips", help="Clips of each size to train on; they are encoded first, beside the length. [default: 200 or 400]")
     ] = None,
     init: Annotated[str | None, typer.Option("--init", help="A model whose weights the VAE or the base starts from, such as miniature.")] = None,
     resume: Annotated[

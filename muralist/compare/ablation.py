@@ -38,22 +38,10 @@ Values = Mapping[str, float | Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """What every variant may spend: exactly one of `minutes` and `steps`, from one seed."""
+class Budget(Length):
+    """What every variant may spend: the length of its training, from one seed."""
 
-    minutes: float | None = None
-    steps: int | None = None
     seed: int = 0
-
-    def __post_init__(self):
-        if (self.minutes is None) == (self.steps is None):
-            raise UserError("give exactly one of minutes and steps", where="budget", fix="use Budget(minutes=10), say")
-        _ = self.length  # refuses what is no length
-
-    @property
-    def length(self) -> Length:
-        """For `muralist.train`."""
-        return Length(minutes=self.minutes, steps=self.steps)
 
 
 @dataclass(frozen=True, slots=True)

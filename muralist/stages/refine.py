@@ -71,8 +71,7 @@ class ProxyWindows(Windows):
 
         The proxy's sides are those of the clip over PROXY_SHRINK: so far from a window's middle are the places that it sees, and no further at any size.
         """
-        windows = cls.at_most(math.prod(own) // 8, own[0] // 2)
-        windows = windows._within_frames(own[0])
+        windows = cls.at_most(math.prod(own) // 8, own[0] // 2)._within_frames(own[0])
         return replace(windows, reach=(windows.reach[0], *(count * PROXY_SHRINK / 2 for count in windows.near[1:])))
 
     @classmethod

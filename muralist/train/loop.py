@@ -50,9 +50,12 @@ class Length:
 
     def __post_init__(self):
         if (self.minutes is None) == (self.steps is None):
-            raise UserError("give exactly one of minutes and steps", where="train", fix="use --minutes 30, or --steps 1000")
-        if (self.minutes if self.steps is None else self.steps) <= 0:
-            raise UserError(f"{self.minutes if self.steps is None else self.steps} of them", where="train", fix="use a number above 0")
+            raise UserError("give exactly one of minutes and steps", where="train", fix="use minutes=30, or steps=1000")
+        if not (self.minutes or self.steps or 0) > 0:
+            raise UserError(f"{self}", where="train", fix="use a number above 0")
+
+    def __str__(self) -> str:
+        return f"{self.minutes:g} minutes" if self.steps is None else f"{self.steps} steps"
 
     def progress(self, step: int, seconds: float) -> float:
         """The share of it that is done, at most 1."""
