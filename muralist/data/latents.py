@@ -103,8 +103,8 @@ class PairConfig:
     count: int
     low: Grid
     scale: float
-    side: int = 128
-    frames: int = 9
+    side: int
+    frames: int
     seed: int = 1
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 
+from muralist.base import load_latent_upsampler
 from muralist.base_info import UPSAMPLER, BaseInfo, inspect_base
 from muralist.data.latents import PairConfig, build_pairs
 from muralist.data.sources import Footage
 from muralist.errors import UserError
 from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, miniature, paper
+from muralist.store import weights
 from muralist.store.parts import save_part
 from muralist.train import state
 from muralist.train.loop import CHECKPOINTS, Length, Report, Schedule, begin, draw_curve, fit
@@ -22,6 +24,9 @@ from muralist.train.trainee import VideoData
 SCALES = (1.5, 2.0, 3.0)  # LUVE's; `_scales` adds the step from the base's own size to 4K
 HEIGHT_4K = 2176
 CLIPS = 200  # pairs of each scale
+SIDE = 128  # pixels of a small crop: one of the network's windows, at sixteen pixels to a latent
+FRAMES = 29  # of a pair, if the base makes as many: eight latent frames, more than one window in time
+PIXELS = 12e6  # of a large crop with all of its frames: the step to 4K has fewer of them
 WIDE = 1024  # the width of a base from which it gets the paper's network; Wan2.1-1.3B has 1,536
 
 
@@ -39,19 +44,18 @@ def train_latent_upsampler(
 ) -> Path:
     """Learn to enlarge the latents of the base in `model`; writes `folder/parts/latent_upsampler`. A copy of it in `model/parts` puts it to use.
 
-    `network` and `objective`: others than the paper's (the miniature's for a small base), for ablations. Adam at 2e-4 falling along one cosine
-    (LUVE restarts it after 400,000 steps and stops at 135,000).
+    It goes on from the base's own, if there is one. `network` and `objective`: others than the paper's (the miniature's for a small base), for
+    ablations. Adam at 2e-4 falling along one cosine (LUVE restarts it after 400,000 steps and stops at 135,000).
     """
     begin(folder, resume=resume)
     vae = load_vae(model / "vae").to(device).eval()
     info = inspect_base(str(model))
-    data, own = (data or VideoData()).settled(clips=CLIPS), info.defaults.grid
-    origin = {"base": info.fingerprint, **data.origin}
+    data = (data or VideoData()).settled(clips=CLIPS)
+    upsampler, stands_on = _begun(info, network or _usual(info), report)
+    origin = {"base": info.fingerprint, UPSAMPLER: stands_on, **data.origin}
     state.require_origin(folder / CHECKPOINTS, origin)
-    configs = [PairConfig(name=f"pairs-{scale:g}", count=data.clips, low=own, scale=scale, seed=round(10 * scale)) for scale in _scales(own.height, data)]
-    pools = [build_pairs(vae, config, folder / "latents", report, data.source) for config in configs]
-    torch.manual_seed(0)
-    upsampler = LatentUpsampler(network or _usual(info)).to(device)
+    pools = [build_pairs(vae, _pairs(info, scale, data.clips), folder / "latents", report, data.source) for scale in _scales(info.defaults.grid.height, data)]
+    upsampler = upsampler.to(device)
     goal = LatentUpsample(upsampler, vae, pools, objective or LatentUpsampleConfig(), device)
     schedule = Schedule(length=length, learning_rate=2e-4, decay=1.0, weight_decay=0.0, betas=(0.9, 0.999))
     upsampler = fit(goal, schedule, folder, resume=resume, origin=origin, report=report)
@@ -69,6 +73,26 @@ def _scales(own: int, data: VideoData) -> list[float]:
     if not scales:
         raise UserError(f"footage of {max(data.heights)} rows is less than {SCALES[0]:g} times the base's {own}", where="height", fix="use a larger --height")
     return scales
+
+
+def _pairs(info: BaseInfo, scale: float, count: int) -> PairConfig:
+    """Pairs of the base's own size and `scale` times it, of as many frames as PIXELS allow."""
+    own, step = info.defaults.grid, info.geometry.temporal_factor
+    fitting = 1 + step * (max(int(PIXELS / (SIDE * scale) ** 2) - 1, 0) // step)
+    frames = min(FRAMES, own.num_frames, fitting)
+    return PairConfig(name=f"pairs-{scale:g}", count=count, low=own, scale=scale, side=SIDE, frames=frames, seed=round(10 * scale))
+
+
+def _begun(info: BaseInfo, config: LatentUpsamplerConfig, report: Report) -> tuple[LatentUpsampler, str]:
+    """The base's own network if it is of this configuration, else a new one; and which of the two a checkpoint stands on."""
+    own = info.folder / "parts" / UPSAMPLER
+    if own.is_dir():
+        begun = load_latent_upsampler(own)
+        if begun.config == config:
+            return begun.float(), weights.fingerprint(own)
+        report("the base's own upsampler is of another configuration: a new one takes its place")
+    torch.manual_seed(0)
+    return LatentUpsampler(config), "new"
 
 
 def _usual(info: BaseInfo) -> LatentUpsamplerConfig:

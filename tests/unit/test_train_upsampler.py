@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
+from muralist.base_info import inspect_base
 from muralist.data import latents
 from muralist.data.latents import LatentPairs, PairConfig, build_pairs
 from muralist.errors import UserError
@@ -60,6 +62,26 @@ def test_the_trained_part_lies_in_the_output_and_the_model_stays_as_it_is(tiny22
         train_latent_upsampler(
             tmp_path / "run", length=Length(minutes=1), device=CPU, resume=True, model=tiny22, data=VideoData(clips=2), report=lambda line: None
         )
+
+
+def test_a_training_goes_on_from_the_bases_own_network_if_it_is_the_same(tiny22, tmp_path):
+    model, said = tmp_path / "model", []
+    shutil.copytree(tiny22, model)
+    shutil.rmtree(model / "parts", ignore_errors=True)
+    _, new = training._begun(inspect_base(str(model)), CONFIG, said.append)
+    own = network()
+    save_part(model / "parts" / "latent_upsampler", "latent_upsampler", asdict(CONFIG), dict(own.named_parameters()))
+    begun, stands_on = training._begun(inspect_base(str(model)), CONFIG, said.append)
+    assert all(torch.equal(begun.state_dict()[name], tensor) for name, tensor in own.state_dict().items()) and stands_on != new and not said
+    other, stands_on = training._begun(inspect_base(str(model)), replace(CONFIG, hidden=(8,)), said.append)
+    assert other.config.hidden == (8,) and stands_on == new and "another configuration" in said[0]
+
+
+@pytest.mark.parametrize(("scale", "frames"), [(1.5, 29), (3.0, 29), (8.5, 9), (30.0, 1)])
+def test_pairs_are_as_long_as_the_large_clip_allows(tiny22, scale, frames):
+    info = inspect_base(str(tiny22))
+    info = replace(info, defaults=replace(info.defaults, grid=replace(GRID, num_frames=49)))
+    assert training._pairs(info, scale, 1).frames == frames
 
 
 class Still:
