@@ -22,6 +22,7 @@ from muralist.base_info import inspect_base
 from muralist.errors import Note
 from muralist.progress import Observer, Silent
 from muralist.request import Asked, make_request, tell_of_kernels
+from muralist.store.paths import typed_path
 from muralist.types import FrameChunk, Grid, LatentVideo
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Pipeline:
 
         budget = Budget(memory, vram_limit)
         temporary = tempfile.TemporaryDirectory(prefix="muralist-") if run_dir is None else None
-        folder = Path(temporary.name if temporary else run_dir)
+        folder = Path(temporary.name) if temporary else typed_path(str(run_dir), "run_dir")
         asked = self.request(prompt, **{"seed": stored_seed(folder)} | options)
         plan = plan_run(asked, self.base.info, Machine.measure(self.base.device, folder), folder, budget)
         plan.check()

@@ -171,9 +171,17 @@ def _smaller(setting: Setting, level: str) -> str:
     grid = setting.request.grid
     for long, short in SIZES:
         width, height = (long, short) if grid.width >= grid.height else (short, long)
-        if width * height < grid.width * grid.height and fits(settle(_with(setting, replace(grid, width=width, height=height)), LEVELS[level])):
+        if width * height < grid.width * grid.height and _would_fit(_with(setting, replace(grid, width=width, height=height)), level):
             return f"use a size of at most {width}x{height}"
     return "use a smaller base or a larger machine"
+
+
+def _would_fit(setting: Setting, level: str) -> bool:
+    """Not where the recipe cannot be run at all, such as one that enlarges its proxy to a size below it."""
+    try:
+        return fits(settle(setting, LEVELS[level]))
+    except UserError:
+        return False
 
 
 def _with(setting: Setting, grid: Grid) -> Setting:

@@ -77,7 +77,8 @@ def cells(sides: Sequence[Side], prompts: str, seeds: str, video: VideoOptions) 
         for seed in numbers:
             for side in sides:
                 options = replace(video, recipe=side.recipe, seed=seed, settings=[*(video.settings or ()), *side.settings])
-                found.append(Cell(side.name, prepare(prompt, options, None).request, tuple(words(options))))
+                job = prepare(prompt, options, None)
+                found.append(Cell(side.name, job.request, job.info.fingerprint, tuple(words(options))))
     _options.notes[:] = dict.fromkeys(_options.notes)  # the same for every cell
     return found
 

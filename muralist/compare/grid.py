@@ -45,17 +45,19 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One run: the side that it belongs to, the complete request, and the words of `muralist generate` that ask for it besides prompt and output."""
+    """One run: the side that it belongs to, the complete request, the fingerprint of the weights, and the words of `muralist generate` that ask for it
+    besides prompt and output."""
 
     side: str
     request: Request
+    weights: str
     options: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """Readable, safe as a file name, and different for every request."""
+        """Readable, safe as a file name, and different for every request and for other weights."""
         words = re.sub(r"[^a-z0-9]+", "-", self.request.prompt.lower())[:_WORDS].strip("-")
-        asked = atomic.json_bytes({"request": self.request.record(), "options": self.options})
+        asked = atomic.json_bytes({"request": self.request.record(), "weights": self.weights, "options": self.options})
         return f"{self.request.recipe}-{words}-s{self.request.seed}-{hashlib.sha256(asked).hexdigest()[:8]}"
 
     @property
@@ -181,7 +183,7 @@ def _variant(text: str) -> Side:
     recipe, rest = (*rest.split(maxsplit=1), "", "")[:2]
     settings = _settings(rest)
     if not (colon and name.strip() and name.isprintable() and re.fullmatch(r"[\w.-]+", recipe)) or settings is None:
-        fix = "write NAME: RECIPE SETTING=VALUE ..., such as '2 steps: pixelwizard refine.num_inference_steps=2'"
+        fix = "write NAME: RECIPE SETTING=VALUE ..., such as '20 steps: direct refine.num_inference_steps=20'"
         raise UserError(f"{text!r:.80} is no variant", where="variant", fix=fix)
     return Side(name.strip(), recipe, settings)
 

@@ -31,7 +31,8 @@ def of_video(source: Source, metrics: Sequence[Metric], setup: Setup, references
         skipped: gets the reason of each metric that cannot be measured.
     """
     metrics = [metric for metric in metrics if metric.kind != "set"]
-    stamp = [[str(one.path), one.path.stat().st_size, one.path.stat().st_mtime_ns] for one in (source, *references)]
+    files = (source.path, *(one.path for one in references), *(Path(setup.weights[name]) for name in sorted(setup.weights)))
+    stamp = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files if path.exists()]
     found = _kept(kept, stamp)
     if missing := [metric for metric in metrics if metric.name not in found]:
         for row in measure([source], missing, references=references, setup=setup).rows:

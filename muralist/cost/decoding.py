@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLWan
 from muralist.cost import vae
 from muralist.cost.machine import Machine
 from muralist.errors import UserError
-from muralist.stages.decode import TILES, DecodeOptions, DecodePlan, TileMajor, TimeMajor, decode_bytes, plan_decode
+from muralist.stages.decode import GROUP, TILES, DecodeOptions, DecodePlan, TileMajor, TimeMajor, decode_bytes, plan_decode
 from muralist.tiling import Box, tile_boxes
 from muralist.types import Grid
 
@@ -73,19 +73,19 @@ def least_room(config: Mapping[str, Any], grid: Grid, dtype: str) -> int:
     return -(-decode_bytes(model, _latent_shape(model, grid), TileMajor(tile=SMALL_TILE)).peak // ROOM_STEP) * ROOM_STEP
 
 
-def decode_need(config: Mapping[str, Any], grid: Grid, crop: Grid, machine: Machine, options: DecodeOptions) -> DecodeNeed:
-    """The decode of the legal `grid`, cropped to `crop`."""
-    return _need(json.dumps(dict(config), sort_keys=True), grid, crop, machine, options)
+def decode_need(config: Mapping[str, Any], grid: Grid, crop: Grid, machine: Machine, options: DecodeOptions, *, group: int = GROUP) -> DecodeNeed:
+    """The decode of the legal `grid`, cropped to `crop`; `group` as in `stages.decode.decode`: it decides how many states are kept."""
+    return _need(json.dumps(dict(config), sort_keys=True), grid, crop, machine, options, group)
 
 
 @lru_cache(maxsize=32)  # a plan asks for the same one several times
-def _need(config_json: str, grid: Grid, crop: Grid, machine: Machine, options: DecodeOptions) -> DecodeNeed:
+def _need(config_json: str, grid: Grid, crop: Grid, machine: Machine, options: DecodeOptions, group: int) -> DecodeNeed:
     config = json.loads(config_json)
     plan, error = _choose(config, grid, machine.dtype, options)
     model, quick = vae.empty(config, machine.dtype), machine.on_cpu and machine.dtype == "float32"
     decoder = vae.decoder(config, quick=quick, whole_blocks=getattr(plan, "whole_blocks", 0))
     shape = _latent_shape(model, grid)
-    need, tiles = decode_bytes(model, shape, plan), _tiles(grid, crop, plan.tile, decoder.spatial_factor)
+    need, tiles = decode_bytes(model, shape, plan, group=group), _tiles(grid, crop, plan.tile, decoder.spatial_factor)
     cost = vae.decode(decoder, shape[1:], tiles)
     return DecodeNeed(
         plan=plan,

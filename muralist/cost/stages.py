@@ -171,8 +171,8 @@ def beside_decoder(setting: Setting) -> int:
 
 def decode_need(setting: Setting) -> DecodeNeed:
     """How the decode of this setting goes."""
-    request = setting.request
-    return decoding.decode_need(setting.info.vae_config, setting.grid, request.grid, setting.machine, request.config.decode)
+    request, config = setting.request, setting.request.config
+    return decoding.decode_need(setting.info.vae_config, setting.grid, request.grid, setting.machine, config.decode, group=config.encode.gop)
 
 
 def _decode(setting: Setting) -> StagePlan:

@@ -213,10 +213,15 @@ def _acquire(root: Path) -> int:
         descriptor = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
         os.close(descriptor)
-        raise UserError(f"process {holder} is working in it", where=str(root), fix="wait for it to end, stop it, or choose another run directory") from error
+        ours, fix = holder == str(os.getpid()), "wait for it to end, stop it, or choose another run directory"
+        what = "a video of this process is open in it" if ours else f"process {holder} is working in it"
+        raise UserError(what, where=str(root), fix="close() that video first, or choose another run directory" if ours else fix) from error
+    except OSError as error:
+        os.close(descriptor)
+        raise UserError(f"this file system takes no locks ({error.strerror})", where=str(root), fix="choose a run directory on a local disk") from error
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor

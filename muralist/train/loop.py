@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import math
 import re
 import signal
@@ -97,6 +98,7 @@ def begin(folder: Path, *, resume: bool) -> None:
     """Say at once what would otherwise be found after hours: a folder that is in use, a library that is missing. Raises UserError."""
     if not resume:
         state.require_unused(folder / CHECKPOINTS)
+    atomic.clean(folder / CHECKPOINTS)  # what a killed process was writing
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("matplotlib, which draws the curve, is not installed", where="train", fix="pip install 'muralist[train]'")
 
@@ -106,7 +108,7 @@ def fit(objective: Objective, schedule: Schedule, folder: Path, *, resume: bool,
 
     `origin`: what the training stands on (a base's fingerprint, its data), by name; a resume on another one is refused.
 
-    Raises FloatingPointError on a loss that is not finite, before the weights are touched; KeyboardInterrupt after Ctrl-C, with
+    Raises FloatingPointError on a loss or a gradient that is not finite, before the weights are touched; KeyboardInterrupt after Ctrl-C, with
     everything up to the last step saved; UserError, before anything is written, if `folder` holds a training and `resume` is not asked for,
     or holds another kind of training.
     """
@@ -129,6 +131,8 @@ def fit(objective: Objective, schedule: Schedule, folder: Path, *, resume: bool,
                 raise FloatingPointError(f"loss is {loss.item()} at step {step}; the newest checkpoint in {folder} is intact")
             loss.backward()
             norm = nn.utils.clip_grad_norm_(parameters.values(), schedule.clip)
+            if not torch.isfinite(norm):
+                raise FloatingPointError(f"a gradient is {norm.item()} at step {step}; the newest checkpoint in {folder} is intact")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -234,14 +238,25 @@ class _Curve:
         return "  ".join(f"{name} {value:g}" for name, value in row.items())
 
     def _write(self, row: dict[str, float], columns: list[str]) -> None:
-        """`columns`: those of a new file; one that is there already keeps its own."""
+        """A row more. The file keeps its own columns; what is measured for the first time gets one at the end, empty in the rows before."""
         with open(self.path, "a+", newline="") as handle:
             handle.seek(0)
-            header = handle.readline().strip()
-            writer = csv.DictWriter(handle, header.split(",") if header else columns, extrasaction="ignore")
-            if not header:
-                writer.writeheader()
-            writer.writerow(row)  # appended, wherever the reading stopped
+            known = handle.readline().strip().split(",") if self.path.stat().st_size else []
+        if new := [name for name in columns if name not in known]:
+            known = self._widen(known + new)
+        with open(self.path, "a", newline="") as handle:
+            csv.DictWriter(handle, known).writerow(row)
+
+    def _widen(self, columns: list[str]) -> list[str]:
+        """Write the file again with these columns."""
+        with open(self.path, newline="") as handle:
+            rows = list(csv.DictReader(handle))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        atomic.write_file(self.path, text.getvalue().encode())
+        return columns
 
 
 def draw_curve(folder: Path) -> None:

@@ -290,6 +290,13 @@ def test_a_full_disk_is_refused():
         made.check()
 
 
+def test_long_groups_of_pictures_keep_more_states_on_the_disk():
+    asked = request(Grid(num_frames=161, height=320, width=480))
+    usual, long = (replace(asked, config=replace(asked.config, encode=replace(asked.config.encode, gop=gop))) for gop in (12, 96))
+    made, longer = (plan(one, base(), ROOMY) for one in (usual, long))
+    assert stage(longer, "decode").disk_bytes > 2 * stage(made, "decode").disk_bytes > 0
+
+
 def test_a_decoder_without_room_is_refused_before_hours_of_denoising():
     made = plan(request(Grid(num_frames=9, height=1088, width=1920), decode=DecodeOptions(memory_bytes=1000)), base(), ROOMY)
     with pytest.raises(UserError, match="decode"):

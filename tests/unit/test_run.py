@@ -225,7 +225,7 @@ def test_second_process_is_refused_and_a_dead_one_taken_over(tmp_path):
     os.waitpid(pid, 0)
     with RunDirectory.open(tmp_path / "r") as run:
         assert run.request == REQUEST
-        with pytest.raises(UserError, match=f"process {os.getpid()}"):
+        with pytest.raises(UserError, match="a video of this process is open in it"):
             RunDirectory.open(tmp_path / "r")
 
 

@@ -86,6 +86,27 @@ def test_a_training_asks_before_it_encodes(tmp_path, monkeypatch):
             train(tmp_path, length=Length(minutes=1), device=torch.device("cpu"), resume=False, **{start: tmp_path})
 
 
+def test_a_gradient_that_is_not_finite_ends_the_training_before_the_weights_are_touched(tmp_path):
+    class Cliff(Line):
+        def loss(self, step, progress):
+            loss, metrics = super().loss(step, progress)
+            weight = self.module["net"]["blocks"].weight
+            return (loss + (weight - weight.detach()).abs().sum().sqrt() if step == 2 else loss), metrics  # zero, and infinitely steep
+
+    line = Cliff()
+    with pytest.raises(FloatingPointError, match="gradient is nan at step 2"):
+        fit(line, schedule(5), tmp_path, resume=False, report=lambda line: None)
+    assert all(torch.isfinite(p).all() for p in line.module.parameters())
+
+
+def test_what_is_measured_from_some_step_on_gets_a_column(tmp_path):
+    curve = _Curve(tmp_path, 0, every=1)
+    curve.add(1, 60.0, {"loss": 1.0})
+    curve.add(2, 120.0, {"loss": 0.5, "pixel": 0.25})
+    _Curve(tmp_path, 2, every=1).add(3, 180.0, {"loss": 0.25})  # after a resume
+    assert (tmp_path / "curve.csv").read_text().split() == ["step,minutes,loss,pixel", "1,1.0,1.0,", "2,2.0,0.5,0.25", "3,3.0,0.25,"]
+
+
 def test_what_draws_the_curve_is_missed_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="matplotlib"):

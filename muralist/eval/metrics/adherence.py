@@ -46,8 +46,8 @@ def _small(frame: torch.Tensor) -> torch.Tensor:
 
 
 def _start(setup: Setup, source: Source) -> WorldAdherence:
-    prompt = setup.prompts.get(source.path, source.prompt)
-    if prompt is None:
+    prompt = source.prompt or setup.prompts.get(source.path)
+    if not prompt:
         raise Unavailable("the file's metadata names no prompt")
     try:
         scene = world.parse(prompt)

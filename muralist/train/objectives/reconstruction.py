@@ -78,7 +78,7 @@ class Reconstruction:
         frames = 1 if single else int(rng.choice(c.lengths))
         video, heights = _batch(rng, c.heights, c.batch_single if single else c.clips_of(frames), frames, c.side)
         video = video.to(self.device)
-        generator = torch.Generator(self.device).manual_seed(c.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(c.seed * 1_000_003 + step)
         with single_frame_convolutions() if single else nullcontext():
             with torch.set_grad_enabled(any(p.requires_grad for p in self.module.encoder.parameters())):
                 mean = self.module.encode(video).latent_dist.mean
@@ -87,7 +87,7 @@ class Reconstruction:
             z, target = earlier if taught else mean, video
             if step % c.scale_every == 0:
                 z, target = _halved(z), _halved(video)
-            z = z + c.latent_noise * torch.randn(z.shape, generator=generator, device=z.device)
+            z = z + c.latent_noise * torch.randn(z.shape, generator=generator).to(z.device)
             rebuilt = self.module.decode(z).sample
         error, moves = rebuilt - target, ~still(video, tuple(mean.shape[2:]))
         counts = 1 + (c.moving - 1) * _over_pixels(moves, error.shape[2:])
