@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import write
+from kept import LARGE, STRIDE
 from PIL import Image
 
 import muralist
@@ -59,9 +60,7 @@ def main() -> None:
         rows.append(row)
         sheet.append(three)
         print(row, f"{(time.time() - started) / len(rows):.1f} s a clip", flush=True)
-    judgeable = [a for a in ATTRIBUTES if options.num_frames > 1 or a not in ("motion", "camera")]
-    means = [{"measure": a, "percent": 100 * float(np.mean([r[a] for r in rows]))} for a in judgeable]
-    means.append({"measure": "exactly one object", "percent": 100 * float(np.mean([r["objects"] == 1 for r in rows]))})
+    means = [{"measure": name, "percent": value} for name, value in averages(rows, options.num_frames).items()]
     print(means)
     frames = None if options.num_frames == 29 else f"{options.num_frames}-frames"
     name = "-".join(["adherence", options.size, *filter(None, (options.recipe, frames, options.label))])
@@ -71,16 +70,23 @@ def main() -> None:
 
 
 def painted(pipe: muralist.Pipeline, scene: world.Scene, width: int, height: int, num_frames: int, settings: list[str]) -> torch.Tensor:
-    """Frames [t, H, W, 3] of a prompt; of large clips every fourth: a whole one at 4K is 2.9 GB of floats."""
+    """Frames [t, H, W, 3] of a prompt; of large clips every fourth."""
     with tempfile.TemporaryDirectory() as folder:
         sized = {"width": width, "height": height, "num_frames": num_frames}
         video = pipe(world.caption(scene), **sized, seed=scene.seed, settings=tuple(settings), run_dir=Path(folder) / "run")
-        return torch.cat([chunk.frames[:: (1 if height < 1000 else 4)] for chunk in video])
+        return torch.cat([chunk.frames[:: (1 if height < LARGE else STRIDE)] for chunk in video])
 
 
 def judged(frames: torch.Tensor, scene: world.Scene) -> dict[str, Any]:
     result = score(frames if len(frames) > 1 else frames.expand(5, -1, -1, -1), scene)  # which looks at what changes
     return {"prompt": world.caption(scene)} | {a: bool(getattr(result, a)) for a in ATTRIBUTES} | {"objects": result.num_objects}
+
+
+def averages(rows: list[dict[str, Any]], num_frames: int) -> dict[str, float]:
+    """Percent of the clips in which each measure is right."""
+    judgeable = [a for a in ATTRIBUTES if num_frames > 1 or a not in ("motion", "camera")]
+    right = {a: [row[a] for row in rows] for a in judgeable} | {"exactly one object": [row["objects"] == 1 for row in rows]}
+    return {name: 100 * float(np.mean(values)) for name, values in right.items()}
 
 
 def known(folder: Path, about: dict[str, Any]) -> dict[str, Any]:

@@ -10,32 +10,19 @@ other patches of the same true renders. Writes results/side_by_side-SIZE.{json,m
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from adherence import ATTRIBUTES
+from adherence import averages
 from common import write
-from PIL import Image
+from kept import Kept, of_eight_bits, read, true_middle
 
-from muralist.data import world
 from muralist.eval.features.mural import load_mural
 from muralist.eval.features.patches import cut, patch_boxes
 from muralist.eval.metrics.frechet import FID_SIDE, MAX_PATCHES, frechet_distance
 from muralist.eval.metrics.spectrum import SpectralDistance
 from muralist.eval.registry import Unavailable
-from muralist.types import Grid
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A prompt's scores and the middle frame [H, W, 3] of what was painted for it."""
-
-    about: dict
-    row: dict
-    frame: torch.Tensor
 
 
 @torch.inference_mode()
@@ -49,9 +36,12 @@ def main() -> None:
     prompts = {tuple(clip.row["prompt"] for clip in clips) for clips in recipes.values()}
     if len(sizes) != 1 or len(prompts) != 1:
         raise SystemExit(f"the folders hold other sizes or prompts: {sorted(sizes)}, {[len(p) for p in prompts]} prompts")
-    true = [rendered(clip) for clip in next(iter(recipes.values()))]
+    true = [of_eight_bits(true_middle(clip.scene, clip.about["num_frames"], *clip.frame.shape[:2])) for clip in next(iter(recipes.values()))]
     truth = [features(network, frame, turn) for turn, frame in enumerate(true)]
-    rows = [{"recipe": name} | adherence(clips) | spectral(clips, true) | patches(network, clips, truth) for name, clips in recipes.items()]
+    rows = [
+        {"recipe": name} | averages([clip.row for clip in clips], clips[0].about["num_frames"]) | spectral(clips, true) | patches(network, clips, truth)
+        for name, clips in recipes.items()
+    ]
     others = torch.cat([features(network, frame, turn + 2) for turn, frame in enumerate(true)])
     rows.append(dict.fromkeys(rows[0]) | {"recipe": "true renders, other patches", "fid_patch[mural]": distance(others, torch.cat(truth))})
     print(rows)
@@ -59,30 +49,8 @@ def main() -> None:
     write(f"side_by_side-{size}", rows, note=f"{len(true)} held-out prompts at {size}; the same prompts and seeds for every recipe; percent, dB, none")
 
 
-def read(folder: Path) -> list[Kept]:
-    found = []
-    for path in sorted(folder.glob("[0-9][0-9][0-9]")):
-        record = json.loads((path / "score.json").read_text())
-        found.append(Kept(record["about"], record["row"], torch.from_numpy(np.array(Image.open(path / "middle.png"))) / 255))
-    if not found:
-        raise SystemExit(f"{folder} holds no clips of adherence.py --keep")
-    return found
-
-
-def rendered(clip: Kept) -> torch.Tensor:
-    """The true middle frame of the prompt's scene, of eight bits as the kept ones are. The scene is the one that the prompt was made from."""
-    scene = next(scene for scene in world.all_scenes(held_out=True) if world.caption(scene) == clip.row["prompt"])
-    height, width = clip.frame.shape[:2]
-    frames = clip.about["num_frames"]
-    kept = list(range(frames)) if height < 1000 else [0, *range(1, frames, 4)]  # as `adherence.painted`, by chunks of a latent frame
-    middle = kept[len(kept) // 2]
-    frame = next(iter(world.render(scene, Grid(num_frames=frames, height=height, width=width), frames=range(middle, middle + 1))))
-    return (frame * 255).round() / 255
-
-
 def adherence(clips: list[Kept]) -> dict[str, float]:
-    found = {name: 100 * float(np.mean([clip.row[name] for clip in clips])) for name in ATTRIBUTES}
-    return found | {"exactly one object": 100 * float(np.mean([clip.row["objects"] == 1 for clip in clips]))}
+    return averages([clip.row for clip in clips], clips[0].about["num_frames"])
 
 
 def spectral(clips: list[Kept], true: list[torch.Tensor]) -> dict[str, float]:

@@ -9,10 +9,10 @@ Writes results/spectrum.{json,md} (difference to the true renders in dB, per oct
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
+import kept
 import matplotlib
 import numpy as np
 import torch
@@ -22,13 +22,12 @@ from PIL import Image
 
 import muralist
 from muralist.data import world
-from muralist.types import Grid
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
 WIDTH, HEIGHT = 3840, 2160
-MIDDLE = 13  # the frame that `adherence.py` keeps
+MIDDLE = kept.middle(29, HEIGHT)
 OCTAVES = [(2.0**-k / 2, 2.0**-k) for k in range(8, 0, -1)]  # cycles a pixel, the last one up to Nyquist
 
 
@@ -51,7 +50,7 @@ def main() -> None:
     parser.add_argument("--frames", type=Path, help="a folder for PNGs of the frames compared")
     options = parser.parse_args()
     curves = {"muralist": [], "true render": [], "bicubic of 448x256": []}
-    cases = kept(options.kept) if options.kept else [(scene, None) for scene in scenes(options.count, seed=1)]
+    cases = painted_before(options.kept) if options.kept else [(scene, None) for scene in scenes(options.count, seed=1)]
     for scene, large in cases:
         for name, frame in pictures(scene, options.model, large).items():
             curves[name].append(np.log(spectrum(frame) + 1e-12))
@@ -73,15 +72,13 @@ def main() -> None:
     draw(frequency, means, options.plot)
 
 
-def kept(folder: Path) -> list[tuple[world.Scene, torch.Tensor]]:
+def painted_before(folder: Path) -> list[tuple[world.Scene, torch.Tensor]]:
     """Scenes and middle frames that `adherence.py` has painted."""
-    every, cases = {world.caption(scene): scene for scene in world.all_scenes(held_out=True)}, []
-    for path in sorted(folder.glob("[0-9][0-9][0-9]")):
-        record = json.loads((path / "score.json").read_text())
-        if (record["about"]["size"], record["about"]["recipe"], record["about"]["num_frames"]) != (f"{WIDTH}x{HEIGHT}", "cascade", 29):
-            raise SystemExit(f"{path} holds {record['about']}: keep clips of {WIDTH}x{HEIGHT}, cascade, 29 frames")
-        cases.append((every[record["row"]["prompt"]], torch.from_numpy(np.array(Image.open(path / "middle.png"))) / 255))
-    return cases
+    clips = kept.read(folder)
+    for about in (clip.about for clip in clips):
+        if (about["size"], about["recipe"], about["num_frames"]) != (f"{WIDTH}x{HEIGHT}", "cascade", 29):
+            raise SystemExit(f"{folder} holds {about}: keep clips of {WIDTH}x{HEIGHT}, cascade, 29 frames")
+    return [(clip.scene, clip.frame) for clip in clips]
 
 
 def pictures(scene: world.Scene, model: str, large: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -95,9 +92,8 @@ def pictures(scene: world.Scene, model: str, large: torch.Tensor | None) -> dict
     large = painted("cascade", WIDTH, HEIGHT) if large is None else large
     small = painted("direct", 448, 256)
     enlarged = torch.nn.functional.interpolate(small.permute(2, 0, 1)[None], size=(HEIGHT, WIDTH), mode="bicubic")[0].permute(1, 2, 0).clamp(0, 1)
-    true = next(iter(world.render(scene, Grid(num_frames=29, height=HEIGHT, width=WIDTH), frames=range(MIDDLE, MIDDLE + 1))))
-    frames = {"muralist": large, "true render": true, "bicubic of 448x256": enlarged}
-    return {name: (frame * 255).round() / 255 for name, frame in frames.items()}  # kept ones are of 8 bits, whose noise shows in the finest octave
+    frames = {"muralist": large, "true render": kept.true_middle(scene, 29, HEIGHT, WIDTH), "bicubic of 448x256": enlarged}
+    return {name: kept.of_eight_bits(frame) for name, frame in frames.items()}
 
 
 def middle(video) -> torch.Tensor:

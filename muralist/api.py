@@ -22,7 +22,7 @@ from muralist.base_info import inspect_base
 from muralist.errors import Note
 from muralist.progress import Observer, Silent
 from muralist.request import Asked, make_request, tell_of_kernels
-from muralist.store.paths import typed_path
+from muralist.store.paths import check_output, typed_path
 from muralist.types import FrameChunk, Grid, LatentVideo
 
 if TYPE_CHECKING:
@@ -146,7 +146,6 @@ class Video:
     def save(self, path: str | Path, *, observer: Observer | None = None) -> Path:
         """Decode into an .mp4 as frames come, with prompt, seed, recipe and versions inside and in a JSON beside it."""
         from muralist.pipeline import paint
-        from muralist.store.paths import check_output
 
         return paint(self.latent, self.request, self._base, self._run, check_output(Path(path).expanduser()), observer or Silent())
 

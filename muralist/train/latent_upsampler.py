@@ -59,8 +59,8 @@ def train_latent_upsampler(
     goal = LatentUpsample(upsampler, vae, pools, objective or LatentUpsampleConfig(), device)
     schedule = Schedule(length=length, learning_rate=2e-4, decay=1.0, weight_decay=0.0, betas=(0.9, 0.999))
     upsampler = fit(goal, schedule, folder, resume=resume, origin=origin, report=report)
-    weights = {name: parameter.detach().half() for name, parameter in upsampler.named_parameters()}
-    made = save_part(folder / "parts" / UPSAMPLER, UPSAMPLER, asdict(upsampler.config), weights)
+    tensors = {name: parameter.detach().half() for name, parameter in upsampler.named_parameters()}
+    made = save_part(folder / "parts" / UPSAMPLER, UPSAMPLER, asdict(upsampler.config), tensors)
     draw_curve(folder)
     return made
 
