@@ -12,6 +12,7 @@ from muralist.config import Request
 from muralist.errors import UserError
 from muralist.request import restore
 from muralist.stages.decode import plan_decode
+from muralist.store import weights
 from muralist.tiling import split
 
 
@@ -20,10 +21,12 @@ def decode_borders(metadata: dict[str, Any], model: str | None = None) -> dict[s
 
     Args:
         metadata: what the file says of itself (`VideoInfo.metadata`).
-        model: where its base is, if not under the name that the file tells.
+        model: where its base is, if not under the name that the file tells; only one that is given here is downloaded.
     """
     try:
         request = restore(metadata["request"])
+        if model is None and not weights.is_here(request.model):
+            return None  # not on this machine: a file must not have a model downloaded
         info = inspect_base(model or request.model, request.revision)
         return _borders(request, info, str(metadata.get("dtype")))
     except (UserError, KeyError, TypeError):

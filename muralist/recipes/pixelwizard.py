@@ -1,6 +1,7 @@
 """PixelWizard (arXiv 2605.25801): a low-resolution anchor, injected into high-resolution synthesis from pure noise in four steps.
 
-`pixelwizard`: muralist generate PROMPT --recipe pixelwizard --size 4k   (needs the base's adapter `anchored`, and its parts `injector` and `step_size`)
+`pixelwizard`: muralist generate PROMPT --recipe pixelwizard --size 4k   (needs the base's parts `injector` and `step_size`, and
+its adapter `anchored` if they were trained with one; imported weights are whole)
 
 Ours: local windows (full attention is `--set 'refine.attention={"kind": "FullAttention"}'`), one pass a step, since guidance is learned with
 the steps (the release runs both passes, `--set refine.guidance_scale=5`), one shift for all sizes (the release: 5.5 at 2K, 5.8 at 4K).
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from muralist.base_info import BaseInfo
 from muralist.config import Config
+from muralist.nn.kinds import INJECTOR, STEP_SIZE
 from muralist.sampling.shortcut import ShortcutSteps
 from muralist.stages.proxy import LowResolutionProxy
 from muralist.stages.refine import Refine, Windows
@@ -23,11 +25,17 @@ SHIFT = 5.5
 
 def pixelwizard(base: BaseInfo) -> Config:
     """PixelWizard: a small anchor, then the large video from noise in four steps, the anchor added to its tokens."""
-    base.require_adapter(ANCHORED)
+    for part in (INJECTOR, STEP_SIZE):
+        base.require_part(part)
     d = base.defaults
     proxy = LowResolutionProxy(height=HEIGHT, width=WIDTH, adapter=ANCHOR if ANCHOR in base.adapters else None, **d.sampling)
-    windows = Windows(tokens=1024)
     refine = Refine(
-        num_inference_steps=STEPS, guidance_scale=1.0, flow_shift=SHIFT, attention=windows, adapter=ANCHORED, steps=ShortcutSteps(), anchor="injected"
+        num_inference_steps=STEPS,
+        guidance_scale=1.0,
+        flow_shift=SHIFT,
+        attention=Windows(tokens=1024),
+        adapter=ANCHORED if ANCHORED in base.adapters else None,
+        steps=ShortcutSteps(),
+        anchor="injected",
     )
     return Config(proxy=proxy, upsample=None, refine=refine)

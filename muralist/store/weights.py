@@ -45,6 +45,11 @@ def locate(model: str, revision: str | None = None) -> Path:
     return _download(model, revision)
 
 
+def is_here(model: str) -> bool:
+    """Whether a model is in the package or in a folder, so that nothing is downloaded for it."""
+    return model in EMBEDDED or Path(model).expanduser().is_dir()
+
+
 def folder_of(model: str) -> str | None:
     """The folder that a model is named by, from the root; None for what has the same name everywhere, though a folder here may be called so."""
     path = Path(model).expanduser()

@@ -16,6 +16,7 @@ from muralist.compare.page import render
 from muralist.compare.seams import decode_borders
 from muralist.errors import UserError
 from muralist.eval.source import open_source
+from muralist.store import weights
 from tests import inside
 from tests.comparison import Brightness, compare, only_brightness
 from tests.shell import muralist
@@ -169,12 +170,15 @@ def test_seeds(text):
     assert grid.read_seeds(text) == {"0": [0], "0,1": [0, 1], "3-5": [3, 4, 5], " 7 , 7,1": [7, 1]}[text]
 
 
-def test_tile_borders_are_those_of_the_decoder(grid_folder, tiny22):
+def test_tile_borders_are_those_of_the_decoder(grid_folder, tiny22, monkeypatch):
     cell = json.loads((grid_folder[0] / "results.json").read_text())["cells"][0]
     metadata = open_source(grid_folder[0] / cell["path"] / "video.mp4").info.metadata
     assert cell["borders"] == {"x": [], "y": []}
     metadata["request"]["config"]["decode"] |= {"order": "tile", "tile": 64}
     assert decode_borders(metadata, str(tiny22)) == {"x": [48, 96], "y": [48]}
+    metadata["request"] |= {"model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "revision": "0" * 40}
+    monkeypatch.setattr(weights, "_download", lambda *_: pytest.fail("a file had a model downloaded"))
+    assert decode_borders(metadata) is None
     assert decode_borders({}) is None and decode_borders({"request": {"prompt": 1}}) is None
 
 
