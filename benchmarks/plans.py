@@ -18,8 +18,9 @@ FRAMES = (29, 81, 161)
 MACHINES = ("24GB", "80GB", "140GB")
 INTRO = """# What a plan says
 
-`muralist plan` (and `generate --dry-run`) computes the cost of a video from configurations alone, before anything is loaded: tokens, FLOPs,
-memory, disk and time of each stage, what will be done about it, and what cannot fit (exit code 2, with the nearest request that fits).
+`muralist plan` (and `generate --dry-run`) computes the cost of a video before any weight is loaded: tokens, FLOPs, memory, disk and time of each
+stage, what will be done about it, and what cannot fit (exit code 2, with the nearest request that fits). `--model` is a complete folder: the plan
+reads its configurations and the headers of its weights. A hub id is downloaded first, weights included.
 
 - **FLOPs** of transformer, text encoder and decoder are those that PyTorch's counter finds (`benchmarks/results/flops.md`,
   `tests/unit/test_plan.py`); an adapter is a part of the weights; where two take turns
@@ -31,7 +32,7 @@ memory, disk and time of each stage, what will be done about it, and what cannot
 - **Times** are estimates: FLOPs over a share of the matmul rate plus memory traffic over the copy rate. `muralist plan` measures both rates
   here. The presets below are assumptions (24 GB: RTX 4090 class, 150 TFLOP/s, 0.92 TB/s; 80 GB: H100 class, 790 TFLOP/s, 3.0 TB/s; 140 GB:
   H200 class, 790 TFLOP/s, 4.3 TB/s), with PyTorch's own attention kernels, layers not compiled, decoders at the rates of public code. No time
-  below has been checked on such a card.
+  below has been checked on such a card. `--machine 24GB --vram-limit 16` plans for the rates of that card with 16 GB free.
 - **What the plan decides**: the level of memory (`--memory`; `auto` is the first that fits): tokens at a time, the decode order and tiles, and on a
   GPU whether blocks wait in main memory. Where the default limit of 4.3 GB holds only small tiles, it raises the limit to what
   tiles of 512 pixels take, the same on every machine that has the room. `Plan.request` is the request with that filled in: the one to run.
@@ -40,7 +41,10 @@ memory, disk and time of each stage, what will be done about it, and what cannot
 
 ## 1.3B and 5B at 4K on 24, 80 and 140 GB
 
-Made by `python benchmarks/plans.py`; 50 steps, guidance 5. Memory and disk are the same on all three.
+Made by `python benchmarks/plans.py` from published shapes, without weights; 50 steps, guidance 5. Memory and disk are the same on all three.
+The larger bases are not in the tables. Planned likewise on the 24 GB card, `cascade`, 81 frames, they come to level `low`: Wan2.1 14B takes 17.0 GB, 43.6 GB of
+main memory (each preset has 64) and 3.5 h, with a proxy of 832x480; Wan2.2 A14B, at its own 40 steps, 17.0 GB, 43.9 GB and 4.3 h, with one of 1280x720.
+With 16 GB free both are refused: 73 frames fit.
 
 """
 
