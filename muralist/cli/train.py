@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,6 +94,7 @@ def command(
     from muralist.base import pick_device
     from muralist.cli._show import Interrupted
     from muralist.nn.heap import keep_freed_blocks
+    from muralist.nn.out_of_memory import ran_out
     from muralist.train.loop import begin
 
     keep_freed_blocks()  # by the command, whose process it is
@@ -102,24 +104,23 @@ def command(
     begin(folder, resume=resume)
     try:
         result = getattr(importlib.import_module(training.module), training.function)(folder, length=length, device=target, resume=resume, **earlier)
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or ran_out(error)):
+            raise
+        fix = "train on another --device, or a smaller base: batches are fixed"
+        raise UserError("the memory does not suffice for this training", where="memory", fix=fix) from error
     except KeyboardInterrupt:
-        typed = {
-            "minutes": None if length.minutes is None else f"{length.minutes:g}",
-            "steps": length.steps,
-            "device": device,
-            "from": start,
-            "init": init,
-            "data": data,
-            "height": height,
-            "min-score": min_score,
-            "clips": clips,
-            "output": folder,
-        }
-        given = ((f"--{option}", str(value)) for option, value in typed.items() if value is not None)
-        words = itertools.chain.from_iterable(given)
-        raise Interrupted(f"; go on from the newest checkpoint with: {shlex.join(['muralist', 'train', name, *words, '--resume'])}") from None
+        typed = {"device": device, "from": start, "init": init, "data": data, "height": height, "min-score": min_score, "clips": clips, "output": folder}
+        raise Interrupted(f"; go on from the newest checkpoint with: {_again(name, length, typed)}") from None
     print(f"done: {result}" + (f"; a model uses it once it is copied to MODEL/{training.serves}" if training.serves else ""))
     return 0
+
+
+def _again(name: str, length: Length, typed: Mapping[str, object]) -> str:
+    """The command that goes on with a training."""
+    options = {"minutes": None if length.minutes is None else f"{length.minutes:g}", "steps": length.steps, **typed}
+    words = itertools.chain.from_iterable((f"--{option}", str(value)) for option, value in options.items() if value is not None)
+    return shlex.join(["muralist", "train", name, *words, "--resume"])
 
 
 def _length(minutes: float | None, steps: int | None) -> Length:

@@ -357,6 +357,15 @@ def test_steps_of_a_training_are_its_own_option_and_told_to_go_on(tmp_path, monk
     assert "no such option" in muralist("train", "features", "--num-inference-steps", 7).error.lower()
 
 
+def test_a_training_without_memory_says_what_a_training_can_do_about_it(tmp_path, monkeypatch):
+    def too_large(folder, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("muralist.train.features.train_features", too_large)
+    answer = muralist("train", "features", "--steps", 7, "-o", tmp_path / "run")
+    assert answer.code == 2 and "--device" in answer.error and "--size" not in answer.error
+
+
 def test_crops_with_a_guide_are_long_and_half_of_them_lie_on_the_object():
     own = Grid(num_frames=29, height=256, width=448)
     crops = PoolConfig(name="crops", count=1, grid=own, frames=17)
