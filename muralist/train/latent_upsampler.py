@@ -19,6 +19,7 @@ from muralist.train import state
 from muralist.train.loop import CHECKPOINTS, Length, Report, Schedule, begin, draw_curve, fit
 from muralist.train.miniature import load_vae
 from muralist.train.objectives.latent_upsample import LatentUpsample, LatentUpsampleConfig
+from muralist.train.objectives.least_squares import fit_polynomial
 from muralist.train.trainee import VideoData
 
 SCALES = (1.5, 2.0, 3.0)  # LUVE's; `_scales` adds the step from the base's own size to 4K
@@ -27,6 +28,7 @@ CLIPS = 200  # pairs of each scale
 SIDE = 128  # pixels of a small crop: one of the network's windows, at sixteen pixels to a latent
 FRAMES = 29  # of a pair, if the base makes as many: eight latent frames, more than one window in time
 PIXELS = 12e6  # of a large crop with all of its frames: the step to 4K has fewer of them
+NEW = "new"  # what a training stands on that starts from nothing
 WIDE = 1024  # the width of a base from which it gets the paper's network; Wan2.1-1.3B has 1,536
 
 
@@ -44,8 +46,9 @@ def train_latent_upsampler(
 ) -> Path:
     """Learn to enlarge the latents of the base in `model`; writes `folder/parts/latent_upsampler`. A copy of it in `model/parts` puts it to use.
 
-    It goes on from the base's own, if there is one. `network` and `objective`: others than the paper's (the miniature's for a small base), for
-    ablations. Adam at 2e-4 falling along one cosine (LUVE restarts it after 400,000 steps and stops at 135,000).
+    It goes on from the base's own, if there is one; a new one with a polynomial starts from that one's least squares. `network` and `objective`:
+    others than the paper's (the miniature's for a small base), for ablations. Adam at 2e-4 falling along one cosine (LUVE restarts it after
+    400,000 steps and stops at 135,000).
     """
     begin(folder, resume=resume)
     vae = load_vae(model / "vae").to(device).eval()
@@ -55,6 +58,9 @@ def train_latent_upsampler(
     origin = {"base": info.fingerprint, UPSAMPLER: stands_on, **data.origin}
     state.require_origin(folder / CHECKPOINTS, origin)
     pools = [build_pairs(vae, _pairs(info, scale, data.clips), folder / "latents", report, data.source) for scale in _scales(info.defaults.grid.height, data)]
+    if upsampler.polynomial is not None and stands_on == NEW and not resume:
+        report("least squares of the linear part")
+        fit_polynomial(upsampler.polynomial, pools)
     upsampler = upsampler.to(device)
     goal = LatentUpsample(upsampler, vae, pools, objective or LatentUpsampleConfig(), device)
     schedule = Schedule(length=length, learning_rate=2e-4, decay=1.0, weight_decay=0.0, betas=(0.9, 0.999))
@@ -92,7 +98,7 @@ def _begun(info: BaseInfo, config: LatentUpsamplerConfig, report: Report) -> tup
             return begun.float(), weights.fingerprint(own)
         report("the base's own upsampler is of another configuration: a new one takes its place")
     torch.manual_seed(0)
-    return LatentUpsampler(config), "new"
+    return LatentUpsampler(config), NEW
 
 
 def _usual(info: BaseInfo) -> LatentUpsamplerConfig:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from muralist.errors import UserError
 from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig, paper
 from muralist.nn.latent_upsampler.implicit import ImplicitUpsampler
+from muralist.nn.latent_upsampler.model import bilinear
+from muralist.nn.latent_upsampler.polynomial import MONOMIALS, LocalPolynomial
 from muralist.nn.latent_upsampler.tmsa import MutualSelfAttention, TmsaBlock, fitted, shift_mask, sine_positions
 
 SMALL = VrtConfig(in_channels=4, dim=12, depth=2, mutual_share=0.5, refine_dim=12, refine_depth=2, groups=2, heads=3, window=(2, 4, 4), still_groups=1)
@@ -47,6 +49,34 @@ def test_the_implicit_function_is_that_of_each_query(size):
         patch = padded[0, a : a + 3, b : b + 3, c : c + 3].permute(0, 3, 1, 2).flatten()  # (time, channel, row, column)
         expected = module.imnet.layers(torch.cat([patch, torch.tensor(offset + cell, dtype=torch.float32)]))
         assert (got[0, t, y, x] - expected).abs().max() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(5, 6), (8, 9), (11, 17)])
+def test_the_polynomial_is_that_of_each_query(size):
+    torch.manual_seed(1)
+    module = LocalPolynomial(3)
+    module.conv.reset_parameters()
+    z = torch.randn(1, 3, 2, 5, 6)
+    got, ratio = module(z, size), (5 / size[0] + 6 / size[1]) / 2
+    padded = F.pad(z, (1, 1, 1, 1, 1, 1))
+    for t, y, x in [(0, 0, 0), (1, 2, 3), (1, size[0] - 1, size[1] - 1), (0, size[0] - 1, 0)]:
+        at = [(i + 0.5) * of / n for i, of, n in zip((y, x), (5, 6), size)]  # in source positions, from the border
+        b, c = (int(place) for place in at)
+        dy, dx = (2 * (place - int(place)) - 1 for place in at)
+        maps = (module.conv.weight * padded[0, :, t : t + 3, b : b + 3, c : c + 3]).sum(dim=(1, 2, 3, 4)) + module.conv.bias
+        expected = sum(ratio**r * dy**i * dx**j * part for (i, j, r), part in zip(MONOMIALS, maps.split(3)))
+        assert (got[0, :, t, y, x] - expected).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_with_a_polynomial_the_networks_start_at_nothing():
+    torch.manual_seed(0)
+    network = LatentUpsampler(LatentUpsamplerConfig(encoder=SMALL, hidden=(16, 8), decoder=SMALL, polynomial=True)).eval()
+    network.polynomial.conv.reset_parameters()
+    z = torch.randn(1, 4, 2, 6, 9)
+    assert torch.equal(network(z, (9, 14)), bilinear(z, (9, 14)) + network.polynomial(z, (9, 14)))
+    assert torch.equal(bilinear(z[:, :, 1:], (9, 14))[:, :, 0], F.interpolate(z[:, :, 1], size=(9, 14), mode="bilinear"))
 
 
 @torch.no_grad()

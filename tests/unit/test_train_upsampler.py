@@ -14,12 +14,15 @@ from muralist.data import latents
 from muralist.data.latents import LatentPairs, PairConfig, build_pairs
 from muralist.errors import UserError
 from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig
+from muralist.nn.latent_upsampler.model import bilinear
+from muralist.nn.latent_upsampler.polynomial import LocalPolynomial
 from muralist.store.parts import load_part, save_part
 from muralist.train import latent_upsampler as training
 from muralist.train.latent_upsampler import train_latent_upsampler
 from muralist.train.loop import Length, Schedule, fit
 from muralist.train.miniature import GRID, new_vae
 from muralist.train.objectives.latent_upsample import LatentUpsample, LatentUpsampleConfig
+from muralist.train.objectives.least_squares import fit_polynomial
 from muralist.train.trainee import VideoData
 
 CPU = torch.device("cpu")
@@ -82,6 +85,40 @@ def test_pairs_are_as_long_as_the_large_clip_allows(tiny22, scale, frames):
     info = inspect_base(str(tiny22))
     info = replace(info, defaults=replace(info.defaults, grid=replace(GRID, num_frames=49)))
     assert training._pairs(info, scale, 1).frames == frames
+
+
+@torch.no_grad()
+def test_least_squares_find_a_polynomial_that_made_the_pairs():
+    torch.manual_seed(0)
+    made, found = (LocalPolynomial(2) for _ in range(2))
+    made.conv.reset_parameters()
+    pools = []
+    for size in ((8, 10), (12, 15), (18, 22)):  # offsets of the second differ from row to row, those of the third from one position to the next
+        low = torch.randn(40, 2, 3, 8, 10)
+        pools.append(LatentPairs(low, bilinear(low, size) + made(low, size)))
+    fit_polynomial(found, pools, ridge=1e-9)
+    for pool in pools:
+        size = tuple(pool.high.shape[-2:])
+        assert (found(pool.low, size) - made(pool.low, size)).abs().max() < 1e-3 * made(pool.low, size).std()
+    fit_polynomial(found, pools, ridge=1e3)
+    assert found.conv.weight.abs().max() < 1e-2 * made.conv.weight.abs().max()
+
+
+def test_a_new_network_with_a_polynomial_starts_from_its_least_squares(tiny22, tmp_path, monkeypatch):
+    asked = []
+    model = shutil.copytree(tiny22, tmp_path / "model")
+    shutil.rmtree(model / "parts")
+    monkeypatch.setattr(training, "_scales", lambda own, data: [])
+    monkeypatch.setattr(training, "LatentUpsample", lambda network, *rest: Still(network))
+    monkeypatch.setattr(training, "fit_polynomial", lambda polynomial, pools: asked.append(polynomial))
+    network = replace(CONFIG, polynomial=True)
+    for steps in (1, 2):
+        options = {"device": CPU, "resume": steps > 1, "model": model, "network": network, "report": lambda line: None}
+        made = train_latent_upsampler(tmp_path / "run", length=Length(steps=steps), **options)
+    assert len(asked) == 1
+    shutil.copytree(made, model / "parts" / "latent_upsampler")
+    train_latent_upsampler(tmp_path / "again", length=Length(steps=1), **options | {"resume": False})
+    assert len(asked) == 1
 
 
 class Still:

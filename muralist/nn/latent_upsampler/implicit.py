@@ -43,8 +43,8 @@ class ImplicitUpsampler(nn.Module):
         first, *rest = self.imnet.layers
         kernel = first.weight[:, : 27 * self.dim].view(-1, 3, self.dim, 3, 3).transpose(1, 2)
         source = F.conv3d(features.permute(0, 4, 1, 2, 3), kernel, first.bias, padding=1).permute(0, 2, 3, 4, 1)  # [B, T, h, w, hidden]
-        y, dy = _nearest(features.shape[2], size[0], features)
-        x, dx = _nearest(features.shape[3], size[1], features)
+        y, dy = nearest(features.shape[2], size[0], features)
+        x, dx = nearest(features.shape[3], size[1], features)
         cell = features.new_tensor([2.0, 2 * features.shape[2] / size[0], 2 * features.shape[3] / size[1]])
         place, constant = first.weight[:, 27 * self.dim : -3].T, cell @ first.weight[:, -3:].T
         along_y = dy[:, None] * place[1]  # [H, hidden]; the offset along time is zero
@@ -64,7 +64,7 @@ class ImplicitUpsampler(nn.Module):
         return (slice(start, min(start + step, size[0])) for start in range(0, size[0], step))
 
 
-def _nearest(source: int, target: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest(source: int, target: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """For each of `target` positions the nearest of `source` positions, and the offset to it in half source positions (within [-1, 1])."""
     at = (torch.arange(target, dtype=torch.float64) + 0.5) * source / target  # in source positions, from the border
     index = at.floor().clamp_(0, source - 1)

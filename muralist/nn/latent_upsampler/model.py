@@ -1,6 +1,6 @@
 """The video latent upsampler (VLUer; LUVE, section 3.2 and appendix C): a small latent video in, the latent of the same video at a larger size out.
 
-    z_up = decode(coarse) + coarse,    coarse = implicit(encode(z)) + bilinear(z)
+    z_up = decode(coarse) + coarse,    coarse = implicit(encode(z)) + bilinear(z)  [+ polynomial(z), ours]
 
 In pixels this would cost decoding, resizing and encoding; interpolating the latent alone costs detail. Latents are the base's normalised ones.
 """
@@ -16,6 +16,7 @@ from torch import nn
 
 from muralist.errors import UserError
 from muralist.nn.latent_upsampler.implicit import ImplicitUpsampler
+from muralist.nn.latent_upsampler.polynomial import LocalPolynomial
 from muralist.nn.latent_upsampler.vrt import Vrt, VrtConfig
 
 MULTIPLE = 8  # VRT halves three times
@@ -23,11 +24,15 @@ MULTIPLE = 8  # VRT halves three times
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentUpsamplerConfig:
-    """Encoder, hidden widths of the implicit function, decoder (None: the coarse latent is the result, an ablation of LUVE's Table 12)."""
+    """Encoder, hidden widths of the implicit function, decoder (None: the coarse latent is the result, an ablation of LUVE's Table 12).
+
+    `polynomial`: the linear part is a module of its own (`polynomial.py`), and what the networks add to it starts at zero.
+    """
 
     encoder: VrtConfig
     hidden: tuple[int, ...]
     decoder: VrtConfig | None
+    polynomial: bool = False
 
     @property
     def channels(self) -> int:
@@ -37,7 +42,7 @@ class LatentUpsamplerConfig:
     def of(cls, record: dict[str, Any]) -> LatentUpsamplerConfig:
         """Back from `dataclasses.asdict`, also after a trip through JSON."""
         networks = {name: record[name] and VrtConfig(**record[name] | {"window": tuple(record[name]["window"])}) for name in ("encoder", "decoder")}
-        return cls(hidden=tuple(record["hidden"]), **networks)
+        return cls(hidden=tuple(record["hidden"]), polynomial=bool(record.get("polynomial", False)), **networks)
 
 
 def paper(channels: int = 16) -> LatentUpsamplerConfig:
@@ -51,11 +56,12 @@ def paper(channels: int = 16) -> LatentUpsamplerConfig:
 
 
 def miniature(channels: int = 48) -> LatentUpsamplerConfig:
-    """For the embedded base: the same parts within 2 M parameters."""
+    """For the embedded base: the same parts, smaller, and a polynomial, within 2 M parameters."""
     return LatentUpsamplerConfig(
-        encoder=VrtConfig(in_channels=channels, dim=48, depth=2, mutual_share=0.5, refine_dim=72, refine_depth=2, groups=3, heads=3, still_groups=1),
-        hidden=(256, 128),
+        encoder=VrtConfig(in_channels=channels, dim=48, depth=2, mutual_share=0.5, refine_dim=72, refine_depth=2, groups=2, heads=3, still_groups=1),
+        hidden=(160, 96),
         decoder=VrtConfig(in_channels=channels, dim=48, depth=1, refine_dim=48, refine_depth=1, groups=2, heads=3, still_groups=1),
+        polynomial=True,
     )
 
 
@@ -69,17 +75,29 @@ class LatentUpsampler(nn.Module):
         self.implicit = ImplicitUpsampler(config.encoder.dim, config.channels, config.hidden)
         self.decoder = None if config.decoder is None else Vrt(config.decoder)
         self.conv = None if config.decoder is None else nn.Conv2d(config.decoder.dim, config.channels, 1)
+        self.polynomial = LocalPolynomial(config.channels) if config.polynomial else None
+        for last in (self.implicit.imnet.layers[-1], self.conv) if config.polynomial else ():
+            if last is not None:
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
 
     def forward(self, z: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """`size` (H, W) in latent positions. Raises UserError if it is smaller than the input."""
         if size[0] < z.shape[-2] or size[1] < z.shape[-1]:
             raise UserError(f"{z.shape[-1]}x{z.shape[-2]} to {size[1]}x{size[0]}", where="latent upsampling", fix="ask for a factor of at least 1")
-        video = z.permute(0, 2, 3, 4, 1)
-        smooth = F.interpolate(video.permute(0, 1, 4, 2, 3).flatten(0, 1), size=size, mode="bilinear", align_corners=False)
-        coarse = self.implicit(_fully(self.encoder, video), size) + smooth.unflatten(0, z.shape[:1] + z.shape[2:3]).permute(0, 1, 3, 4, 2)
+        video, linear = z.permute(0, 2, 3, 4, 1), bilinear(z, size)
+        if self.polynomial is not None:
+            linear = linear + self.polynomial(z, size)
+        coarse = self.implicit(_fully(self.encoder, video), size) + linear.permute(0, 2, 3, 4, 1)
         if self.decoder is not None:
             coarse = coarse + F.linear(_fully(self.decoder, coarse), self.conv.weight.flatten(1), self.conv.bias)
         return coarse.permute(0, 4, 1, 2, 3)
+
+
+def bilinear(z: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """[B, C, F, h, w] -> [B, C, F, H, W], frame by frame."""
+    frames = F.interpolate(z.transpose(1, 2).flatten(0, 1), size=size, mode="bilinear", align_corners=False)
+    return frames.unflatten(0, (z.shape[0], z.shape[2])).transpose(1, 2)
 
 
 def _fully(network: Vrt, video: torch.Tensor) -> torch.Tensor:
