@@ -77,7 +77,7 @@ class Pipeline:
         from muralist.cost.budget import Budget
         from muralist.pipeline import denoise, prepare_memory
         from muralist.plan import Machine
-        from muralist.request import plan_run, run_record, stored_seed
+        from muralist.request import plan_run, run_record, stored_seed, weights_of
         from muralist.store.run import RunDirectory
 
         budget = Budget(memory, vram_limit)
@@ -88,7 +88,9 @@ class Pipeline:
         plan.check()
         prepare_memory(self.base, plan)
         request = plan.request
-        run = RunDirectory.create(folder, run_record(asked, request, weights=self.base.info.fingerprint), dtype=str(self.base.dtype).removeprefix("torch."))
+        run = RunDirectory.create(
+            folder, run_record(asked, request, weights=weights_of(request.config, self.base.info)), dtype=str(self.base.dtype).removeprefix("torch.")
+        )
         try:
             latent = denoise(request, self.base, run, observer or Silent())
         except BaseException:

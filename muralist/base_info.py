@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class BaseInfo:
     """A checked model folder.
 
     `boundary`: sigma from which the first of two transformers serves (Wan2.2-A14B), None where there is one.
-    `fingerprint`: a digest of all weights, so that a run is not gone on with on others.
+    `fingerprints`: digests of the weights of each component, `adapter NAME`, `second adapter NAME` and `part KIND`.
     `parts`: the networks of ours that stand beside it in `parts/`, by kind; `experts`, `injector`, `branches`: what those kinds say of
     themselves.
     `prediction`: what the transformer's output is, `flow` (velocity; every Wan model) or `sample` (clean latent; the embedded base).
@@ -97,7 +97,18 @@ class BaseInfo:
     experts: ExpertsConfig | None = None
     injector: InjectorConfig | None = None
     branches: BranchesConfig | None = None
-    fingerprint: str = ""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all weights in the folder."""
+        return _joined(self.fingerprints)
+
+    def fingerprint_with(self, adapters: Iterable[str], kinds: Iterable[str]) -> str:
+        """A digest of the models' weights and of those adapters and parts alone: what does not serve does not count."""
+        chosen = {f"{beside}adapter {name}" for name in adapters for beside in ("", "second ")} | {f"part {kind}" for kind in kinds}
+        besides = ("adapter ", "second adapter ", "part ")
+        return _joined({name: value for name, value in self.fingerprints.items() if name in chosen or not name.startswith(besides)})
 
     @property
     def width(self) -> int:
@@ -195,7 +206,7 @@ def inspect_base(model: str, revision: str | None = None) -> BaseInfo:
         experts=_experts(folder / "parts" / EXPERTS, configs["transformer"]) if EXPERTS in kinds else None,
         injector=_injector(folder / "parts" / INJECTOR, configs["transformer"], geometry) if INJECTOR in kinds else None,
         branches=_branches(folder / "parts" / BRANCHES, configs["transformer"]) if BRANCHES in kinds else None,
-        fingerprint=_fingerprint([*components.values(), *beside.values()]),
+        fingerprints={name: weights.fingerprint(path) for name, path in (components | beside).items()},
     )
 
 
@@ -263,8 +274,8 @@ def _check_tokenizer(folder: Path) -> None:
         raise UserError(f"no tokenizer in {folder}", where="model", fix="give a complete diffusers folder")
 
 
-def _fingerprint(folders: list[Path]) -> str:
-    return hashlib.sha256("".join(f"{folder.name} {weights.fingerprint(folder)}\n" for folder in folders).encode()).hexdigest()
+def _joined(fingerprints: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(f"{name} {value}\n" for name, value in fingerprints.items()).encode()).hexdigest()
 
 
 def _folders_in(folder: Path) -> tuple[str, ...]:

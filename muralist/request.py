@@ -25,8 +25,9 @@ from muralist.base_info import UPSAMPLER, BaseInfo
 from muralist.config import MAX_FRAMES, MAX_PROMPT, Config, Request
 from muralist.errors import UserError
 from muralist.nn.attention import BranchedWindows
+from muralist.nn.experts import EXPERTS
 from muralist.nn.kernels import Kernels
-from muralist.nn.kinds import INJECTOR, STEP_SIZE
+from muralist.nn.kinds import BRANCHES, INJECTOR, STEP_SIZE
 from muralist.restoring import restored
 from muralist.sampling.shortcut import ShortcutSteps
 from muralist.settings import changed
@@ -123,18 +124,37 @@ def _tell_what_is_not_read(prompt: str, info: BaseInfo, note: Callable[[str], No
 def _require_parts(config: Config, info: BaseInfo) -> None:
     """UserError if the configuration asks for something that the base does not have."""
     refine = config.refine
+    for kind in _parts_of(config):
+        info.require_part(kind)
     info.require_experts(refine.experts)
-    if isinstance(refine.steps, ShortcutSteps):
-        info.require_part(STEP_SIZE)
-    if refine.anchor != "none":
-        info.require_part(INJECTOR)
-    if isinstance(config.upsample, LearnedUpsampling):
-        info.require_part(UPSAMPLER)
     if isinstance(refine.attention, BranchedWindows):
         info.require_branches(refine.attention.branches, refine.attention.plain, refine.attention.windows)
-    for adapter in (refine.adapter, config.proxy and config.proxy.adapter):
-        if adapter is not None and adapter not in info.adapters:
+    for adapter in _adapters_in(config):
+        if adapter not in info.adapters:
             raise UserError(f"the base {info.name} has no adapter {adapter!r:.60}", where="adapter", fix=_adapters_of(info))
+
+
+def _parts_of(config: Config) -> tuple[str, ...]:
+    """The kinds of part that serve in it."""
+    refine = config.refine
+    asked = {
+        STEP_SIZE: isinstance(refine.steps, ShortcutSteps),
+        INJECTOR: refine.anchor != "none",
+        UPSAMPLER: isinstance(config.upsample, LearnedUpsampling),
+        EXPERTS: bool(refine.experts),
+        BRANCHES: isinstance(refine.attention, BranchedWindows),
+    }
+    return tuple(kind for kind, serves in asked.items() if serves)
+
+
+def _adapters_in(config: Config) -> tuple[str, ...]:
+    """The adapters that serve in it."""
+    return tuple(dict.fromkeys(part.adapter for part in (config.refine, config.proxy) if part is not None and part.adapter is not None))
+
+
+def weights_of(config: Config, info: BaseInfo) -> str:
+    """A digest of the weights that a run with this configuration computes with, so that it is not gone on with on others."""
+    return info.fingerprint_with(_adapters_in(config), _parts_of(config))
 
 
 def _adapters_of(info: BaseInfo) -> str:

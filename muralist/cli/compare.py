@@ -69,6 +69,7 @@ def cells(sides: Sequence[Side], prompts: str, seeds: str, video: VideoOptions) 
     """The grid in the order in which it runs: all sides of a scene one after another, so that an early stop leaves whole scenes."""
     from muralist.cli.generate import prepare
     from muralist.compare.grid import Cell, read_prompts, read_seeds
+    from muralist.request import weights_of
     from muralist.store.paths import typed_path
 
     texts, numbers = read_prompts(typed_path(prompts, "prompts")), read_seeds(seeds)
@@ -78,7 +79,7 @@ def cells(sides: Sequence[Side], prompts: str, seeds: str, video: VideoOptions) 
             for side in sides:
                 options = replace(video, recipe=side.recipe, seed=seed, settings=[*(video.settings or ()), *side.settings])
                 job = prepare(prompt, options, None)
-                found.append(Cell(side.name, job.request, job.info.fingerprint, tuple(words(options))))
+                found.append(Cell(side.name, job.request, weights_of(job.request.config, job.info), tuple(words(options))))
     _options.notes[:] = dict.fromkeys(_options.notes)  # the same for every cell
     return found
 

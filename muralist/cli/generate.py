@@ -67,10 +67,10 @@ class Job:
 
     def record(self, output: Path, run_dir: Path, settled: Request) -> dict[str, Any]:
         """What the run directory remembers; `settled`: the request as planned. The output is relative to it, so that both can be moved together."""
-        from muralist.request import run_record
+        from muralist.request import run_record, weights_of
 
         relative = os.path.relpath(output.absolute(), run_dir.absolute())
-        return run_record(self.request, settled, output=relative, folder=self.folder, weights=self.info.fingerprint)
+        return run_record(self.request, settled, output=relative, folder=self.folder, weights=weights_of(settled.config, self.info))
 
 
 def prepare(prompt: str, video: VideoOptions, run_dir: Path | None) -> Job:

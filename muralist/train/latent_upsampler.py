@@ -55,7 +55,7 @@ def train_latent_upsampler(
     info = inspect_base(str(model))
     data = (data or VideoData()).settled(clips=CLIPS)
     upsampler, stands_on = _begun(info, network or _usual(info), report)
-    origin = {"base": info.fingerprint, UPSAMPLER: stands_on, **data.origin}
+    origin = {"vae": info.fingerprints["vae"], UPSAMPLER: stands_on, **data.origin}
     state.require_origin(folder / CHECKPOINTS, origin)
     pools = [build_pairs(vae, _pairs(info, scale, data.clips), folder / "latents", report, data.source) for scale in _scales(info.defaults.grid.height, data)]
     if upsampler.polynomial is not None and stands_on == NEW and not resume:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 
 import av
 import pytest
@@ -16,6 +17,10 @@ from muralist.store import atomic
 from tests.shell import muralist
 
 SMALL = ("--size", "160x96", "--num-frames", 9, "--seed", 5, "--num-inference-steps", 4)
+SERVES = {
+    "direct": (), "cascade": (), "atlasvid": ("proxy", "detail"), "luve": ("latent_upsampler", "experts"), "ultragen": ("branches", "branched"),
+    "pixelwizard": ("injector", "step_size", "anchored"),
+}  # fmt: skip
 every_recipe = pytest.mark.parametrize("recipe", sorted(RECIPES))
 
 
@@ -42,7 +47,9 @@ def test_every_recipe_paints_on_both_flavours(recipe, tiny_base, tmp_path):
 
 @every_recipe
 def test_resuming_gives_the_same_file_bit_for_bit(recipe, tiny22, tmp_path, monkeypatch):
-    assert paint(recipe, tiny22, tmp_path / "whole.mp4").code == 0
+    """Also where adapters and parts that do not serve are gone by then; where one that serves has changed, it is refused."""
+    model = shutil.copytree(tiny22, tmp_path / "model")
+    assert paint(recipe, model, tmp_path / "whole.mp4").code == 0
     saved = []
 
     def stop(path, *arguments, publish_dir=atomic.publish_dir, **options):
@@ -53,7 +60,16 @@ def test_resuming_gives_the_same_file_bit_for_bit(recipe, tiny22, tmp_path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(atomic, "publish_dir", stop)
-        assert paint(recipe, tiny22, tmp_path / "a.mp4").code == 130, saved
+        assert paint(recipe, model, tmp_path / "a.mp4").code == 130, saved
+    for folder in (folder for place in ("adapters", "parts") for folder in (model / place).iterdir()):
+        file = next(folder.glob("*.safetensors"))
+        if folder.name not in SERVES[recipe]:
+            shutil.rmtree(folder)
+            continue
+        content = file.read_bytes()
+        file.write_bytes(content[:-64] + bytes(64))
+        assert "weights have changed" in muralist("resume", tmp_path / "a.mp4.run").error, folder
+        file.write_bytes(content)
     assert muralist("resume", tmp_path / "a.mp4.run").code == 0
     whole, resumed = (hashlib.sha256((tmp_path / name).read_bytes()).digest() for name in ("whole.mp4", "a.mp4"))
     assert whole == resumed
