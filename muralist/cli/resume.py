@@ -14,6 +14,7 @@ from muralist.errors import UserError
 
 def command(
     run_dir: Annotated[str, typer.Argument(help="The directory that `muralist generate` made: OUTPUT.run, or its --run-dir.")],
+    model: Annotated[str | None, typer.Option(help="The folder of the run's model, if it lies elsewhere now; its weights have to be the same.")] = None,
     device: Device = "auto",
     memory: Memory = "auto",
     vram_limit: VramLimit = None,
@@ -31,9 +32,23 @@ def command(
 
     budget, folder = Budget(memory, vram_limit), typed_path(run_dir, "run_dir")
     request, output, base = read(folder)
-    path, info, target = check_output(output), inspect_base(base or request.model, request.revision), pick_device(device)
+    if model is not None:
+        base = moved_to(model)
+    elif base is not None and not Path(base).is_dir():
+        raise UserError(f"its folder {base} is gone", where="model", fix="say by --model FOLDER where it lies now")
+    path, info, target = check_output(output), inspect_base(base or request.model, None if base else request.revision), pick_device(device)
     tell_of_kernels(request, info, target, note)
     return execute(Job(request, info, target, budget, base), path, folder, keep_run=keep_run, json=json)
+
+
+def moved_to(model: str) -> str:
+    """The folder of a model, from the root; UserError if it is none."""
+    from muralist.store.weights import folder_of
+
+    folder = folder_of(model)
+    if folder is None:
+        raise UserError(f"no folder {model!r}", where="model", fix="give the folder that the run's model lies in now")
+    return folder
 
 
 def read(folder: Path):

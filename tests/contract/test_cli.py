@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ VIDEO = (
 COMMON = VIDEO.replace("--seed ", "").replace("--recipe ", "")
 OPTIONS = {
     "generate": f"prompt {VIDEO} --output -o --run-dir --keep-run --dry-run --json --debug",
-    "resume": "run_dir --device --memory --vram-limit --keep-run --json --debug",
+    "resume": "run_dir --model --device --memory --vram-limit --keep-run --json --debug",
     "plan": f"prompt {VIDEO} --machine --json --debug",
     "inspect": "file --decode --json --debug",
     "eval": "files --metrics --reference --output -o --weights --list --device --json --debug",
@@ -234,6 +235,22 @@ def test_a_run_whose_model_was_typed_from_here_is_resumed_from_anywhere(tiny22, 
     monkeypatch.chdir("/")
     answer = muralist("resume", tmp_path / "a.mp4.run")
     assert answer.code == 0, answer.err
+
+
+def test_a_run_goes_on_where_its_model_lies_now(tiny22, tmp_path):
+    model, output = shutil.copytree(tiny22, tmp_path / "model"), tmp_path / "a.mp4"
+    assert generate(model, output, "--keep-run").code == 0
+    shutil.rmtree(tmp_path / "a.mp4.run" / "latent", ignore_errors=True)
+    output.unlink()
+    moved = model.rename(tmp_path / "elsewhere")
+    assert "is gone; say by --model FOLDER" in muralist("resume", f"{output}.run").error
+    assert "no folder" in muralist("resume", f"{output}.run", "--model", tmp_path / "nowhere").error
+    other = shutil.copytree(moved, tmp_path / "other")
+    file = other / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-64] + bytes(64))
+    assert "weights have changed" in muralist("resume", f"{output}.run", "--model", other).error
+    assert muralist("resume", f"{output}.run", "--model", moved, "--keep-run").code == 0 and output.is_file()
+    assert muralist("resume", f"{output}.run").code == 0, "it is told once"
 
 
 def test_a_record_at_odds_with_itself_is_refused(tiny22, tmp_path):
