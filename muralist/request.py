@@ -108,6 +108,8 @@ def make_request(asked: Asked, info: BaseInfo, note: Callable[[str], None]) -> R
     config.encode.resolve(request.grid)  # codec and rate are checked now, not after hours of work
     config.refine.require_fit(info.geometry.token_shape(info.geometry.legal(request.grid)))
     _tell_what_is_not_read(request.prompt, info, note)
+    if isinstance(config.refine.steps, ShortcutSteps) and config.refine.adapter is None:
+        note("few steps of known size without an adapter: right where the transformer itself has learned them, as imported ones have")
     return request
 
 
@@ -142,7 +144,7 @@ def _parts_of(config: Config) -> tuple[str, ...]:
         INJECTOR: refine.anchor != "none",
         UPSAMPLER: isinstance(config.upsample, LearnedUpsampling),
         EXPERTS: bool(refine.experts),
-        BRANCHES: isinstance(refine.attention, BranchedWindows),
+        BRANCHES: isinstance(refine.attention, BranchedWindows) and bool(refine.attention.branches),
     }
     return tuple(kind for kind, serves in asked.items() if serves)
 

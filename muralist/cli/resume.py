@@ -34,7 +34,7 @@ def command(
     request, output, base = read(folder)
     if model is not None:
         base = moved_to(model)
-    elif base is not None and not Path(base).is_dir():
+    elif base is not None and not typed_path(base, "model").is_dir():
         raise UserError(f"its folder {base} is gone", where="model", fix="say by --model FOLDER where it lies now")
     path, info, target = check_output(output), inspect_base(base or request.model, None if base else request.revision), pick_device(device)
     tell_of_kernels(request, info, target, note)

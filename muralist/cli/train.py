@@ -74,7 +74,7 @@ def command(
         str | None, typer.Option("--data", metavar="DIR", help="Footage: a folder with videos.csv (file, caption, score). [default: the procedural world]")
     ] = None,
     height: Annotated[
-        int | None, typer.Option("--height", help="Of footage, in pixels: what is larger is shrunk to it, what is smaller left out. [default: 2160]")
+        int | None, typer.Option("--height", help="Of footage, in pixels: what is larger is shrunk to it, what is below 90 % of it left out. [default: 2160]")
     ] = None,
     min_score: Annotated[float | None, typer.Option("--min-score", help="Footage of at least this score alone, such as 6.5 of HPSv3.")] = None,
     clips: Annotated[
@@ -107,7 +107,7 @@ def command(
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or ran_out(error)):
             raise
-        fix = "train on another --device, or a smaller base: batches are fixed"
+        fix = "train on another --device, or a smaller base: batches are fixed; what was saved is gone on with by --resume"
         raise UserError("the memory does not suffice for this training", where="memory", fix=fix) from error
     except KeyboardInterrupt:
         typed = {"device": device, "from": start, "init": init, "data": data, "height": height, "min-score": min_score, "clips": clips, "output": folder}

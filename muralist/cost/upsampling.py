@@ -38,7 +38,7 @@ def measure(folder: Path, part: LearnedUpsampling, source: Tile, target: Tile) -
     size = (round(height * target[1] / source[1]), round(width * target[2] / source[2]))
     count = math.prod(len(axis) for axis in spans)
     inner, outer = frames * height * width, frames * math.prod(size)
-    live = max(inner * _width(config.encoder), outer * _width(config.decoder)) * LIVE * FLOAT
+    live = max(inner * _width(config.encoder), outer * max(_width(config.decoder), config.channels)) * LIVE * FLOAT
     return UpsamplingCost(count, _flops(config, (frames, height, width), size) * count, live)
 
 

@@ -2,8 +2,8 @@
 
 `atlasvid`: muralist generate PROMPT --recipe atlasvid --size 4k --duration 10s
 
-Needs the base's adapters `proxy` and `detail`, both trained at its own resolution. Where it also has `detail_uhr` (the paper's optional fine-tuning at
-4K), windows are painted with that, in those that it was trained in; without: `--set refine.adapter=detail`, with tokens and reach of `detail`'s
+Needs the base's adapter `proxy` and one of `detail`, both trained at its own resolution, and `detail_uhr` (the paper's optional fine-tuning at 4K).
+Where it has that, windows are painted with that, in those that it was trained in; without: `--set refine.adapter=detail`, with tokens and reach of `detail`'s
 training (`ProxyWindows.trained`; the embedded base: `--set refine.attention.tokens=112 --set 'refine.attention.reach=[6.5, 4, 4]'`).
 
 Known of the method: a proxy of low resolution and frame rate with rotary positions scaled by 4 in time; joint denoising in reordered

@@ -28,7 +28,7 @@ from muralist.errors import UserError
 from muralist.store import atomic
 from muralist.store.tensors import load_tensors, total_bytes, writer
 
-FORMAT = 2  # of request.json
+FORMAT = 3  # of request.json
 TYPED, SETTLED = "typed", "request"  # in it: what was asked, and what a plan has made of it
 _REQUEST, _LOCK, _SCRATCH, _TENSORS = "request.json", "lock", "scratch", "tensors.safetensors"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")

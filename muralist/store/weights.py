@@ -46,13 +46,16 @@ def locate(model: str, revision: str | None = None) -> Path:
 
 
 def is_here(model: str) -> bool:
-    """Whether a model is in the package or in a folder, so that nothing is downloaded for it."""
-    return model in EMBEDDED or Path(model).expanduser().is_dir()
+    """Whether a model is in the package or in a folder, so that nothing is downloaded for it. Raises UserError for what no file system could hold."""
+    return model in EMBEDDED or typed_path(model, "model").is_dir()
 
 
 def folder_of(model: str) -> str | None:
-    """The folder that a model is named by, from the root; None for what has the same name everywhere, though a folder here may be called so."""
-    path = Path(model).expanduser()
+    """The folder that a model is named by, from the root; None for what has the same name everywhere, though a folder here may be called so.
+
+    Raises UserError for what no file system could hold.
+    """
+    path = typed_path(model, "model")
     return str(path.absolute()) if model not in EMBEDDED and path.is_dir() else None
 
 

@@ -58,7 +58,7 @@ def train_latent_upsampler(
     origin = {"vae": info.fingerprints["vae"], UPSAMPLER: stands_on, **data.origin}
     state.require_origin(folder / CHECKPOINTS, origin)
     pools = [build_pairs(vae, _pairs(info, scale, data.clips), folder / "latents", report, data.source) for scale in _scales(info.defaults.grid.height, data)]
-    if upsampler.polynomial is not None and stands_on == NEW and not resume:
+    if upsampler.polynomial is not None and stands_on == NEW and not state.is_begun(folder / CHECKPOINTS):
         report("least squares of the linear part")
         fit_polynomial(upsampler.polynomial, pools)
     upsampler = upsampler.to(device)

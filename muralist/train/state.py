@@ -37,6 +37,11 @@ def require_unused(folder: Path) -> None:
         raise UserError(f"a training is here already (step {steps[-1]})", where=str(folder), fix="go on from it with --resume, or name another --output")
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether there is a checkpoint in `folder`, so that a training goes on from it instead of beginning."""
+    return bool(_complete(folder))
+
+
 def load_newest(folder: Path) -> tuple[dict[str, torch.Tensor], dict] | None:
     """Tensors and numbers of the newest checkpoint, or None where there is none. Raises UserError if it is damaged."""
     steps = _complete(folder)

@@ -245,6 +245,7 @@ def test_a_run_goes_on_where_its_model_lies_now(tiny22, tmp_path):
     moved = model.rename(tmp_path / "elsewhere")
     assert "is gone; say by --model FOLDER" in muralist("resume", f"{output}.run").error
     assert "no folder" in muralist("resume", f"{output}.run", "--model", tmp_path / "nowhere").error
+    assert "not a usable path" in muralist("resume", f"{output}.run", "--model", "~nosuchuser/x").error
     other = shutil.copytree(moved, tmp_path / "other")
     file = other / "transformer" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-64] + bytes(64))

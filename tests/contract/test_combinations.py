@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from contextlib import nullcontext
 
 import pytest
 import torch
 
 import muralist
+from muralist.base_info import inspect_base
 from muralist.errors import UserError
+from muralist.request import Asked, make_request, weights_of
 
 SIZED = {"width": 160, "height": 96, "num_frames": 9, "seed": 1}
 FEW = ("refine.num_inference_steps=3", "refine.skip_steps=1", "refine.guidance_scale=1")
@@ -47,6 +50,19 @@ def together(painter) -> torch.Tensor:
 def test_each_part_is_at_work_among_the_others(left_out, painter, together):
     others = [setting for name, setting in TOGETHER.items() if name != left_out]
     assert not torch.equal(painted(painter, *others), together)
+
+
+def test_windows_without_branches_stand_on_none(tiny22, tmp_path):
+    model = shutil.copytree(tiny22, tmp_path / "model")
+    asked = Asked(prompt="a ball", seed=1, recipe="direct", settings=(ATTENTIONS["BranchedWindows"],))
+
+    def digest():
+        info = inspect_base(str(model))
+        return weights_of(make_request(asked, info, note=print).config, info)
+
+    before = digest()
+    shutil.rmtree(model / "parts")
+    assert digest() == before
 
 
 @pytest.mark.parametrize("attention", ['{"kind": "CloseRemote"}', '{"kind": "BranchedWindows", "windows": 2, "branches": ["coarse", "whole"]}'])

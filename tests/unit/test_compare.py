@@ -179,6 +179,9 @@ def test_tile_borders_are_those_of_the_decoder(grid_folder, tiny22, monkeypatch)
     metadata["request"] |= {"model": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "revision": "0" * 40}
     monkeypatch.setattr(weights, "_download", lambda *_: pytest.fail("a file had a model downloaded"))
     assert decode_borders(metadata) is None
+    for unusable in ("~nosuchuser/wan", "/proc/1/root/models/wan", "x" * 300):
+        metadata["request"]["model"] = unusable
+        assert decode_borders(metadata) is None
     assert decode_borders({}) is None and decode_borders({"request": {"prompt": 1}}) is None
 
 

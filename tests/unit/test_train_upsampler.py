@@ -112,8 +112,16 @@ def test_a_new_network_with_a_polynomial_starts_from_its_least_squares(tiny22, t
     monkeypatch.setattr(training, "LatentUpsample", lambda network, *rest: Still(network))
     monkeypatch.setattr(training, "fit_polynomial", lambda polynomial, pools: asked.append(polynomial))
     network = replace(CONFIG, polynomial=True)
+
+    def stopped(*rest):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # while it encodes: the command to go on that it prints says --resume
+        patch.setattr(training, "_scales", stopped)
+        options = {"device": CPU, "resume": False, "model": model, "network": network, "report": lambda line: None}
+        train_latent_upsampler(tmp_path / "run", length=Length(steps=1), **options)
     for steps in (1, 2):
-        options = {"device": CPU, "resume": steps > 1, "model": model, "network": network, "report": lambda line: None}
+        options = {"device": CPU, "resume": True, "model": model, "network": network, "report": lambda line: None}
         made = train_latent_upsampler(tmp_path / "run", length=Length(steps=steps), **options)
     assert len(asked) == 1
     shutil.copytree(made, model / "parts" / "latent_upsampler")

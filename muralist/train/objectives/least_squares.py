@@ -47,7 +47,7 @@ def _moments(pool: LatentPairs) -> Iterator[tuple[torch.Tensor, torch.Tensor, to
     source, target = tuple(pool.low.shape[-2:]), tuple(pool.high.shape[-2:])
     for (rows, rows_of, dy), (columns, columns_of, dx) in product(_alike(source[0], target[0]), _alike(source[1], target[1])):
         square, moment = 0, 0
-        for low, high in zip(pool.low.float().split(BATCH), pool.high.float().split(BATCH)):
+        for low, high in ((low.float(), high.float()) for low, high in zip(pool.low.split(BATCH), pool.high.split(BATCH))):
             around = neighbourhoods(low)[:, :, rows][:, :, :, columns].flatten(0, 3)
             wanted = (high - bilinear(low, target))[..., rows_of[:, :, None, None], columns_of]  # [B, C, T, rows, a, columns, b]
             wanted = wanted.permute(0, 2, 3, 5, 4, 6, 1).flatten(0, 3)
