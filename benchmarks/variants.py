@@ -7,6 +7,7 @@
 
     python benchmarks/variants.py upsample --size 896x512 --count 4       # LUVE, Table 5: pixels, latents, the upsampler; seconds of each
     python benchmarks/variants.py skip --size 896x512 --count 4           # LUVE, Table 7: the share of steps that the guide replaces
+    python benchmarks/variants.py experts --size 896x512 --count 4        # LUVE, Table 6: the rows that need no training of their own (studies.py: all)
     python benchmarks/variants.py together --size 896x512 --count 4       # parts of the methods in the default recipe
 
 Held-out prompts; the variants of one prompt are painted one after the other in one process. What stands in the file of `--cases` is not painted again, so a
@@ -86,6 +87,11 @@ STUDIES = {
         },
     ),
     "skip": Choices("luve", {f"{of_50} of 50": (*SKIPPED, f"refine.skip_steps={step}") for of_50, step in ((2.5, 1), (5, 2), (10, 4), (15, 6), (30, 12))}),
+    "experts": Choices(
+        "luve",  # from a noise level above that at which the experts change places, so that both have work
+        {name: (f"refine.experts={which}", "refine.skip_steps=2") for name, which in
+         (("none", "[]"), ("no high", '["low"]'), ("no low", '["high"]'), ("both", '["low", "high"]'))},
+    ),
     "together": Choices(
         "cascade",
         {
