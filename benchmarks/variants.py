@@ -114,7 +114,8 @@ STUDIES = {
         "atlasvid",
         {
             "as it is": (),
-            "every frame": ("proxy.every=1",),
+            "a quarter of the frames": ("proxy.spanned=0",),
+            "every frame, with its adapter": ("proxy.spanned=0", "proxy.every=1"),
             "224x128": ("proxy.width=224", "proxy.height=128"),
             "8 tokens near": ("refine.attention.near=[2, 2, 2]",),
             "noisy": ("refine.attention.proxy_noise=same",),

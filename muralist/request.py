@@ -94,11 +94,13 @@ def make_request(asked: Asked, info: BaseInfo, note: Callable[[str], None]) -> R
     """Every choice made: the recipe's configuration with the overrides, the exact grid, the resolved seed. `note` is told of each adjustment."""
     asked = _with_numbers(asked)
     config = changed(recipes.find(asked.recipe)(info), _settings(asked.settings), _typed(asked))
+    grid = _grid(asked, info, note)
+    config = replace(config, proxy=config.proxy and config.proxy.settled(grid))
     _require_parts(config, info)
     request = Request(
         prompt=_text("prompt", asked.prompt),
         negative_prompt=_text("negative_prompt", info.defaults.negative_prompt if asked.negative_prompt is None else asked.negative_prompt),
-        grid=_grid(asked, info, note),
+        grid=grid,
         seed=secrets.randbelow(2**31) if asked.seed == -1 else asked.seed,
         model=info.name,
         revision=asked.revision,

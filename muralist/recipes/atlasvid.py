@@ -15,6 +15,7 @@ the first steps are its own, at the target's size and rate: a window then never 
 |---|---|---|
 | `refine.skip_steps` | the base's own share | as `cascade` starts from its guide |
 | `proxy.every` | 4 | the paper's r_t; 81 proxy frames then span 321 of the target, its longest example |
+| `proxy.spanned` | the base's own frames | a shorter video has a proxy of all its frames, by the base alone: few slow frames hardly move |
 | `refine.attention.tokens` | 1,024 | with the proxy's 64 about 1,100 keys a query, for the paper's factor; what an adapter was trained in, if less |
 | `refine.attention.near` | 4 x 4 x 4 | the proxy's own rows and columns around a window |
 | `refine.attention.proxy_noise` | clean | its keys are then computed once; `same` is the alternative |
@@ -40,7 +41,7 @@ def atlasvid(base: BaseInfo) -> Config:
     own = base.geometry.token_shape(base.geometry.legal(d.grid))
     windows = ProxyWindows.of_crops(own) if detail == DETAIL_UHR else ProxyWindows.trained(own)
     return Config(
-        proxy=LowFrameRateProxy(height=d.grid.height, width=d.grid.width, adapter=PROXY, **d.sampling),
+        proxy=LowFrameRateProxy(height=d.grid.height, width=d.grid.width, adapter=PROXY, spanned=d.grid.num_frames, **d.sampling),
         upsample=PixelInterpolation(latent_scale=LATENT_SCALE),
         refine=Refine(attention=windows, adapter=detail, **d.refining, skip_steps=round(d.skip_share * d.refine_steps)),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -11,6 +11,7 @@ from muralist.base import Base
 from muralist.errors import UserError
 from muralist.nn.block_cache import FirstBlockCache
 from muralist.nn.kernels import PLAIN, Kernels
+from muralist.nn.kinds import LARGEST, require_whole
 from muralist.sampling import flow
 from muralist.types import Geometry, Grid, LatentVideo, TextCond
 from muralist.velocity import velocity_field
@@ -49,6 +50,10 @@ class LowResolutionProxy:
         """Latent frames of the target from one of the proxy to the next."""
         return 1.0
 
+    def settled(self, target: Grid) -> LowResolutionProxy:
+        """The proxy of a target of this length."""
+        return self
+
     def grid(self, target: Grid, geometry: Geometry) -> Grid:
         """The proxy's own legal grid for a target."""
         return geometry.legal(self._sized(target))
@@ -65,19 +70,28 @@ class LowResolutionProxy:
 class LowFrameRateProxy(LowResolutionProxy):
     """A proxy that also has fewer frames: one latent frame where the target has `every`, at its place on the target's time axis.
 
-    A base that makes F latent frames then spans every * (F - 1) + 1 of them.
+    A base that makes F latent frames then spans every * (F - 1) + 1 of them. `spanned`: a target of at most so many frames, which the base spans by
+    itself, gets a proxy with all of them, without the adapter: in few slow frames a base moves things too little. 0: no target does.
     """
 
     every: int = 4
+    spanned: int = 0
 
     def __post_init__(self):
         LowResolutionProxy.__post_init__(self)
         if not 1 <= self.every <= 16:
             raise UserError(f"every {self.every} latent frames", where="proxy.every", fix="use 1 to 16, such as 4")
+        require_whole("proxy.spanned", self.spanned, 0, LARGEST)
 
     @property
     def time_scale(self) -> float:
         return float(self.every)
+
+    def settled(self, target: Grid) -> LowResolutionProxy:
+        if target.num_frames > self.spanned:
+            return self
+        shared = {field.name: getattr(self, field.name) for field in fields(LowResolutionProxy)}
+        return LowResolutionProxy(**shared | {"adapter": None})
 
     def grid(self, target: Grid, geometry: Geometry) -> Grid:
         """Its last latent frame stands at the target's last one or after it."""

@@ -10,6 +10,7 @@ import torch
 from muralist.base import Base
 from muralist.base_info import inspect_base
 from muralist.cost.machine import Machine
+from muralist.errors import UserError
 from muralist.nn.attention import GuidedWindows, Near
 from muralist.nn.transformer import Graft, MuralTransformer
 from muralist.nn.windows import WindowAttention
@@ -19,7 +20,7 @@ from muralist.progress import Silent
 from muralist.recipes import RECIPES
 from muralist.request import Asked, make_request
 from muralist.sampling import flow
-from muralist.stages.proxy import LowFrameRateProxy
+from muralist.stages.proxy import LowFrameRateProxy, LowResolutionProxy
 from muralist.stages.refine import Refine, Windows, refine
 from muralist.stages.upsample import LatentInterpolation, upsample
 from muralist.store.run import RunDirectory
@@ -66,6 +67,23 @@ def test_a_proxy_of_few_frames_spans_the_target(frames, latent, tiny_base):
     grid = proxy.grid(target, geometry)
     assert geometry.latent_shape(grid)[1] == latent and grid.fps == 4
     assert grid.num_frames / grid.fps >= (frames - 3) / target.fps and proxy.time_scale * (latent - 1) >= (frames - 1) // 4
+
+
+def test_a_target_that_the_base_spans_has_a_proxy_of_all_its_frames(tiny_base):
+    info = inspect_base(str(tiny_base))
+
+    def proxy(num_frames, *settings):
+        asked = Asked(prompt="a ball", width=160, height=96, num_frames=num_frames, seed=1, recipe="atlasvid", settings=settings)
+        return make_request(asked, info, note=print).config.proxy
+
+    longer, own = proxy(9), proxy(5)
+    assert isinstance(longer, LowFrameRateProxy) and longer.adapter == "proxy" and longer.every == 4
+    assert type(own) is LowResolutionProxy and own.adapter is None
+    assert (own.height, own.width, own.num_inference_steps) == (longer.height, longer.width, longer.num_inference_steps)
+    assert proxy(5, "proxy.spanned=0") == replace(longer, spanned=0)
+    assert isinstance(proxy(9, "proxy.spanned=9"), LowResolutionProxy)
+    with pytest.raises(UserError, match=r"proxy\.spanned"):
+        proxy(9, "proxy.spanned=-1")
 
 
 def test_a_proxy_of_few_frames_is_enlarged_in_time_too(tiny22):
