@@ -88,9 +88,8 @@ class Pipeline:
         plan.check()
         prepare_memory(self.base, plan)
         request = plan.request
-        run = RunDirectory.create(
-            folder, run_record(asked, request, weights=weights_of(request.config, self.base.info)), dtype=str(self.base.dtype).removeprefix("torch.")
-        )
+        record = run_record(asked, request, weights=weights_of(request.config, self.base.info))
+        run = RunDirectory.create(folder, record, dtype=str(self.base.dtype).removeprefix("torch."))
         try:
             latent = denoise(request, self.base, run, observer or Silent())
         except BaseException:

@@ -46,7 +46,7 @@ def train_latent_upsampler(
 ) -> Path:
     """Learn to enlarge the latents of the base in `model`; writes `folder/parts/latent_upsampler`. A copy of it in `model/parts` puts it to use.
 
-    It goes on from the base's own, if there is one; a new one with a polynomial starts from that one's least squares. `network` and `objective`:
+    It goes on from the base's own, if there is one; a new one's polynomial starts as the solution of least squares. `network` and `objective`:
     others than the paper's (the miniature's for a small base), for ablations. Adam at 2e-4 falling along one cosine (LUVE restarts it after
     400,000 steps and stops at 135,000).
     """

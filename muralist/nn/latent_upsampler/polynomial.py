@@ -14,7 +14,7 @@ from torch import nn
 
 from muralist.nn.latent_upsampler.implicit import nearest
 
-# Powers of the offset along y, along x, and of r. Squares times r add nothing: 1 % of the error.
+# Powers of the offset along y, along x, and of r. Squares times r would take another 1 % off the error.
 MONOMIALS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (2, 0, 0), (0, 2, 0), (1, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1))
 
 
