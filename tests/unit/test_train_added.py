@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from muralist.base import Base
+from muralist.base import Base, pick_dtype
 from muralist.base_info import inspect_base
 from muralist.data import latents
 from muralist.data.degrade import AnchorDamage
@@ -309,7 +309,8 @@ def test_captions_are_embedded_once_each_and_leave_the_users_cache_alone(tiny21,
     trainee.learn_captions(["a red ball", "a star over grass", "a red ball"])
     trainee.learn_captions(["a cube", "a red ball"])
     assert sorted(texts) == ["", "a cube", "a red ball", "a star over grass"] and not (tmp_path / "cache").exists()
-    expected = encode_prompt(trainee.base, "a cube", "").positive
+    painted_with = Base(trainee.info, CPU, pick_dtype(CPU))
+    expected = encode_prompt(painted_with, "a cube", "").positive
     assert torch.equal(trainee.embed(["a cube"]), expected.half().float())
 
 
