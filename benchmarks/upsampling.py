@@ -23,6 +23,7 @@ from muralist.base_info import inspect_base
 from muralist.data import latents
 from muralist.data.latents import PairConfig
 from muralist.data.sources import World
+from muralist.nn.enlarge import enlarged
 from muralist.train.miniature import GRID, load_vae
 
 TRAINED, UNSEEN = (1.5, 2.0, 3.0, 8.5), (2.5, 4.0)
@@ -73,8 +74,7 @@ def latency(name: str, enlarge: Enlarge) -> dict:
 
 
 def interpolate(z: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    frames = F.interpolate(z[0].transpose(0, 1), size=size, mode="bicubic", align_corners=False)
-    return frames.transpose(0, 1)[None]
+    return enlarged(z, size, "bicubic")
 
 
 def through_pixels(vae) -> Enlarge:

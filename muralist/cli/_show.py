@@ -40,7 +40,7 @@ def error_line(error: Exception) -> str | None:
         return str(_usage(error))
     from muralist.nn.out_of_memory import ran_out  # torch takes seconds to import, and is there where anything else goes wrong
 
-    if isinstance(error, MemoryError) or ran_out(error):
+    if ran_out(error):
         return str(UserError("the memory does not suffice", where="memory", fix="use a smaller --size, fewer --num-frames, or --memory low"))
     return None
 

@@ -29,12 +29,13 @@ def command(
     from muralist.cost.budget import Budget
     from muralist.request import tell_of_kernels
     from muralist.store.paths import check_output, typed_path
+    from muralist.store.weights import is_here
 
     budget, folder = Budget(memory, vram_limit), typed_path(run_dir, "run_dir")
     request, output, base = read(folder)
     if model is not None:
         base = moved_to(model)
-    elif base is not None and not typed_path(base, "model").is_dir():
+    elif base is not None and not is_here(base):
         raise UserError(f"its folder {base} is gone", where="model", fix="say by --model FOLDER where it lies now")
     path, info, target = check_output(output), inspect_base(base or request.model, None if base else request.revision), pick_device(device)
     tell_of_kernels(request, info, target, note)

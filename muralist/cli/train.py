@@ -105,7 +105,7 @@ def command(
     try:
         result = getattr(importlib.import_module(training.module), training.function)(folder, length=length, device=target, resume=resume, **earlier)
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or ran_out(error)):
+        if not ran_out(error):
             raise
         fix = "train on another --device, or a smaller base: batches are fixed; what was saved is gone on with by --resume"
         raise UserError("the memory does not suffice for this training", where="memory", fix=fix) from error

@@ -16,11 +16,11 @@ MODE = "bicubic"  # unless another one is asked for
 
 
 def enlarged(z: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
-    """[1, C, F, h, w] -> [1, C, F, H, W] of `size`, every frame by itself."""
+    """[B, C, F, h, w] -> [B, C, F, H, W] of `size`, every frame by itself."""
     if z.shape[-2:] == size:
         return z
-    images = F.interpolate(rearrange(z, "1 c f h w -> f c h w"), size=size, mode=mode, align_corners=False)
-    return rearrange(images, "f c h w -> 1 c f h w")
+    images = F.interpolate(rearrange(z, "b c f h w -> (b f) c h w"), size=size, mode=mode, align_corners=False)
+    return rearrange(images, "(b f) c h w -> b c f h w", b=len(z))
 
 
 def sampled(z: torch.Tensor, places: torch.Tensor, size: Sequence[int], mode: str) -> torch.Tensor:

@@ -77,8 +77,8 @@ SAID = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALL
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an allocator says that there is no more memory; not all have a type of their own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in SAID)
+    """Whether an allocator, Python's among them, says that there is no more memory; not all have a type of their own for it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in SAID)
 
 
 def give_back() -> None:

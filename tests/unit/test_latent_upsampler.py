@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from muralist.errors import UserError
+from muralist.nn.enlarge import enlarged
 from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig, paper
 from muralist.nn.latent_upsampler.implicit import ImplicitUpsampler
-from muralist.nn.latent_upsampler.model import bilinear
 from muralist.nn.latent_upsampler.polynomial import MONOMIALS, LocalPolynomial
 from muralist.nn.latent_upsampler.tmsa import MutualSelfAttention, TmsaBlock, fitted, shift_mask, sine_positions
 
@@ -75,8 +75,8 @@ def test_with_a_polynomial_the_networks_start_at_nothing():
     network = LatentUpsampler(LatentUpsamplerConfig(encoder=SMALL, hidden=(16, 8), decoder=SMALL, polynomial=True)).eval()
     network.polynomial.conv.reset_parameters()
     z = torch.randn(1, 4, 2, 6, 9)
-    assert torch.equal(network(z, (9, 14)), bilinear(z, (9, 14)) + network.polynomial(z, (9, 14)))
-    assert torch.equal(bilinear(z[:, :, 1:], (9, 14))[:, :, 0], F.interpolate(z[:, :, 1], size=(9, 14), mode="bilinear"))
+    assert torch.equal(network(z, (9, 14)), enlarged(z, (9, 14), "bilinear") + network.polynomial(z, (9, 14)))
+    assert torch.equal(enlarged(z[:, :, 1:], (9, 14), "bilinear")[:, :, 0], F.interpolate(z[:, :, 1], size=(9, 14), mode="bilinear"))
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ from muralist.base_info import inspect_base
 from muralist.data import latents
 from muralist.data.latents import LatentPairs, PairConfig, build_pairs
 from muralist.errors import UserError
+from muralist.nn.enlarge import enlarged
 from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig
-from muralist.nn.latent_upsampler.model import bilinear
 from muralist.nn.latent_upsampler.polynomial import LocalPolynomial
 from muralist.store.parts import load_part, save_part
 from muralist.train import latent_upsampler as training
@@ -95,7 +95,7 @@ def test_least_squares_find_a_polynomial_that_made_the_pairs():
     pools = []
     for size in ((8, 10), (12, 15), (18, 22)):  # offsets of the second differ from row to row, those of the third from one position to the next
         low = torch.randn(40, 2, 3, 8, 10)
-        pools.append(LatentPairs(low, bilinear(low, size) + made(low, size)))
+        pools.append(LatentPairs(low, enlarged(low, size, "bilinear") + made(low, size)))
     fit_polynomial(found, pools, ridge=1e-9)
     for pool in pools:
         size = tuple(pool.high.shape[-2:])

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from muralist.errors import UserError
+from muralist.nn.enlarge import enlarged
 from muralist.nn.latent_upsampler.implicit import ImplicitUpsampler
 from muralist.nn.latent_upsampler.polynomial import LocalPolynomial
 from muralist.nn.latent_upsampler.vrt import Vrt, VrtConfig
@@ -85,19 +86,13 @@ class LatentUpsampler(nn.Module):
         """`size` (H, W) in latent positions. Raises UserError if it is smaller than the input."""
         if size[0] < z.shape[-2] or size[1] < z.shape[-1]:
             raise UserError(f"{z.shape[-1]}x{z.shape[-2]} to {size[1]}x{size[0]}", where="latent upsampling", fix="ask for a factor of at least 1")
-        video, linear = z.permute(0, 2, 3, 4, 1), bilinear(z, size)
+        video, linear = z.permute(0, 2, 3, 4, 1), enlarged(z, size, "bilinear")
         if self.polynomial is not None:
             linear = linear + self.polynomial(z, size)
         coarse = self.implicit(_fully(self.encoder, video), size) + linear.permute(0, 2, 3, 4, 1)
         if self.decoder is not None:
             coarse = coarse + F.linear(_fully(self.decoder, coarse), self.conv.weight.flatten(1), self.conv.bias)
         return coarse.permute(0, 4, 1, 2, 3)
-
-
-def bilinear(z: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """[B, C, F, h, w] -> [B, C, F, H, W], frame by frame."""
-    frames = F.interpolate(z.transpose(1, 2).flatten(0, 1), size=size, mode="bilinear", align_corners=False)
-    return frames.unflatten(0, (z.shape[0], z.shape[2])).transpose(1, 2)
 
 
 def _fully(network: Vrt, video: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from muralist.data.latents import LatentPairs
+from muralist.nn.enlarge import enlarged
 from muralist.nn.latent_upsampler.implicit import nearest
-from muralist.nn.latent_upsampler.model import bilinear
 from muralist.nn.latent_upsampler.polynomial import MONOMIALS, LocalPolynomial, monomials, ratio
 
 RIDGE = 3e-5  # of the mean square of what is multiplied: 1e-3 leaves a tenth more error on held-out clips, 1e-5 no less
@@ -49,7 +49,7 @@ def _moments(pool: LatentPairs) -> Iterator[tuple[torch.Tensor, torch.Tensor, to
         square, moment = 0, 0
         for low, high in ((low.float(), high.float()) for low, high in zip(pool.low.split(BATCH), pool.high.split(BATCH))):
             around = neighbourhoods(low)[:, :, rows][:, :, :, columns].flatten(0, 3)
-            wanted = (high - bilinear(low, target))[..., rows_of[:, :, None, None], columns_of]  # [B, C, T, rows, a, columns, b]
+            wanted = (high - enlarged(low, target, "bilinear"))[..., rows_of[:, :, None, None], columns_of]  # [B, C, T, rows, a, columns, b]
             wanted = wanted.permute(0, 2, 3, 5, 4, 6, 1).flatten(0, 3)
             square = square + (around.T @ around).double()
             moment = moment + (around.T @ wanted.flatten(1)).double().unflatten(1, wanted.shape[1:])
