@@ -1,6 +1,6 @@
 """Local windows with compressed branches: their forms against each other and against full attention, in turn, in one process.
 
-    python benchmarks/branches.py              # about four minutes on two cores; writes results/branches_{forms,forward}.{json,md}
+    python benchmarks/branches.py              # about 13 minutes on two cores; writes results/branches_{forms,forward}.{json,md}
     python benchmarks/branches.py --quick      # small sizes, prints only
 
 Width and depth of the embedded base (256, six blocks, FFN 1,024), K = 4, rank 64, random weights. The ratios are what counts.

@@ -14,6 +14,7 @@ What can be compared is the order of the variants.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +31,10 @@ from muralist.base import pick_dtype
 from muralist.base_info import BaseInfo, inspect_base
 from muralist.compare.ablation import Budget, Measured, Study, Variant, held_out, run
 from muralist.data import world
+from muralist.nn.experts import EXPERTS, ExpertsConfig
 from muralist.nn.filters import RadialFilter
 from muralist.nn.kinds import InjectorConfig, hierarchical
+from muralist.store.parts import WEIGHTS, load_part, save_part
 from muralist.train.anchored import AnchoredConfig, train_anchored
 from muralist.train.branched import BranchedConfig, train_branched
 from muralist.train.experts import LESSONS, Lesson, train_experts
@@ -65,9 +68,10 @@ class Subject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expertise:
-    """The experts that are trained, by name; none: refinement with the adapter alone."""
+    """The experts that are trained, by name; none: refinement with the adapter alone. `from_noise`: at the target size, without a proxy."""
 
     lessons: Mapping[str, Lesson] = field(default_factory=lambda: LESSONS)
+    from_noise: bool = False
 
 
 def anchored(info: BaseInfo, **about: Any) -> Subject:
@@ -132,9 +136,9 @@ def experts(info: BaseInfo) -> Subject:
         without=("parts/experts",),
         recipe="luve",
         paper="-FID-patch of Table 6",
-        # from a noise level above that at which the experts change places, so that both have work
-        settings=lambda config: (f"refine.experts={list_of(config.lessons)}", "refine.skip_steps=2"),
+        settings=expert_settings,
         variants=[
+            Variant("large sizes alone, from noise", {"lessons": {}, "from_noise": True}, {"quality": -54.10}),
             Variant("no experts", {"lessons": {}}, {"quality": -46.48}),
             Variant("no low", {"lessons": only("high")}, {"quality": -43.86}),
             Variant("no high", {"lessons": only("low")}, {"quality": -44.44}),
@@ -151,6 +155,14 @@ SUBJECTS: dict[str, Callable[[BaseInfo], Subject]] = {"shortcut": shortcut, "inj
 def branch_settings(config: BranchedConfig) -> list[str]:
     names = list_of(config.names or tuple(config.branches.branches))
     return [f"refine.attention.odd={config.odd}", f"refine.attention.branches={names}"]
+
+
+FROM_NOISE = ("proxy=null", "upsample=null", "refine.skip_steps=0", 'refine.attention={"kind": "FullAttention"}')
+
+
+def expert_settings(config: Expertise) -> tuple[str, ...]:
+    """Where there is a proxy, from a noise level above that at which the experts change places, so that both have work."""
+    return (f"refine.experts={list_of(config.lessons)}", *(FROM_NOISE if config.from_noise else ("refine.skip_steps=2",)))
 
 
 def list_of(names: Sequence[str] | Mapping[str, Any]) -> str:
@@ -171,12 +183,32 @@ def unsharpened() -> dict[str, Lesson]:
     return {name: replace(lesson, sharpen=None) for name, lesson in LESSONS.items()}
 
 
-def train_lessons(folder: Path, *, config: Expertise, length: Length, **options: Any) -> Path:
-    """Each expert has half of the length, whether it has a neighbour or not."""
-    if not config.lessons:
-        return folder
-    of_all = length if len(config.lessons) == len(LESSONS) else length.part(len(LESSONS))
-    return train_experts(folder, lessons=dict(config.lessons), length=of_all, **options)
+def train_lessons(folder: Path, *, config: Expertise, length: Length, resume: bool, **options: Any) -> Path:
+    """Each expert alone, in half of the length whether it has a neighbour or not; variants that have the same expert train it once."""
+    parts: list[ExpertsConfig] = []
+    tensors: dict[str, torch.Tensor] = {}
+    for name, lesson in config.lessons.items():
+        alone = learned(folder, name, lesson, length.part(len(LESSONS)), **options)
+        for curve in (alone / name).glob("curve.csv"):  # none of a few steps
+            shutil.copy(curve, _made(folder / name))
+        record, weights = load_part(alone / "parts" / EXPERTS, EXPERTS)
+        parts.append(ExpertsConfig.of(record))
+        tensors |= weights
+    if parts:
+        all_of_them = replace(parts[0], experts={name: expert for part in parts for name, expert in part.experts.items()})
+        save_part(folder / "parts" / EXPERTS, EXPERTS, all_of_them.record(), tensors)
+    return folder
+
+
+def learned(folder: Path, name: str, lesson: Lesson, length: Length, *, data: VideoData, **options: Any) -> Path:
+    """The folder in which one expert has been trained, beside those of the variants."""
+    known = hashlib.sha256(repr((lesson, length, data)).encode()).hexdigest()[:8]
+    alone = _made(folder.parents[1] / "lessons" / f"{name}-{known}")
+    if not (alone / "parts" / EXPERTS / WEIGHTS).exists():
+        if not (alone / "latents").exists():
+            (alone / "latents").symlink_to(folder / "latents")
+        train_experts(alone, lessons={name: lesson}, length=length, data=data, resume=any(alone.rglob("checkpoints")), **options)
+    return alone
 
 
 def main() -> None:

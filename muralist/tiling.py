@@ -185,9 +185,3 @@ def _trapezoid(spans: Sequence[Span], index: int) -> torch.Tensor:
     rise = (position + 1) / (before + 1)
     fall = (len(span) - position) / (after + 1)
     return torch.minimum(rise, fall).clamp(max=1.0)
-
-
-def box_weights(rows: Sequence[Span], columns: Sequence[Span], height: int, width: int) -> dict[Box, torch.Tensor]:
-    """The weight [h, w] of every box of a grid of overlapping rows and columns; they sum to one over the frame [height, width]."""
-    down, across = blend_weights(rows, height), blend_weights(columns, width)
-    return {Box(y, x): torch.outer(a, b) for y, a in zip(rows, down) for x, b in zip(columns, across)}

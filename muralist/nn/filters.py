@@ -7,7 +7,7 @@ cycle a token), so that a filter means the same for any grid; time is not filter
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -33,11 +33,6 @@ class RadialFilter:
             raise UserError(f"band {self.band!r}", where="filter.band", fix="use low or high")
         if not 0 < self.cutoff <= 1.5 or not 0 <= self.edge <= 1.5:
             raise UserError(f"cutoff {self.cutoff}, edge {self.edge}", where="filter", fix="use shares of Nyquist: cutoff above 0, edge from 0, both up to 1.5")
-
-    @property
-    def complement(self) -> RadialFilter:
-        """The filter that passes the rest: the sum of both is the identity."""
-        return replace(self, band="high" if self.band == "low" else "low")
 
     def transfer(self, height: int, width: int) -> torch.Tensor:
         """Gain [height, width // 2 + 1], float32 in [0, 1], in the layout of `torch.fft.rfft2`."""

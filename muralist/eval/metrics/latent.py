@@ -13,17 +13,17 @@ embedded base.
 
 from __future__ import annotations
 
-import copy
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from einops import rearrange
 
 from muralist.eval.metrics._shared import mean
 from muralist.eval.registry import Metric, Setup, Unavailable, register
 from muralist.eval.source import Source
 from muralist.store.weights import locate
+from muralist.tiling import Box
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -36,7 +36,7 @@ class LatentDistance:
 
     def __init__(self, vae: AutoencoderKLWan, name: str):
         self._name, self._vae, self._group = name, vae, []
-        self._ours, self._theirs = StreamingEncoder(vae), StreamingEncoder(vae)
+        self._ours, self._theirs = CropEncoder(vae), CropEncoder(vae)
         self._absolute: list[float] = []
         self._squared: list[float] = []
 
@@ -53,26 +53,27 @@ class LatentDistance:
         return {self._name: mean(self._squared), f"{self._name}.mae": mean(self._absolute)}
 
 
-class StreamingEncoder:
-    """A Wan VAE's encoder, 1 and then 4 frames at a time, equal to `AutoencoderKLWan.encode` of the whole."""
+class CropEncoder:
+    """Crops of one video through the streaming encoder, each with a history of its own."""
 
     def __init__(self, vae: AutoencoderKLWan):
-        self._vae, self.started = vae, False
-        vae.clear_cache()
-        self._cache = copy.copy(vae._enc_feat_map)
+        from muralist.nn.encoder import StreamingEncoder
 
-    @torch.inference_mode()
+        self._encoder, self._caches = StreamingEncoder(vae), defaultdict(dict)
+
+    @property
+    def started(self) -> bool:
+        return bool(self._caches)
+
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
         """[n, t, H, W, 3] in [0, 1], t = 1 the first time and 4 after -> normalised latents [n, C, 1, h, w]."""
-        from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
-
-        vae = self._vae
-        x = rearrange(frames, "n t h w c -> n c t h w").to(vae.dtype) * 2 - 1
-        x = patchify(x, patch_size=vae.config.patch_size) if vae.config.patch_size is not None else x
-        moments = vae.quant_conv(vae.encoder(x, feat_cache=self._cache, feat_idx=[0]))
-        self.started = True
-        shift, scale = (torch.tensor(v, device=x.device).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
-        return (moments.chunk(2, dim=1)[0].float() - shift) / scale
+        first, size = not self.started, tuple(frames.shape[2:4])
+        boxes = self._encoder.boxes(Box.whole(*(side // self._encoder.spatial_factor for side in size)), size)
+        found = []
+        for number, crop in enumerate(frames):
+            about = {"first": first, "caches": self._caches[number]}
+            found.append(self._encoder.second_part(self._encoder.first_part(crop, boxes, size, **about), **about))
+        return torch.cat(found)
 
 
 def crops(frame: torch.Tensor, vae: AutoencoderKLWan) -> torch.Tensor:
