@@ -6,6 +6,7 @@
     python benchmarks/variants.py proxy --size 1344x768 --count 4         # AtlasVid: the proxy's rate, size, nearness and noise; the fine-tuning at 4K
 
     python benchmarks/variants.py upsample --size 896x512 --count 4       # LUVE, Table 5: pixels, latents, the upsampler; seconds of each
+    python benchmarks/variants.py rest --size 1792x1024 --count 4         # the same from half of the size on, where `cascade` stops enlarging pixels
     python benchmarks/variants.py skip --size 896x512 --count 4           # LUVE, Table 7: the share of steps that the guide replaces
     python benchmarks/variants.py experts --size 896x512 --count 4        # LUVE, Table 6: the rows that need no training of their own (studies.py: all)
     python benchmarks/variants.py together --size 896x512 --count 4       # parts of the methods in the default recipe
@@ -84,6 +85,14 @@ STUDIES = {
             "latents": ('upsample={"kind": "LatentInterpolation"}',),
             "pixels": ('upsample={"kind": "PixelInterpolation"}',),
             "pixels to half the size": ('upsample={"kind": "PixelInterpolation", "latent_scale": 2}',),
+        },
+    ),
+    "rest": Choices(
+        "cascade",
+        {
+            "latents the rest of the way": ('upsample.rest={"kind": "LatentInterpolation"}',),
+            "the upsampler the rest of the way": ('upsample.rest={"kind": "LearnedUpsampling"}',),
+            "all by pixels": ("upsample.latent_scale=1",),
         },
     ),
     "skip": Choices("luve", {f"{of_50} of 50": (*SKIPPED, f"refine.skip_steps={step}") for of_50, step in ((2.5, 1), (5, 2), (10, 4), (15, 6), (30, 12))}),

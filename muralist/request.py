@@ -31,7 +31,7 @@ from muralist.nn.kinds import BRANCHES, INJECTOR, STEP_SIZE
 from muralist.restoring import restored
 from muralist.sampling.shortcut import ShortcutSteps
 from muralist.settings import changed
-from muralist.stages.upsample import LearnedUpsampling
+from muralist.stages.upsample import upsampler_in
 from muralist.store.run import SETTLED, TYPED, RunDirectory
 from muralist.store.vocabulary import read_prompt
 from muralist.structure import check_structure, check_upsampler
@@ -144,7 +144,7 @@ def _parts_of(config: Config) -> tuple[str, ...]:
     asked = {
         STEP_SIZE: isinstance(refine.steps, ShortcutSteps),
         INJECTOR: refine.anchor != "none",
-        UPSAMPLER: isinstance(config.upsample, LearnedUpsampling),
+        UPSAMPLER: upsampler_in(config.upsample) is not None,
         EXPERTS: bool(refine.experts),
         BRANCHES: isinstance(refine.attention, BranchedWindows) and bool(refine.attention.branches),
     }
@@ -297,7 +297,7 @@ def plan_run(request: Request, info: BaseInfo, machine: Machine, run_dir: Path, 
 def check_weights(config: Config, info: BaseInfo) -> None:
     """UserError unless the weights of the model, and of the upsampler that the configuration enlarges by, are those that their configurations build."""
     check_structure(info)
-    if isinstance(config.upsample, LearnedUpsampling):
+    if upsampler_in(config.upsample) is not None:
         check_upsampler(info)
 
 

@@ -20,6 +20,7 @@ from muralist.cost.machine import Machine
 from muralist.cost.setting import FLOAT, PROCESS_BYTES, Setting, StagePlan, size_text
 from muralist.errors import UserError
 from muralist.nn.enlarge import EnlargedPixels
+from muralist.nn.latent_upsampler.tiles import Tile
 from muralist.nn.streaming import SLOTS
 from muralist.stages.proxy import LowFrameRateProxy, LowResolutionProxy
 from muralist.stages.refine import Refine
@@ -80,32 +81,30 @@ def _text_config(info: BaseInfo) -> dict[str, Any] | None:
         return None
 
 
-def _interpolation(part: LatentInterpolation, setting: Setting) -> StagePlan:
+def _latent_upsampling(part: LatentInterpolation | LearnedUpsampling, setting: Setting) -> StagePlan:
+    return _by_latents(part, setting.info.geometry.latent_shape(_proxy_in_time(setting))[1:], setting)
+
+
+def _by_latents(part: LatentInterpolation | LearnedUpsampling, source: Tile, setting: Setting) -> StagePlan:
+    """From latents of `source` (F, h, w) to the target's."""
     latent = setting.latent_bytes(setting.grid)
-    return StagePlan(
+    plan = StagePlan(
         stage="upsample",
-        work=f"latent {part.mode}",
+        work="",
         memory_bytes=PROCESS_BYTES + denoising.held_bytes(setting)[0] + 3 * latent,
         disk_bytes=latent,
-        seconds=setting.machine.seconds(traffic=8 * latent),
         action=f"to {size_text(setting.grid)}",
     )
-
-
-def _learned_upsampling(part: LearnedUpsampling, setting: Setting) -> StagePlan:
-    setting.info.require_part(UPSAMPLER)
-    source = setting.info.geometry.latent_shape(_proxy_in_time(setting))[1:]
-    need = upsampling.measure(setting.info.folder / "parts" / UPSAMPLER, part, source, setting.info.geometry.latent_shape(setting.grid)[1:])
-    stored, latent = setting.info.component_bytes[f"part {UPSAMPLER}"], setting.latent_bytes(setting.grid)
-    return StagePlan(
-        stage="upsample",
-        work=f"{need.pieces} pieces",
-        flops=need.flops,
-        memory_bytes=PROCESS_BYTES + denoising.held_bytes(setting)[0] + 2 * stored + need.live_bytes + 3 * latent,
-        disk_bytes=latent,
-        seconds=setting.machine.seconds(linear=need.flops, read=stored),
-        action=f"to {size_text(setting.grid)}",
-    )
+    match part:
+        case LatentInterpolation():
+            return replace(plan, work=f"latent {part.mode}", seconds=setting.machine.seconds(traffic=8 * latent))
+        case LearnedUpsampling():
+            info = setting.info
+            info.require_part(UPSAMPLER)
+            need = upsampling.measure(info.folder / "parts" / UPSAMPLER, part, source, info.geometry.latent_shape(setting.grid)[1:])
+            stored = info.component_bytes[f"part {UPSAMPLER}"]
+            seconds, held = setting.machine.seconds(linear=need.flops, read=stored), plan.memory_bytes + 2 * stored + need.live_bytes
+            return replace(plan, work=f"upsampler, {need.pieces} pieces", flops=need.flops, memory_bytes=held, seconds=seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +140,7 @@ def _pixel_interpolation(part: PixelInterpolation, setting: Setting) -> StagePla
     pixels = EnlargedPixels(torch.empty(0, small.height, small.width, 3), size, part.mode, torch.device("cpu"))
     interpolated = target.num_frames * sum(pixels.flops(box) * count for box, count in encoded.read)
     channels = info.vae_config.get("base_dim", 96)
-    return StagePlan(
+    plan = StagePlan(
         stage="upsample",
         work=f"decode, {part.mode}, encode",
         flops=decoded.cost.flops + encoded.cost.flops + interpolated,
@@ -150,12 +149,21 @@ def _pixel_interpolation(part: PixelInterpolation, setting: Setting) -> StagePla
         host_bytes=0 if machine.on_cpu else host + need.held_bytes,
         disk_bytes=latent + decoded.disk_bytes,
         seconds=decoded.seconds + machine.convolution_seconds(encoded.cost.flops + interpolated, channels=channels),
-        action=f"to {width}x{height} through pixels in {encoded.tiles} tiles" + _rest(setting, height),
+        action=f"to {width}x{height} through pixels in {encoded.tiles} tiles",
     )
+    frames, *large = info.geometry.latent_shape(target)[1:]
+    return plan if latents == tuple(large) else _with_rest(plan, _by_latents(part.rest, (frames, *latents), setting), info.component_bytes.get("vae", 0))
 
 
-def _rest(setting: Setting, height: int) -> str:
-    return "" if height >= setting.grid.height else f", its latent to {size_text(setting.grid)}"
+def _with_rest(pixels: StagePlan, rest: StagePlan, vae_bytes: int) -> StagePlan:
+    """What both take one after the other; the VAE waits beside the second."""
+    return replace(
+        pixels,
+        flops=pixels.flops + rest.flops,
+        memory_bytes=max(pixels.memory_bytes, rest.memory_bytes + vae_bytes),
+        seconds=pixels.seconds + rest.seconds,
+        action=f"{pixels.action}, its latent {rest.action} ({rest.work})",
+    )
 
 
 def _proxy_in_time(setting: Setting) -> Grid:
@@ -217,8 +225,8 @@ def _encode(part: EncodeOptions, setting: Setting) -> StagePlan:
 ESTIMATES: dict[type, Callable[[Any, Setting], StagePlan]] = {
     LowResolutionProxy: denoising.proxy,
     LowFrameRateProxy: denoising.proxy,
-    LatentInterpolation: _interpolation,
-    LearnedUpsampling: _learned_upsampling,
+    LatentInterpolation: _latent_upsampling,
+    LearnedUpsampling: _latent_upsampling,
     PixelInterpolation: _pixel_interpolation,
     Refine: denoising.refine,
 }

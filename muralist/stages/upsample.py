@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,13 +57,14 @@ class PixelInterpolation:
 
     A latent says how things move in its own pixels, so one that is enlarged by itself tells of slower things and bent edges; one made of enlarged
     pixels does not (LUVE, Table 5). A proxy of fewer frames is brought to the target's rate as pixels too: its frames are closer than its latents.
-    `latent_scale`: pixels are enlarged to the target's size over this, at least the proxy's own, and their latent to the target; 1 encodes as many
-    pixels as the result has.
+    `latent_scale`: pixels are enlarged to the target's size over this, at least the proxy's own, and their latent by `rest` to the target; 1 encodes
+    as many pixels as the result has.
     """
 
     mode: Literal["bilinear", "bicubic"] = "bicubic"
     tile: int = 768
     latent_scale: float = 1.0
+    rest: LatentInterpolation | LearnedUpsampling = LatentInterpolation()
 
     def __post_init__(self):
         if not NARROWEST <= self.tile <= LARGEST or self.tile % NARROWEST:
@@ -85,18 +87,35 @@ def upsample(
 
     `scratch`: a folder for what a killed process has decoded; without one, a temporary folder serves until the call ends.
     """
-    _, frames, height, width = base.info.geometry.latent_shape(to)
+    _, frames, *size = base.info.geometry.latent_shape(to)
+    match method:
+        case PixelInterpolation():
+            return LatentVideo(_by_pixels(proxy, to, tuple(size), base, method, on_piece, scratch), to)
+        case _:
+            return LatentVideo(_by_latents(_in_time(proxy, frames, to.fps), tuple(size), base, method, on_piece), to)
+
+
+def _by_pixels(
+    proxy: LatentVideo, to: Grid, size: tuple[int, int], base: Base, method: PixelInterpolation, on_piece: Progress, scratch: Path | None
+) -> torch.Tensor:
+    encoded, count = method.size(proxy.z.shape[-2:], size), pieces(method, proxy.grid, to, base.info.geometry)
+    tiles = len(latent_boxes(*encoded, method.tile, base.info.geometry.spatial_factor))
+    # tiles become more of them when memory runs out
+    z = _through_pixels(base.vae(), proxy, to, encoded, method, lambda done, of: on_piece(done * tiles // of, count), scratch)
+    return z if encoded == size else _by_latents(z, size, base, method.rest, lambda done, _: on_piece(tiles + done, count))
+
+
+def _by_latents(z: torch.Tensor, size: tuple[int, int], base: Base, method: LatentInterpolation | LearnedUpsampling, on_piece: Progress) -> torch.Tensor:
+    """A latent [1, C, F, h, w] of `size` [H, W], its rate as it is."""
     match method:
         case LatentInterpolation():
-            return LatentVideo(enlarged(_in_time(proxy, frames, to.fps), (height, width), method.mode), to)
+            made = enlarged(z, size, method.mode)
+            on_piece(1, 1)
+            return made
         case LearnedUpsampling():
             from muralist.nn.latent_upsampler.tiles import upsample_in_tiles
 
-            z = _in_time(proxy, frames, to.fps).float()
-            return LatentVideo(upsample_in_tiles(base.latent_upsampler(), z, (height, width), method.tile, method.overlap, on_piece), to)
-        case PixelInterpolation():
-            z = _through_pixels(base.vae(), proxy, to, method.size(proxy.z.shape[-2:], (height, width)), method, on_piece, scratch)
-            return LatentVideo(enlarged(z, (height, width), method.mode), to)
+            return upsample_in_tiles(base.latent_upsampler(), z.float(), size, method.tile, method.overlap, on_piece)
 
 
 def _in_time(proxy: LatentVideo, frames: int, fps: float) -> torch.Tensor:
@@ -156,14 +175,28 @@ def _smaller(tile: int) -> int:
 
 def pieces(method: Upsampling, proxy: Grid, target: Grid, geometry: Geometry) -> int:
     """Units of work of the stage."""
+    small, large = geometry.latent_shape(proxy)[1:], geometry.latent_shape(target)[1:]
+    match method:
+        case PixelInterpolation():
+            encoded = method.size(small[1:], large[1:])
+            more = _latent_pieces(method.rest, (large[0], *encoded)) if encoded != large[1:] else 0
+            return len(latent_boxes(*encoded, method.tile, geometry.spatial_factor)) + more
+        case _:
+            return _latent_pieces(method, small)
+
+
+def _latent_pieces(method: LatentInterpolation | LearnedUpsampling, shape: tuple[int, int, int]) -> int:
+    """Of a latent video of `shape` (F, h, w)."""
     match method:
         case LatentInterpolation():
             return 1
-        case PixelInterpolation():
-            size = method.size(geometry.latent_shape(proxy)[2:], geometry.latent_shape(target)[2:])
-            return len(latent_boxes(*size, method.tile, geometry.spatial_factor))
         case LearnedUpsampling():
             from muralist.nn.latent_upsampler.tiles import pieces as cut
 
-            frames, rows, columns = cut(geometry.latent_shape(proxy)[1:], method.tile, method.overlap)
-            return len(frames) * len(rows) * len(columns)
+            return math.prod(len(spans) for spans in cut(shape, method.tile, method.overlap))
+
+
+def upsampler_in(method: Upsampling | None) -> LearnedUpsampling | None:
+    """The base's upsampler, where it serves: for all of the way, or for the rest of it."""
+    learned = method.rest if isinstance(method, PixelInterpolation) else method
+    return learned if isinstance(learned, LearnedUpsampling) else None

@@ -96,7 +96,8 @@ def test_every_recipe_can_be_planned(recipe, tiny_base):
 
 @pytest.mark.parametrize(
     "setting",
-    ['upsample={"kind": "LatentInterpolation"}', 'upsample={"kind": "PixelInterpolation", "tile": 64}', "refine.experts=[]", 'refine.experts=["low"]',
+    ['upsample={"kind": "LatentInterpolation"}', 'upsample={"kind": "PixelInterpolation", "tile": 64}',
+     'upsample={"kind": "PixelInterpolation", "latent_scale": 2, "rest": {"kind": "LearnedUpsampling"}}', "refine.experts=[]", 'refine.experts=["low"]',
      'refine.experts=["high"]', "refine.skip_steps=2", "refine.attention.tokens=64"],
 )  # fmt: skip
 def test_every_ablation_of_luve_is_a_setting(setting, tiny22, tmp_path):

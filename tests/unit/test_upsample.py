@@ -43,7 +43,12 @@ def base(tiny_base):
     return Base(inspect_base(str(tiny_base)), torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize("method", [LatentInterpolation(), LearnedUpsampling(), PixelInterpolation(tile=64)], ids=["latent", "learned", "pixels"])
+HALF = PixelInterpolation(tile=64, latent_scale=2.0, rest=LearnedUpsampling())
+
+
+@pytest.mark.parametrize(
+    "method", [LatentInterpolation(), LearnedUpsampling(), PixelInterpolation(tile=64), HALF], ids=["latent", "learned", "pixels", "pixels, then learned"]
+)
 def test_the_guide_has_the_targets_shape(base, method):
     geometry = base.info.geometry
     proxy = LatentVideo(torch.randn(1, *geometry.latent_shape(SMALL)), SMALL)
@@ -74,6 +79,21 @@ def test_the_plan_counts_the_network_itself(base):
     source, target = geometry.latent_shape(SMALL)[1:], geometry.latent_shape(LARGE)[1:]
     assert measure(folder, part, source, target).pieces == pieces(part, SMALL, LARGE, geometry)
     assert measure(folder, LearnedUpsampling(), source, target).flops > 0
+
+
+def test_the_upsampler_takes_over_where_pixels_end(base):
+    geometry, told = base.info.geometry, []
+    proxy = LatentVideo(torch.randn(1, *geometry.latent_shape(SMALL)), SMALL)
+    guide = upsample(proxy, LARGE, base, HALF, lambda *n: told.append(n))
+    half = tuple(max(math.ceil(large / 2), small) for small, large in zip(geometry.latent_shape(SMALL)[2:], geometry.latent_shape(LARGE)[2:]))
+    between = replace(LARGE, height=half[0] * geometry.spatial_factor, width=half[1] * geometry.spatial_factor)
+    by_pixels = upsample(proxy, between, base, PixelInterpolation(tile=64)).z
+    size = geometry.latent_shape(LARGE)[2:]
+    assert torch.equal(guide.z, upsample_in_tiles(base.latent_upsampler(), by_pixels, size, HALF.rest.tile, HALF.rest.overlap))
+    assert not torch.equal(guide.z, upsample(proxy, LARGE, base, replace(HALF, rest=LatentInterpolation())).z)
+    count = pieces(HALF, SMALL, LARGE, geometry)
+    assert told[-1] == (count, count) and [done for done, _ in told] == list(range(1, count + 1))
+    assert torch.equal(upsample(proxy, LARGE, base, replace(HALF, latent_scale=1.0)).z, upsample(proxy, LARGE, base, PixelInterpolation(tile=64)).z)
 
 
 def test_a_base_without_the_part_says_how_to_get_it(tmp_path):
