@@ -1,15 +1,16 @@
-"""What the plan says for the 1.3B and the 5B at 4K on cards of 24, 80 and 140 GB: writes docs/plan.md.
+"""What the plan says for Wan bases at 4K on cards of 24, 80 and 140 GB: writes docs/plan.md.
 
 python benchmarks/plans.py
 """
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
 from muralist.base_info import BaseInfo
-from muralist.bench.wan import SIZES
+from muralist.bench.wan import LARGER, SIZES
 from muralist.config import Request
 from muralist.plan import Machine, Plan, plan
 from muralist.recipes import find
@@ -42,10 +43,6 @@ reads its configurations and the headers of its weights. A hub id is downloaded 
 ## 1.3B and 5B at 4K on 24, 80 and 140 GB
 
 Made by `python benchmarks/plans.py` from published shapes, without weights; 50 steps, guidance 5. Memory and disk are the same on all three.
-The larger bases are not in the tables. Planned likewise on the 24 GB card, `cascade`, 81 frames, they come to level `low`: Wan2.1 14B takes 17.0 GB, 43.6 GB of
-main memory (each preset has 64) and 3.5 h, with a proxy of 832x480; Wan2.2 A14B, at its own 40 steps, 17.0 GB, 43.9 GB and 4.3 h, with one of 1280x720.
-With 16 GB free both are refused: 73 frames fit.
-
 """
 
 
@@ -57,6 +54,22 @@ def planned(base: BaseInfo, recipe: str, num_frames: int, machine: Machine) -> P
 
 def span(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def larger() -> str:
+    """The bases that are not in the tables, in a paragraph."""
+    card, told, fitting = Machine.of("24GB"), [], set()
+    for name, size in LARGER.items():
+        base = size.info(name)
+        made, smaller = (planned(base, "cascade", 81, replace(card, device_bytes=count)) for count in (card.device_bytes, 16 * 10**9))
+        host, own = max(stage.host_bytes for stage in made.stages), made.request.config.proxy
+        numbers = f"{made.memory_bytes / 1e9:.1f} GB, {host / 1e9:.1f} GB of main memory and {span(made.seconds)}"
+        told.append(f"{name}, at {size.sampling['num_inference_steps']} steps with a proxy of {own.width}x{own.height}, takes {numbers}")
+        fitting |= {refusal.fix for refusal in smaller.refusals}
+    start = f"The larger bases are not in the tables. Planned likewise on the 24 GB card, `cascade`, 81 frames, they come to level `{made.memory}`"
+    (fix,) = fitting
+    text = f"{start} (each preset has 64 GB of main memory): {'; '.join(told)}. With 16 GB free both are refused: {fix}."
+    return textwrap.fill(text, 160) + "\n\n"
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
@@ -89,7 +102,7 @@ def stages(made: Plan) -> str:
 
 
 def main() -> None:
-    text = INTRO + overview()
+    text = INTRO + larger() + overview()
     for name, size in SIZES.items():
         for recipe in ("cascade", "direct"):
             made = planned(size.info(name), recipe, 81, Machine.of("24GB"))
