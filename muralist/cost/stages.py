@@ -103,7 +103,7 @@ def _by_latents(part: LatentInterpolation | LearnedUpsampling, source: Tile, set
             info.require_part(UPSAMPLER)
             need = upsampling.measure(info.folder / "parts" / UPSAMPLER, part, source, info.geometry.latent_shape(setting.grid)[1:])
             stored = info.component_bytes[f"part {UPSAMPLER}"]
-            seconds, held = setting.machine.seconds(linear=need.flops, read=stored), plan.memory_bytes + 2 * stored + need.live_bytes
+            seconds, held = setting.machine.seconds(linear=need.flops, read=stored), plan.memory_bytes + 2 * (stored + latent) + need.live_bytes
             return replace(plan, work=f"upsampler, {need.pieces} piece{'s' * (need.pieces > 1)}", flops=need.flops, memory_bytes=held, seconds=seconds)
 
 

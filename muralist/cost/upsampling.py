@@ -17,8 +17,9 @@ from muralist.stages.upsample import LearnedUpsampling
 from muralist.store import parts
 
 FLOAT = 4
-# Tensors of a block's width alive at once: the skips, the block's input, its norm, queries, keys and values, the gated hidden layer (measured: 11 to 13)
-LIVE = 13
+# Tensors of a block's width alive at once, over frames padded to whole windows: the skips, the block's input, its norm, queries, keys and values, the gated
+# hidden layer (measured: 11)
+LIVE = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +34,12 @@ class UpsamplingCost:
 def measure(folder: Path, part: LearnedUpsampling, source: Tile, target: Tile) -> UpsamplingCost:
     """For latents of `source` (F, h, w) enlarged to `target` (F, H, W) by the part in `folder`."""
     config = LatentUpsamplerConfig.of(parts.read_part(folder, UPSAMPLER))
-    spans = pieces(source, part.tile, part.overlap)
+    spans = pieces(source, target, part.tile, part.overlap)
     frames, height, width = (len(axis[0]) for axis in spans)
     size = (round(height * target[1] / source[1]), round(width * target[2] / source[2]))
     count = math.prod(len(axis) for axis in spans)
-    inner, outer = frames * height * width, frames * math.prod(size)
+    padded = math.ceil(frames / config.encoder.window[0]) * config.encoder.window[0] if frames > config.encoder.window[0] else frames
+    inner, outer = padded * height * width, padded * math.prod(size)
     live = max(inner * _width(config.encoder), outer * max(_width(config.decoder), config.channels)) * LIVE * FLOAT
     return UpsamplingCost(count, _flops(config, (frames, height, width), size) * count, live)
 

@@ -112,6 +112,8 @@ def _by_latents(z: torch.Tensor, size: tuple[int, int], base: Base, method: Late
             made = enlarged(z, size, method.mode)
             on_piece(1, 1)
             return made
+        case LearnedUpsampling() if z.shape[-2:] == size:  # its networks would change what is there already
+            return z.float()
         case LearnedUpsampling():
             from muralist.nn.latent_upsampler.tiles import upsample_in_tiles
 
@@ -179,21 +181,21 @@ def pieces(method: Upsampling, proxy: Grid, target: Grid, geometry: Geometry) ->
     match method:
         case PixelInterpolation():
             encoded = method.size(small[1:], large[1:])
-            more = _latent_pieces(method.rest, (large[0], *encoded)) if encoded != large[1:] else 0
+            more = _latent_pieces(method.rest, (large[0], *encoded), large) if encoded != large[1:] else 0
             return len(latent_boxes(*encoded, method.tile, geometry.spatial_factor)) + more
         case _:
-            return _latent_pieces(method, small)
+            return _latent_pieces(method, small, large)
 
 
-def _latent_pieces(method: LatentInterpolation | LearnedUpsampling, shape: tuple[int, int, int]) -> int:
-    """Of a latent video of `shape` (F, h, w)."""
+def _latent_pieces(method: LatentInterpolation | LearnedUpsampling, shape: tuple[int, int, int], target: tuple[int, int, int]) -> int:
+    """From a latent video of `shape` (F, h, w) to one of `target` (F, H, W)."""
     match method:
         case LatentInterpolation():
             return 1
         case LearnedUpsampling():
             from muralist.nn.latent_upsampler.tiles import pieces as cut
 
-            return math.prod(len(spans) for spans in cut(shape, method.tile, method.overlap))
+            return math.prod(len(spans) for spans in cut(shape, target, method.tile, method.overlap))
 
 
 def upsampler_in(method: Upsampling | None) -> LearnedUpsampling | None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from muralist.errors import UserError
 from muralist.nn.enlarge import enlarged
-from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig, paper
+from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig, paper, tmsa
 from muralist.nn.latent_upsampler.implicit import ImplicitUpsampler
 from muralist.nn.latent_upsampler.polynomial import MONOMIALS, LocalPolynomial
 from muralist.nn.latent_upsampler.tmsa import MutualSelfAttention, TmsaBlock, fitted, shift_mask, sine_positions
@@ -52,20 +52,21 @@ def test_the_implicit_function_is_that_of_each_query(size):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", [(5, 6), (8, 9), (11, 17)])
+@pytest.mark.parametrize("size", [(5, 6), (6, 7), (8, 9), (11, 17)])
 def test_the_polynomial_is_that_of_each_query(size):
     torch.manual_seed(1)
     module = LocalPolynomial(3)
     module.conv.reset_parameters()
     z = torch.randn(1, 3, 2, 5, 6)
     got, ratio = module(z, size), (5 / size[0] + 6 / size[1]) / 2
+    share = min((1 - ratio) / 0.2, 1)  # none at factor 1, all from 1.25
     padded = F.pad(z, (1, 1, 1, 1, 1, 1))
     for t, y, x in [(0, 0, 0), (1, 2, 3), (1, size[0] - 1, size[1] - 1), (0, size[0] - 1, 0)]:
         at = [(i + 0.5) * of / n for i, of, n in zip((y, x), (5, 6), size)]  # in source positions, from the border
         b, c = (int(place) for place in at)
         dy, dx = (2 * (place - int(place)) - 1 for place in at)
         maps = (module.conv.weight * padded[0, :, t : t + 3, b : b + 3, c : c + 3]).sum(dim=(1, 2, 3, 4)) + module.conv.bias
-        expected = sum(ratio**r * dy**i * dx**j * part for (i, j, r), part in zip(MONOMIALS, maps.split(3)))
+        expected = sum(share * ratio**r * dy**i * dx**j * part for (i, j, r), part in zip(MONOMIALS, maps.split(3)))
         assert (got[0, :, t, y, x] - expected).abs().max() < 1e-5
 
 
@@ -148,3 +149,24 @@ def test_batches_do_not_mix():
 def test_smaller_is_refused():
     with pytest.raises(UserError, match="at least 1"):
         small()(torch.randn(1, 4, 2, 8, 8), (7, 16))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 2, 3])
+@pytest.mark.parametrize("side", [8, 24, 40])
+def test_one_frame_is_enlarged_as_well(frames, side):
+    """A window of one frame of 3x3 positions has no halves for mutual attention: it is padded to two frames."""
+    torch.manual_seed(0)
+    network = LatentUpsampler(LatentUpsamplerConfig(encoder=SMALL, hidden=(16, 8), decoder=SMALL)).eval()
+    made = network(torch.randn(1, 4, frames, side, side), (2 * side, 2 * side))
+    assert made.shape == (1, 4, frames, 2 * side, 2 * side) and made.isfinite().all()
+
+
+@torch.no_grad()
+def test_masked_windows_are_the_same_some_at_a_time(monkeypatch):
+    torch.manual_seed(0)
+    block = tmsa.TmsaBlock(12, (2, 4, 4), 3, 2.0, shifted=True, mutual=True).eval()
+    x = torch.randn(2, 5, 12, 8, 12)
+    whole = block(x)
+    monkeypatch.setattr(tmsa, "SCORES", 5 * 3 * 32**2)
+    assert (block(x) - whole).abs().max() < 1e-6

@@ -93,7 +93,11 @@ def test_least_squares_find_a_polynomial_that_made_the_pairs():
     made, found = (LocalPolynomial(2) for _ in range(2))
     made.conv.reset_parameters()
     pools = []
-    for size in ((8, 10), (12, 15), (18, 22)):  # offsets of the second differ from row to row, those of the third from one position to the next
+    for size in (
+        (9, 11),
+        (12, 15),
+        (18, 22),
+    ):  # the first is a factor where it fades, offsets of the second differ from row to row, those of the third from one position to the next
         low = torch.randn(40, 2, 3, 8, 10)
         pools.append(LatentPairs(low, enlarged(low, size, "bilinear") + made(low, size)))
     fit_polynomial(found, pools, ridge=1e-9)

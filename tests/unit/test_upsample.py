@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from muralist.data.latents import decode
 from muralist.errors import UserError
 from muralist.nn.decoder import StreamingDecoder
 from muralist.nn.encoder import StreamingEncoder
-from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig
+from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig, tiles
 from muralist.nn.latent_upsampler.tiles import upsample_in_tiles
 from muralist.nn.packed import value_bytes
 from muralist.plan import plan
@@ -56,6 +57,16 @@ def test_the_guide_has_the_targets_shape(base, method):
     assert guide.z.shape == (1, *geometry.latent_shape(LARGE)) and guide.grid == LARGE
 
 
+class Ones:
+    """An upsampler that makes ones of everything."""
+
+    def linear(self, z, size):
+        return torch.ones(1, 4, z.shape[2], *size)
+
+    def detailed(self, z, linear):
+        return linear
+
+
 @torch.no_grad()
 def test_pieces_of_a_pointwise_network_are_the_whole():
     """With every window of one position and no decoder only the interpolation looks around; inside the overlap the blend of equals is equal."""
@@ -69,7 +80,7 @@ def test_pieces_of_a_pointwise_network_are_the_whole():
     assert cut.shape == (1, 4, 3, 32, 48) and torch.isfinite(cut).all()
     assert told[-1][0] == told[-1][1] == len(told) == 2 * 3 * 5
     constant = torch.ones(1, 4, 3, 16, 24)
-    flat = upsample_in_tiles(lambda z, size: torch.ones(1, 4, z.shape[2], *size), constant, (37, 55), (2, 8, 8), (1, 4, 4))
+    flat = upsample_in_tiles(Ones(), constant, (37, 55), (2, 8, 8), (1, 4, 4))
     assert (flat - 1).abs().max() < 1e-6
 
 
@@ -160,3 +171,24 @@ def test_the_plan_counts_the_vae_the_decoded_proxy_and_its_files(machine):
     assert found.memory_bytes > vae + machine.itemsize * 1_400_000_000
     assert found.disk_bytes >= latent + value_bytes(getattr(torch, machine.dtype)) * 3 * small.pixels
     assert found.host_bytes == (0 if machine.on_cpu else held)
+
+
+@pytest.mark.parametrize(
+    ("length", "full", "tile", "overlap"), [(160, 512, 96, 16), (28, 240, 20, 4), (90, 270, 40, 8), (97, 131, 40, 8), (14, 21, 9, 2), (8, 12, 7, 2)]
+)
+def test_pieces_begin_and_end_on_whole_target_positions(length, full, tile, overlap):
+    (spans,) = tiles.pieces((length,), (full,), (tile,), (overlap,))
+    assert spans[0].start == 0 and spans[-1].stop == length and all(len(span) <= tile for span in spans)
+    assert all(a.stop - b.start >= overlap for a, b in pairwise(spans))
+    if 2 * (length // math.gcd(length, full)) <= tile:
+        assert all(place * full % length == 0 for span in spans for place in (span.start, span.stop))
+
+
+@torch.no_grad()
+def test_the_linear_part_is_that_of_the_whole_in_any_pieces():
+    torch.manual_seed(0)
+    network = LatentUpsampler(replace(config(4), polynomial=True)).eval()
+    network.polynomial.conv.reset_parameters()
+    z = torch.randn(1, 4, 5, 8, 14)
+    cut = upsample_in_tiles(network, z, (12, 21), (3, 7, 9), (1, 2, 2))
+    assert (cut - network(z, (12, 21))).abs().max() < 1e-5  # its networks start at nothing

@@ -84,12 +84,18 @@ class LatentUpsampler(nn.Module):
 
     def forward(self, z: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """`size` (H, W) in latent positions. Raises UserError if it is smaller than the input."""
+        return self.detailed(z, self.linear(z, size))
+
+    def linear(self, z: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """What the networks start from: bilinear(z) and the polynomial, which see a position or two around each."""
         if size[0] < z.shape[-2] or size[1] < z.shape[-1]:
             raise UserError(f"{z.shape[-1]}x{z.shape[-2]} to {size[1]}x{size[0]}", where="latent upsampling", fix="ask for a factor of at least 1")
-        video, linear = z.permute(0, 2, 3, 4, 1), enlarged(z, size, "bilinear")
-        if self.polynomial is not None:
-            linear = linear + self.polynomial(z, size)
-        coarse = self.implicit(_fully(self.encoder, video), size) + linear.permute(0, 2, 3, 4, 1)
+        plain = enlarged(z, size, "bilinear")
+        return plain if self.polynomial is None else plain + self.polynomial(z, size)
+
+    def detailed(self, z: torch.Tensor, linear: torch.Tensor) -> torch.Tensor:
+        """`linear` [B, C, F, H, W] of z, with what the networks add."""
+        coarse = self.implicit(_fully(self.encoder, z.permute(0, 2, 3, 4, 1)), tuple(linear.shape[-2:])) + linear.permute(0, 2, 3, 4, 1)
         if self.decoder is not None:
             coarse = coarse + F.linear(_fully(self.decoder, coarse), self.conv.weight.flatten(1), self.conv.bias)
         return coarse.permute(0, 4, 1, 2, 3)

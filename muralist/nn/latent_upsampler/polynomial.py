@@ -4,7 +4,7 @@
 
 Monomials m_k of the offset and of r, 3x3x3 convolutions W_k at the *source* size. It is linear in W, so least squares find it in closed form
 (`train/objectives/least_squares.py`): what a latent's 48 channels say of where inside their patch something lies is a linear map that gradient
-descent on a network of the same reach does not come near.
+descent on a network of the same reach does not come near. Factors below WHOLE_FROM were not fitted: there it fades, to nothing at 1.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from muralist.nn.latent_upsampler.implicit import nearest
 # Powers of the offset along y, along x, and of r. Squares times r would take another 1 % off the error.
 MONOMIALS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (2, 0, 0), (0, 2, 0), (1, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1))
 
+WHOLE_FROM = 1.25  # factors; whole at 1.125 it is worse than interpolation
+
 
 def monomials(dy: torch.Tensor, dx: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Offsets [a] and [b] in half source positions -> values [len(MONOMIALS), a, b]."""
-    return torch.stack([ratio**of_ratio * dy[:, None] ** along_y * dx**along_x for along_y, along_x, of_ratio in MONOMIALS])
+    """Offsets [a] and [b] in half source positions -> values [len(MONOMIALS), a, b], which fade with factors near 1."""
+    share = min((1 - ratio) / (1 - 1 / WHOLE_FROM), 1.0)
+    return torch.stack([share * ratio**of_ratio * dy[:, None] ** along_y * dx**along_x for along_y, along_x, of_ratio in MONOMIALS])
 
 
 def ratio(source: tuple[int, int], target: tuple[int, int]) -> float:
@@ -42,8 +45,7 @@ class LocalPolynomial(nn.Module):
         y, dy = nearest(source[0], size[0], z)
         x, dx = nearest(source[1], size[1], z)
         maps = self.conv(z).unflatten(1, (len(MONOMIALS), -1)).unbind(1)
-        values = monomials(dy, dx, ratio(source, size)).unbind(0)
-        result = maps[0][..., y, :][..., x]
-        for coefficients, value in zip(maps[1:], values[1:]):
+        result = 0
+        for coefficients, value in zip(maps, monomials(dy, dx, ratio(source, size))):
             result = result + coefficients[..., y, :][..., x] * value
         return result

@@ -1,11 +1,14 @@
-"""Large latents through the upsampler piece by piece, in bounded memory.
+"""Large latents through the upsampler's networks piece by piece, in bounded memory.
 
-Windows look a few positions around themselves, but the halvings see much further, so pieces cannot be made exact. They overlap instead,
-and where they do their results are blended with weights that sum to one. A video that fits in one piece comes out as it would untiled.
+Its linear part is computed of the whole. Windows look a few positions around themselves, but the halvings see much further, so pieces cannot be made
+exact. They overlap instead, and where they do their results are blended with weights that sum to one. Pieces begin and end where a source position's
+border is a target position's too, if such places are near enough, so that the factor in each is that of the whole. A video that fits in one piece comes
+out as it would untiled.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import product
 
@@ -17,9 +20,17 @@ from muralist.tiling import Span, blend_weights, overlapping
 Tile = tuple[int, int, int]
 
 
-def pieces(shape: Sequence[int], tile: Tile, overlap: Tile) -> list[tuple[Span, ...]]:
-    """For each axis of (F, h, w) the spans that cover it."""
-    return [overlapping(size, side, min(shared, side - 1)) for size, side, shared in zip(shape, tile, overlap)]
+def pieces(shape: Sequence[int], target: Sequence[int], tile: Tile, overlap: Tile) -> list[tuple[Span, ...]]:
+    """For each axis of (F, h, w) the spans that cover it, on the way to `target` (F, H, W)."""
+    return [_cover(*axis) for axis in zip(shape, target, tile, overlap)]
+
+
+def _cover(length: int, full: int, tile: int, overlap: int) -> tuple[Span, ...]:
+    unit = length // math.gcd(length, full)  # source positions from one common border to the next
+    unit = unit if 2 * unit <= tile else 1
+    side = tile // unit
+    spans = overlapping(length // unit, side, min(math.ceil(overlap / unit), side - 1))
+    return tuple(Span(span.start * unit, span.stop * unit) for span in spans)
 
 
 @torch.no_grad()
@@ -37,7 +48,7 @@ def upsample_in_tiles(
     """
     shape = tuple(z.shape[2:])
     target = (shape[0], *size)
-    covers = pieces(shape, tile, overlap)
+    covers, linear = pieces(shape, target, tile, overlap), network.linear(z, size)
     scaled = [[_scaled(span, length, full) for span in spans] for spans, length, full in zip(covers, shape, target)]
     weights = [blend_weights(spans, full) for spans, full in zip(scaled, target)]
     result = z.new_zeros(1, z.shape[1], *target)
@@ -45,9 +56,10 @@ def upsample_in_tiles(
     for done, index in enumerate(every, start=1):
         source = tuple(slice(spans[i].start, spans[i].stop) for spans, i in zip(covers, index))
         place = [spans[i] for spans, i in zip(scaled, index)]
-        made = network(z[:, :, *source], (len(place[1]), len(place[2])))
+        there = tuple(slice(span.start, span.stop) for span in place)
+        made = network.detailed(z[:, :, *source], linear[:, :, *there])
         t, y, x = (w[i].to(made) for w, i in zip(weights, index))
-        result[:, :, *(slice(span.start, span.stop) for span in place)] += made * t[:, None, None] * y[:, None] * x
+        result[:, :, *there] += made * t[:, None, None] * y[:, None] * x
         on_piece(done, len(every))
     return result
 

@@ -20,6 +20,8 @@ from torch import nn
 Shape = tuple[int, int, int]
 ALIGNED = {"cuda": 8}  # widths of heads are padded to multiples: of others (the released one has 30) PyTorch's GPU kernels take none, and scores fill memory
 
+SCORES = 1 << 24  # that are added to those of windows at a time
+
 
 class MutualSelfAttention(nn.Module):
     """Attention inside windows: x [B * W, n, D] -> the same, n = prod(window) positions in (t, y, x) order."""
@@ -94,6 +96,8 @@ class TmsaBlock(nn.Module):
     def _windows(self, x: torch.Tensor) -> torch.Tensor:
         size: Shape = x.shape[1:4]
         window, shift = fitted(size, self.window, self.shifted)
+        if self.attn.mutual:  # two frames, also where a video has one: it is padded, like the last of an odd number
+            window = (self.window[0], *window[1:])
         padded: Shape = tuple(math.ceil(length / side) * side for length, side in zip(size, window))
         pads = [pad for length, full in zip(reversed(size), reversed(padded)) for pad in (0, full - length)]
         x = torch.roll(F.pad(x, (0, 0, *pads)), [-s for s in shift], dims=(1, 2, 3))
@@ -101,9 +105,17 @@ class TmsaBlock(nn.Module):
         axes = dict(zip(("t", "y", "x"), window))
         counts = dict(zip(("a", "b", "c"), (full // side for full, side in zip(padded, window))))
         rows = rearrange(x, "n (a t) (b y) (c x) d -> (n a b c) (t y x) d", **axes)
-        x = rearrange(self.attn(rows, mask), "(n a b c) (t y x) d -> n (a t) (b y) (c x) d", **counts, **axes)
+        x = rearrange(self._attended(rows, mask), "(n a b c) (t y x) d -> n (a t) (b y) (c x) d", **counts, **axes)
         x = torch.roll(x, shift, dims=(1, 2, 3))
         return x[:, : size[0], : size[1], : size[2]]
+
+    def _attended(self, rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Windows with a mask some at a time: each has scores of its own to add, which would take more memory than all else here."""
+        if mask is None:
+            return self.attn(rows, None)
+        some = max(SCORES // (self.attn.heads * rows.shape[1] ** 2), 1)
+        numbers = torch.arange(len(rows), device=mask.device) % len(mask)  # the windows of one video after those of another
+        return torch.cat([self.attn(part, mask[of_part]) for part, of_part in zip(rows.split(some), numbers.split(some))])
 
 
 class TmsaGroup(nn.Module):
