@@ -59,7 +59,7 @@ def test_the_polynomial_is_that_of_each_query(size):
     module.conv.reset_parameters()
     z = torch.randn(1, 3, 2, 5, 6)
     got, ratio = module(z, size), (5 / size[0] + 6 / size[1]) / 2
-    share = min((1 - ratio) / 0.2, 1)  # none at factor 1, all from 1.25
+    share = min(3 * (1 - ratio), 1) ** 0.5  # none at factor 1, all from 1.5
     padded = F.pad(z, (1, 1, 1, 1, 1, 1))
     for t, y, x in [(0, 0, 0), (1, 2, 3), (1, size[0] - 1, size[1] - 1), (0, size[0] - 1, 0)]:
         at = [(i + 0.5) * of / n for i, of, n in zip((y, x), (5, 6), size)]  # in source positions, from the border

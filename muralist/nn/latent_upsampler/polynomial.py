@@ -17,12 +17,12 @@ from muralist.nn.latent_upsampler.implicit import nearest
 # Powers of the offset along y, along x, and of r. Squares times r would take another 1 % off the error.
 MONOMIALS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (2, 0, 0), (0, 2, 0), (1, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1))
 
-WHOLE_FROM = 1.25  # factors; whole at 1.125 it is worse than interpolation
+WHOLE_FROM = 1.5  # factors; whole at 1.125 it is no better than interpolation, at 1.25 worse than a part of it
 
 
 def monomials(dy: torch.Tensor, dx: torch.Tensor, ratio: float) -> torch.Tensor:
     """Offsets [a] and [b] in half source positions -> values [len(MONOMIALS), a, b], which fade with factors near 1."""
-    share = min((1 - ratio) / (1 - 1 / WHOLE_FROM), 1.0)
+    share = min((1 - ratio) / (1 - 1 / WHOLE_FROM), 1.0) ** 0.5
     return torch.stack([share * ratio**of_ratio * dy[:, None] ** along_y * dx**along_x for along_y, along_x, of_ratio in MONOMIALS])
 
 
