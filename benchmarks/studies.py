@@ -200,14 +200,14 @@ def train_lessons(folder: Path, *, config: Expertise, length: Length, resume: bo
     return folder
 
 
-def learned(folder: Path, name: str, lesson: Lesson, length: Length, *, data: VideoData, **options: Any) -> Path:
+def learned(folder: Path, name: str, lesson: Lesson, length: Length, *, model: Path, data: VideoData, **options: Any) -> Path:
     """The folder in which one expert has been trained, beside those of the variants."""
-    known = hashlib.sha256(repr((lesson, length, data)).encode()).hexdigest()[:8]
+    known = hashlib.sha256(repr((lesson, length, data, inspect_base(str(model)).fingerprint)).encode()).hexdigest()[:8]
     alone = _made(folder.parents[1] / "lessons" / f"{name}-{known}")
     if not (alone / "parts" / EXPERTS / WEIGHTS).exists():
-        if not (alone / "latents").exists():
-            (alone / "latents").symlink_to(folder / "latents")
-        train_experts(alone, lessons={name: lesson}, length=length, data=data, resume=any(alone.rglob("checkpoints")), **options)
+        if not (alone / "latents").is_symlink():
+            (alone / "latents").symlink_to(folder.parents[1] / "latents")
+        train_experts(alone, lessons={name: lesson}, length=length, model=model, data=data, resume=any(alone.rglob("checkpoints")), **options)
     return alone
 
 

@@ -77,7 +77,8 @@ class BaseInfo:
     """A checked model folder.
 
     `boundary`: sigma from which the first of two transformers serves (Wan2.2-A14B), None where there is one.
-    `fingerprints`: digests of the weights of each component, `adapter NAME`, `second adapter NAME` and `part KIND`.
+    `fingerprints`: digests of the weights of each component, `adapter NAME`, `second adapter NAME` and `part KIND`; `configured`: one of what is made
+    of them (the components' configurations, the tokenizer, how a prompt is cut).
     `parts`: the networks of ours that stand beside it in `parts/`, by kind; `experts`, `injector`, `branches`: what those kinds say of
     themselves.
     `prediction`: what the transformer's output is, `flow` (velocity; every Wan model) or `sample` (clean latent; the embedded base).
@@ -98,17 +99,19 @@ class BaseInfo:
     injector: InjectorConfig | None = None
     branches: BranchesConfig | None = None
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    configured: str = ""
 
     @property
     def fingerprint(self) -> str:
-        """A digest of all weights in the folder."""
-        return _joined(self.fingerprints)
+        """A digest of all weights in the folder and of what is made of them."""
+        return _joined({**self.fingerprints, "configured": self.configured})
 
     def fingerprint_with(self, adapters: Iterable[str], kinds: Iterable[str]) -> str:
-        """A digest of the models' weights and of those adapters and parts alone: what does not serve does not count."""
+        """The same, of those adapters and parts alone: what does not serve does not count."""
         chosen = {f"{beside}adapter {name}" for name in adapters for beside in ("", "second ")} | {f"part {kind}" for kind in kinds}
         besides = ("adapter ", "second adapter ", "part ")
-        return _joined({name: value for name, value in self.fingerprints.items() if name in chosen or not name.startswith(besides)})
+        serving = {name: value for name, value in self.fingerprints.items() if name in chosen or not name.startswith(besides)}
+        return _joined({**serving, "configured": self.configured})
 
     @property
     def width(self) -> int:
@@ -191,15 +194,16 @@ def inspect_base(model: str, revision: str | None = None) -> BaseInfo:
         parts.refuse_part(folder / "adapters" / adapter)
     beside = {f"adapter {name}": folder / "adapters" / name for name in adapters} | {f"part {kind}": folder / "parts" / kind for kind in kinds}
     beside |= {f"second adapter {name}": second for name in adapters if two and (second := folder / "adapters" / name / "transformer_2").is_dir()}
+    defaults, boundary, prediction = _defaults(folder, geometry, two), _boundary(index) if two else None, _prediction(folder)
     return BaseInfo(
         name=model,
         folder=folder,
         geometry=geometry,
-        defaults=_defaults(folder, geometry, two),
+        defaults=defaults,
         transformer_config=configs["transformer"],
         vae_config=configs["vae"],
-        boundary=_boundary(index) if two else None,
-        prediction=_prediction(folder),
+        boundary=boundary,
+        prediction=prediction,
         adapters=adapters,
         parts=kinds,
         component_bytes=sizes | {name: weights.check_component(path) for name, path in beside.items()},
@@ -207,6 +211,10 @@ def inspect_base(model: str, revision: str | None = None) -> BaseInfo:
         injector=_injector(folder / "parts" / INJECTOR, configs["transformer"], geometry) if INJECTOR in kinds else None,
         branches=_branches(folder / "parts" / BRANCHES, configs["transformer"]) if BRANCHES in kinds else None,
         fingerprints={name: weights.fingerprint(path) for name, path in (components | beside).items()},
+        configured=_joined(
+            {name: weights.digest_of_config(path) for name, path in components.items()}
+            | {"tokenizer": weights.digest(folder / "tokenizer"), "rest": f"{prediction} {boundary} {defaults.max_sequence_length}"}
+        ),
     )
 
 

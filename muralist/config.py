@@ -44,8 +44,6 @@ class Config:
             raise UserError("there is no proxy to work from", where="recipe", fix="give one, or no upsampler, proxy windows and anchor")
         if self.proxy is not None and self.upsample is None and not looks:
             raise UserError("nothing uses the proxy", where="recipe", fix="give an upsampler, proxy windows or an anchor")
-        if self.refine.anchor != "none" and self.proxy.time_scale != 1:
-            raise UserError("an anchor has the target's frames, this proxy has fewer", where="recipe", fix="use a proxy of every latent frame")
         if self.upsample is None and self.refine.skip_steps:
             raise UserError(f"{self.refine.skip_steps} skipped steps without a guide to start from", where="skip_steps", fix="use 0, or give an upsampler")
 
@@ -64,6 +62,8 @@ class Request:
     config: Config
 
     def __post_init__(self):
+        if self.config.refine.anchor != "none" and self.config.proxy.time_scale != 1:
+            raise UserError("an anchor has the target's frames, this proxy has fewer", where="recipe", fix="use a proxy of every latent frame")
         if not self.prompt.strip():
             raise UserError("the prompt is empty", where="prompt", fix="say what the video shows")
         for name, text in (("prompt", self.prompt), ("negative_prompt", self.negative_prompt)):

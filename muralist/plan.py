@@ -150,12 +150,14 @@ def _elsewhere(setting: Setting, level: str, budget: Budget) -> str:
 
 
 def _shorter(setting: Setting) -> str | None:
-    """How many frames fit, if some do. The decoder is left out: it holds a few frames at a time, whatever their number."""
+    """How many frames fit, if some do. The decoder is asked once: it holds a few frames at a time, whatever their number."""
     grid, factor = setting.request.grid, setting.info.geometry.temporal_factor
 
+    def shorter(groups: int) -> Setting:
+        return _with(setting, replace(grid, num_frames=groups * factor + 1))
+
     def fits(groups: int) -> bool:
-        shorter = _with(setting, replace(grid, num_frames=groups * factor + 1))
-        return all(stage_fits(stage, setting.machine) for stage in takewhile(lambda stage: stage.stage != "decode", estimates(shorter)))
+        return all(stage_fits(stage, setting.machine) for stage in takewhile(lambda stage: stage.stage != "decode", estimates(shorter(groups))))
 
     low, high = 1, (grid.num_frames - 1) // factor
     if high <= low or not fits(low) or fits(high):
@@ -163,6 +165,8 @@ def _shorter(setting: Setting) -> str | None:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
+    if not all(stage_fits(stage, setting.machine) for stage in estimates(shorter(low))):
+        return None
     return f"use at most {low * factor + 1} frames, or a smaller size"
 
 

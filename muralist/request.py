@@ -93,9 +93,9 @@ def parse_duration(text: str) -> float:
 def make_request(asked: Asked, info: BaseInfo, note: Callable[[str], None]) -> Request:
     """Every choice made: the recipe's configuration with the overrides, the exact grid, the resolved seed. `note` is told of each adjustment."""
     asked = _with_numbers(asked)
-    config = changed(recipes.find(asked.recipe)(info), _settings(asked.settings), _typed(asked))
+    settings = _settings(asked.settings)
     grid = _grid(asked, info, note)
-    config = replace(config, proxy=config.proxy and config.proxy.settled(grid))
+    config = _settled(changed(recipes.find(asked.recipe)(info), settings, _typed(asked)), grid, settings)
     _require_parts(config, info)
     request = Request(
         prompt=_text("prompt", asked.prompt),
@@ -113,6 +113,18 @@ def make_request(asked: Asked, info: BaseInfo, note: Callable[[str], None]) -> R
     if isinstance(config.refine.steps, ShortcutSteps) and config.refine.adapter is None:
         note("few steps of known size without an adapter: right where the transformer itself has learned them, as imported ones have")
     return request
+
+
+def _settled(config: Config, grid: Grid, settings: tuple[str, ...]) -> Config:
+    """With the proxy of a target of this length. UserError where that leaves out what was set."""
+    if config.proxy is None or (proxy := config.proxy.settled(grid)) is config.proxy:
+        return config
+    left_out = {"proxy.every", *(["proxy.adapter"] if config.proxy.adapter else [])}
+    for name in (setting.partition("=")[0].strip() for setting in settings):
+        if name in left_out:
+            what = f"the base spans {grid.num_frames} frames by itself, so the proxy has all of them and nothing of a slow one"
+            raise UserError(what, where=name, fix="add --set proxy.spanned=0 for a slow one, or leave this out")
+    return replace(config, proxy=proxy)
 
 
 def _tell_what_is_not_read(prompt: str, info: BaseInfo, note: Callable[[str], None]) -> None:

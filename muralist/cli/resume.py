@@ -43,10 +43,10 @@ def command(
 
 
 def moved_to(model: str) -> str:
-    """The folder of a model, from the root; UserError if it is none."""
-    from muralist.store.weights import folder_of
+    """The folder of a model, from the root, or its name where the package holds it; UserError if it is neither."""
+    from muralist.store.weights import EMBEDDED, folder_of
 
-    folder = folder_of(model)
+    folder = model if model in EMBEDDED else folder_of(model)
     if folder is None:
         raise UserError(f"no folder {model!r}", where="model", fix="give the folder that the run's model lies in now")
     return folder

@@ -2,9 +2,10 @@
 
 `atlasvid`: muralist generate PROMPT --recipe atlasvid --size 4k --duration 10s
 
-Needs the base's adapter `proxy` and one of `detail`, both trained at its own resolution, and `detail_uhr` (the paper's optional fine-tuning at 4K).
-Where it has that, windows are painted with that, in those that it was trained in; without: `--set refine.adapter=detail`, with tokens and reach of `detail`'s
-training (`ProxyWindows.trained`; the embedded base: `--set refine.attention.tokens=112 --set 'refine.attention.reach=[6.5, 4, 4]'`).
+Needs one of the base's adapters `detail`, trained at its own resolution, and `detail_uhr` (the paper's optional fine-tuning at 4K), and for videos longer
+than the base's own `proxy`. Where it has `detail_uhr`, windows are painted with that, in those that it was trained in; without: `--set
+refine.adapter=detail`, with tokens and reach of `detail`'s training (`ProxyWindows.trained`; the embedded base: `--set refine.attention.tokens=112 --set
+'refine.attention.reach=[6.5, 4, 4]'`).
 
 Known of the method: a proxy of low resolution and frame rate with rotary positions scaled by 4 in time; joint denoising in reordered
 space-time windows with aligned guidance of the proxy, asymmetric; LoRA trained at the base's resolution alone; at most 1,208 times fewer
@@ -35,8 +36,7 @@ PROXY, DETAIL, DETAIL_UHR = "proxy", "detail", "detail_uhr"  # adapters
 def atlasvid(base: BaseInfo) -> Config:
     """AtlasVid: a proxy with a quarter of the frames, and every window of the large video painted in sight of it."""
     detail = DETAIL_UHR if DETAIL_UHR in base.adapters else DETAIL
-    for name in (PROXY, detail):
-        base.require_adapter(name)
+    base.require_adapter(detail)  # that of the proxy once it is known whether this video has a slow one
     d = base.defaults
     own = base.geometry.token_shape(base.geometry.legal(d.grid))
     windows = ProxyWindows.of_crops(own) if detail == DETAIL_UHR else ProxyWindows.trained(own)

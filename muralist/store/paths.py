@@ -45,6 +45,8 @@ def safe_join(root: Path, name: str) -> Path:
 
 def typed_path(text: str, where: str) -> Path:
     """The path that a person typed as `where`, home directory resolved; UserError if no file system could have it."""
+    if not text:
+        raise UserError("an empty path", where=where, fix="give a name, or . for the current directory")
     try:
         path = Path(text).expanduser()
         path.exists()

@@ -28,7 +28,7 @@ from muralist.errors import UserError
 from muralist.store import atomic
 from muralist.store.tensors import load_tensors, total_bytes, writer
 
-FORMAT = 3  # of request.json
+FORMAT = 4  # of request.json
 TYPED, SETTLED = "typed", "request"  # in it: what was asked, and what a plan has made of it
 _REQUEST, _LOCK, _SCRATCH, _TENSORS = "request.json", "lock", "scratch", "tensors.safetensors"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -240,12 +240,14 @@ def _require_same(root: Path, stored: Any, wanted: Any) -> None:
         if name == "folder":
             continue
         if name == "weights":
-            fix = "bring the earlier weights back, or choose another run directory"
-            raise UserError("the model's weights have changed since this run was started", where=str(root), fix=fix)
+            fix = "bring the earlier files back, or choose another run directory"
+            raise UserError("the model's weights or configurations have changed since this run was started", where=str(root), fix=fix)
         if name.startswith(f"{SETTLED}."):
             raise UserError("another process has begun it meanwhile", where=str(root), fix="run the same command again: it goes on as that one has planned")
         own = name.removeprefix(f"{TYPED}.").removeprefix("config.")
         fix = f"ask for {old} again to resume it, or choose another run directory"
+        if own == "model":  # the same one, elsewhere, is gone on with
+            fix = "muralist resume with --model FOLDER if it has moved, else choose another run directory"
         raise UserError(f"this run was started with {own} = {old}, now it is {new}", where=str(root), fix=fix)
 
 

@@ -113,6 +113,9 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
+VERSIONS = ("_diffusers_version", "transformers_version", "_name_or_path")  # and places: they change nothing
+
+
 def fingerprint(folder: Path) -> str:
     """A digest of a component's weights that costs milliseconds: every file's size, header, and 64 samples of 4 KiB spread over it."""
     digest = hashlib.sha256()
@@ -130,6 +133,14 @@ def digest(folder: Path) -> str:
     """A digest of all files of a small folder, such as a tokenizer's."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     return hashlib.sha256(b"".join(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+
+
+def digest_of_config(folder: Path) -> str:
+    """A digest of a component's configuration, whichever version of the libraries has written it; of none where there is no file."""
+    file = folder / "config.json"
+    values = read_config(file) if file.is_file() else {}
+    same = {name: value for name, value in values.items() if name not in VERSIONS}
+    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -249,9 +249,33 @@ def test_a_run_goes_on_where_its_model_lies_now(tiny22, tmp_path):
     other = shutil.copytree(moved, tmp_path / "other")
     file = other / "transformer" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-64] + bytes(64))
-    assert "weights have changed" in muralist("resume", f"{output}.run", "--model", other).error
+    assert "weights or configurations have changed" in muralist("resume", f"{output}.run", "--model", other).error
+    assert "an empty path" in muralist("resume", f"{output}.run", "--model", "").error
+    assert "with --model FOLDER if it has moved" in generate(moved, output, "--keep-run").error
     assert muralist("resume", f"{output}.run", "--model", moved, "--keep-run").code == 0 and output.is_file()
     assert muralist("resume", f"{output}.run").code == 0, "it is told once"
+
+
+@pytest.mark.parametrize(("file", "name", "value"), [
+    ("vae/config.json", "latents_mean", None), ("transformer/config.json", "eps", 1e-3), ("scheduler/scheduler_config.json", "prediction_type", "sample"),
+    ("text_encoder/config.json", "layer_norm_epsilon", 1e-3), ("model_index.json", "_diffusers_version", "9"), ("vae/config.json", "_diffusers_version", "9"),
+])  # fmt: skip
+def test_a_run_does_not_go_on_with_the_same_weights_configured_otherwise(file, name, value, tiny22, tmp_path):
+    model, output = shutil.copytree(tiny22, tmp_path / "model"), tmp_path / "a.mp4"
+    assert generate(model, output, "--keep-run").code == 0
+    values = json.loads((model / file).read_text())
+    (model / file).write_text(json.dumps(values | {name: [mean + 1 for mean in values[name]] if value is None else value}))
+    answer = muralist("resume", f"{output}.run", "--keep-run")
+    if name == "_diffusers_version":
+        assert answer.code == 0, answer.err
+    else:
+        assert answer.code == 2 and "weights or configurations have changed" in answer.error
+
+
+def test_a_run_that_was_moved_to_a_copy_goes_back_into_the_package(tmp_path):
+    from muralist.cli.resume import moved_to
+
+    assert moved_to("miniature") == "miniature" and moved_to(str(tmp_path)) == str(tmp_path)
 
 
 def test_a_record_at_odds_with_itself_is_refused(tiny22, tmp_path):

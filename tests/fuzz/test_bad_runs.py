@@ -84,7 +84,7 @@ def test_a_run_is_not_gone_on_with_on_other_weights(base, tmp_path):
     RunDirectory.create(folder, job.record(tmp_path / "a.mp4", folder, job.request)).close()
     file = base / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
-    assert "weights have changed" in muralist("resume", folder).error
+    assert "weights or configurations have changed" in muralist("resume", folder).error
 
 
 def test_a_run_in_use(run):

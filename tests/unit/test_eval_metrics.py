@@ -248,3 +248,12 @@ def test_every_metric_says_what_it_is():
 def test_latent_mse_needs_its_weights():
     with pytest.raises(Unavailable, match="--weights vae"):
         available()["latent_mse"].start(Setup(), None)
+
+
+def test_a_vae_that_cannot_be_streamed_is_told(tmp_path):
+    from diffusers import AutoencoderKLWan
+
+    shape = {"base_dim": 4, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
+    AutoencoderKLWan(**shape, attn_scales=[1.0]).save_pretrained(tmp_path)
+    with pytest.raises(Unavailable, match="does not know"):
+        latent._start("latent_mse", tmp_path, Setup(), None)

@@ -84,6 +84,16 @@ def test_a_target_that_the_base_spans_has_a_proxy_of_all_its_frames(tiny_base):
     assert isinstance(proxy(9, "proxy.spanned=9"), LowResolutionProxy)
     with pytest.raises(UserError, match=r"proxy\.spanned"):
         proxy(9, "proxy.spanned=-1")
+    for setting in ("proxy.every=2", "proxy.adapter=nonsense"):
+        with pytest.raises(UserError, match="spans 5 frames by itself"):
+            proxy(5, setting)
+    assert proxy(5, "refine.anchor=injected") == own  # it has the target's frames
+    with pytest.raises(UserError, match="an anchor has the target's frames"):
+        proxy(9, "refine.anchor=injected")
+    info = replace(info, adapters=("detail",))
+    assert proxy(5) == own
+    with pytest.raises(UserError, match="no adapter 'proxy'"):
+        proxy(9)
 
 
 def test_a_proxy_of_few_frames_is_enlarged_in_time_too(tiny22):

@@ -166,7 +166,7 @@ def test_the_same_request_said_otherwise_goes_on(tmp_path, change):
     RunDirectory.create(tmp_path / "r", request).close()
     RunDirectory.create(tmp_path / "r", request | change).close()
     assert RunDirectory.stored(tmp_path / "r") == request | change  # a resume finds the weights where they are now
-    with pytest.raises(UserError, match="weights have changed"):
+    with pytest.raises(UserError, match="weights or configurations have changed"):
         RunDirectory.create(tmp_path / "r", request | change | {"weights": "others"})
 
 

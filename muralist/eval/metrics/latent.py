@@ -98,7 +98,11 @@ def tile_places(frame_height: int, frame_width: int, height: int, width: int) ->
 def _start(name: str, folder: Path | None, setup: Setup, source: Source | None) -> LatentDistance:
     if folder is None:
         raise Unavailable("no VAE given: --weights vae=FOLDER")
-    return LatentDistance(_load(folder, setup.device), name)
+    vae = _load(folder, setup.device)
+    try:
+        return LatentDistance(vae, name)
+    except ValueError as error:
+        raise Unavailable(f"{folder}: {error}") from None
 
 
 def _load(folder: Path, device: torch.device) -> AutoencoderKLWan:
