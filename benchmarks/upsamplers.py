@@ -30,7 +30,7 @@ def variants(network: LatentUpsamplerConfig) -> dict[str, tuple[LatentUpsamplerC
     usual = LatentUpsampleConfig()
     return {
         LINEAR: (network, usual),
-        "no polynomial": (replace(network, polynomial=False), usual),
+        "no polynomial": (replace(network, polynomials=False), usual),
         "no decoder": (replace(network, decoder=None), usual),
         "no pixel loss": (network, replace(usual, pixels_from=1.0)),
         "ours": (network, usual),

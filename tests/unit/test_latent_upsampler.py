@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,7 +56,7 @@ def test_the_implicit_function_is_that_of_each_query(size):
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(5, 6), (6, 7), (8, 9), (11, 17)])
-def test_the_polynomial_is_that_of_each_query(size):
+def test_the_polynomial_is_the_mean_of_those_around_each_query(size):
     torch.manual_seed(1)
     module = LocalPolynomial(3)
     module.conv.reset_parameters()
@@ -62,18 +65,21 @@ def test_the_polynomial_is_that_of_each_query(size):
     share = min(3 * (1 - ratio), 1) ** 0.5  # none at factor 1, all from 1.5
     padded = F.pad(z, (1, 1, 1, 1, 1, 1))
     for t, y, x in [(0, 0, 0), (1, 2, 3), (1, size[0] - 1, size[1] - 1), (0, size[0] - 1, 0)]:
-        at = [(i + 0.5) * of / n for i, of, n in zip((y, x), (5, 6), size)]  # in source positions, from the border
-        b, c = (int(place) for place in at)
-        dy, dx = (2 * (place - int(place)) - 1 for place in at)
-        maps = (module.conv.weight * padded[0, :, t : t + 3, b : b + 3, c : c + 3]).sum(dim=(1, 2, 3, 4)) + module.conv.bias
-        expected = sum(share * ratio**r * dy**i * dx**j * part for (i, j, r), part in zip(MONOMIALS, maps.split(3)))
+        at = [(i + 0.5) * of / n - 0.5 for i, of, n in zip((y, x), (5, 6), size)]  # in source positions
+        expected = torch.zeros(3)
+        for b, c in product(range(5), range(6)):
+            inside = [min(max(place, 0), of - 1) for place, of in zip(at, (5, 6))]
+            weight = max(1 - abs(inside[0] - b), 0) * max(1 - abs(inside[1] - c), 0)
+            dy, dx = 2 * (at[0] - b), 2 * (at[1] - c)
+            maps = (module.conv.weight * padded[0, :, t : t + 3, b : b + 3, c : c + 3]).sum(dim=(1, 2, 3, 4)) + module.conv.bias
+            expected += weight * share * sum(ratio**r * dy**i * dx**j * part for (i, j, r), part in zip(MONOMIALS, maps.split(3)))
         assert (got[0, :, t, y, x] - expected).abs().max() < 1e-5
 
 
 @torch.no_grad()
 def test_with_a_polynomial_the_networks_start_at_nothing():
     torch.manual_seed(0)
-    network = LatentUpsampler(LatentUpsamplerConfig(encoder=SMALL, hidden=(16, 8), decoder=SMALL, polynomial=True)).eval()
+    network = LatentUpsampler(LatentUpsamplerConfig(encoder=SMALL, hidden=(16, 8), decoder=SMALL, polynomials=True)).eval()
     network.polynomial.conv.reset_parameters()
     z = torch.randn(1, 4, 2, 6, 9)
     assert torch.equal(network(z, (9, 14)), enlarged(z, (9, 14), "bilinear") + network.polynomial(z, (9, 14)))
@@ -170,3 +176,8 @@ def test_masked_windows_are_the_same_some_at_a_time(monkeypatch):
     whole = block(x)
     monkeypatch.setattr(tmsa, "SCORES", 5 * 3 * 32**2)
     assert (block(x) - whole).abs().max() < 1e-6
+
+
+def test_a_part_whose_polynomial_means_something_else_is_refused():
+    with pytest.raises(UserError, match="muralist train latent-upsampler"):
+        LatentUpsamplerConfig.of(asdict(small().config) | {"polynomial": True})

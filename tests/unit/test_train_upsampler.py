@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict, replace
+from itertools import product
 
 import pytest
 import torch
@@ -15,14 +16,14 @@ from muralist.data.latents import LatentPairs, PairConfig, build_pairs
 from muralist.errors import UserError
 from muralist.nn.enlarge import enlarged
 from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig
-from muralist.nn.latent_upsampler.polynomial import LocalPolynomial
+from muralist.nn.latent_upsampler.polynomial import MONOMIALS, LocalPolynomial, axis, ratio, share
 from muralist.store.parts import load_part, save_part
 from muralist.train import latent_upsampler as training
 from muralist.train.latent_upsampler import train_latent_upsampler
 from muralist.train.loop import Length, Schedule, fit
 from muralist.train.miniature import GRID, new_vae
 from muralist.train.objectives.latent_upsample import LatentUpsample, LatentUpsampleConfig
-from muralist.train.objectives.least_squares import fit_polynomial
+from muralist.train.objectives.least_squares import fit_polynomial, neighbourhoods
 from muralist.train.trainee import VideoData
 
 CPU = torch.device("cpu")
@@ -88,22 +89,43 @@ def test_pairs_are_as_long_as_the_large_clip_allows(tiny22, scale, frames):
 
 
 @torch.no_grad()
+def test_least_squares_are_those_of_every_pair_of_positions():
+    """Against one dense system: a row for each target position and each source position that has weight there."""
+    torch.manual_seed(0)
+    low, size, found = torch.randn(12, 1, 2, 4, 5), (7, 9), LocalPolynomial(1)
+    pools = [LatentPairs(low, torch.randn(12, 1, 2, *size)), LatentPairs(low, torch.randn(12, 1, 2, 6, 7))]
+    fit_polynomial(found, pools, ridge=1e-3, rounds=0)
+    gram, right = 0, 0
+    for pool in pools:
+        around, size = neighbourhoods(pool.low.double()), tuple(pool.high.shape[-2:])
+        wanted, r = (pool.high - enlarged(pool.low, size, "bilinear")).double(), ratio((4, 5), size)
+        (wy, dy), (wx, dx) = (axis(*sides) for sides in zip((4, 5), size))
+        for (i, b), (j, c) in product(wy.nonzero().tolist(), wx.nonzero().tolist()):
+            values = torch.stack([r**k * dy[i, b] ** m * dx[j, c] ** n for m, n, k in MONOMIALS]) * share((4, 5), size)
+            rows = torch.einsum("k,npd->npkd", values, around[:, :, b, c]).flatten(2).flatten(0, 1)
+            weight = wy[i, b] * wx[j, c] / pool.high.numel()
+            gram, right = gram + weight * rows.T @ rows, right + weight * rows.T @ wanted[:, 0, :, i, j].flatten()
+    gram.diagonal().add_(1e-3 * gram.diagonal().mean())
+    expected = torch.linalg.solve(gram, right).unflatten(0, (len(MONOMIALS), -1))
+    got = torch.cat([found.conv.weight[:, 0].flatten(1), found.conv.bias[:, None]], dim=1)
+    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@torch.no_grad()
 def test_least_squares_find_a_polynomial_that_made_the_pairs():
     torch.manual_seed(0)
     made, found = (LocalPolynomial(2) for _ in range(2))
     made.conv.reset_parameters()
     pools = []
-    for size in (
-        (9, 11),
-        (12, 15),
-        (18, 22),
-    ):  # the first is a factor where it fades, offsets of the second differ from row to row, those of the third from one position to the next
-        low = torch.randn(40, 2, 3, 8, 10)
+    # at the first factor it fades, offsets of the second differ from row to row, those of the third from one position to the next
+    for size in ((9, 11), (12, 15), (18, 22)):
+        low = torch.randn(24, 2, 3, 8, 10)
         pools.append(LatentPairs(low, enlarged(low, size, "bilinear") + made(low, size)))
-    fit_polynomial(found, pools, ridge=1e-9)
-    for pool in pools:
-        size = tuple(pool.high.shape[-2:])
-        assert (found(pool.low, size) - made(pool.low, size)).abs().max() < 1e-3 * made(pool.low, size).std()
+    errors = []
+    for rounds in (0, 8, 100):
+        fit_polynomial(found, pools, ridge=1e-9, rounds=rounds)
+        errors.append(max((found(p.low, s) - made(p.low, s)).abs().max() / made(p.low, s).std() for p in pools for s in [tuple(p.high.shape[-2:])]))
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-3, errors
     fit_polynomial(found, pools, ridge=1e3)
     assert found.conv.weight.abs().max() < 1e-2 * made.conv.weight.abs().max()
 
@@ -115,7 +137,7 @@ def test_a_new_network_with_a_polynomial_starts_from_its_least_squares(tiny22, t
     monkeypatch.setattr(training, "_scales", lambda own, data: [])
     monkeypatch.setattr(training, "LatentUpsample", lambda network, *rest: Still(network))
     monkeypatch.setattr(training, "fit_polynomial", lambda polynomial, pools: asked.append(polynomial))
-    network = replace(CONFIG, polynomial=True)
+    network = replace(CONFIG, polynomials=True)
 
     def stopped(*rest):
         raise KeyboardInterrupt

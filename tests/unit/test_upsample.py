@@ -187,7 +187,7 @@ def test_pieces_begin_and_end_on_whole_target_positions(length, full, tile, over
 @torch.no_grad()
 def test_the_linear_part_is_that_of_the_whole_in_any_pieces():
     torch.manual_seed(0)
-    network = LatentUpsampler(replace(config(4), polynomial=True)).eval()
+    network = LatentUpsampler(replace(config(4), polynomials=True)).eval()
     network.polynomial.conv.reset_parameters()
     z = torch.randn(1, 4, 5, 8, 14)
     cut = upsample_in_tiles(network, z, (12, 21), (3, 7, 9), (1, 2, 2))

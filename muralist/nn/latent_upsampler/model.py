@@ -1,6 +1,6 @@
 """The video latent upsampler (VLUer; LUVE, section 3.2 and appendix C): a small latent video in, the latent of the same video at a larger size out.
 
-    z_up = decode(coarse) + coarse,    coarse = implicit(encode(z)) + bilinear(z)  [+ polynomial(z), ours]
+    z_up = decode(coarse) + coarse,    coarse = implicit(encode(z)) + bilinear(z)  [+ polynomials(z), ours]
 
 In pixels this would cost decoding, resizing and encoding; interpolating the latent alone costs detail. Latents are the base's normalised ones.
 """
@@ -27,13 +27,13 @@ MULTIPLE = 8  # VRT halves three times
 class LatentUpsamplerConfig:
     """Encoder, hidden widths of the implicit function, decoder (None: the coarse latent is the result, an ablation of LUVE's Table 12).
 
-    `polynomial`: the linear part is a module of its own (`polynomial.py`), and what the networks add to it starts at zero.
+    `polynomials`: the linear part is a module of its own (`polynomial.py`), and what the networks add to it starts at zero.
     """
 
     encoder: VrtConfig
     hidden: tuple[int, ...]
     decoder: VrtConfig | None
-    polynomial: bool = False
+    polynomials: bool = False
 
     @property
     def channels(self) -> int:
@@ -41,9 +41,12 @@ class LatentUpsamplerConfig:
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> LatentUpsamplerConfig:
-        """Back from `dataclasses.asdict`, also after a trip through JSON."""
+        """Back from `dataclasses.asdict`, also after a trip through JSON. Raises UserError for one whose weights mean something else by now."""
+        if record.get("polynomial"):
+            what = "its polynomial is that of the nearest position alone, as earlier versions fitted it"
+            raise UserError(what, where="part latent_upsampler", fix="train it again (muralist train latent-upsampler)")
         networks = {name: record[name] and VrtConfig(**record[name] | {"window": tuple(record[name]["window"])}) for name in ("encoder", "decoder")}
-        return cls(hidden=tuple(record["hidden"]), polynomial=bool(record.get("polynomial", False)), **networks)
+        return cls(hidden=tuple(record["hidden"]), polynomials=bool(record.get("polynomials", False)), **networks)
 
 
 def paper(channels: int = 16) -> LatentUpsamplerConfig:
@@ -62,7 +65,7 @@ def miniature(channels: int = 48) -> LatentUpsamplerConfig:
         encoder=VrtConfig(in_channels=channels, dim=48, depth=2, mutual_share=0.5, refine_dim=72, refine_depth=2, groups=2, heads=3, still_groups=1),
         hidden=(160, 96),
         decoder=VrtConfig(in_channels=channels, dim=48, depth=1, refine_dim=48, refine_depth=1, groups=2, heads=3, still_groups=1),
-        polynomial=True,
+        polynomials=True,
     )
 
 
@@ -76,8 +79,8 @@ class LatentUpsampler(nn.Module):
         self.implicit = ImplicitUpsampler(config.encoder.dim, config.channels, config.hidden)
         self.decoder = None if config.decoder is None else Vrt(config.decoder)
         self.conv = None if config.decoder is None else nn.Conv2d(config.decoder.dim, config.channels, 1)
-        self.polynomial = LocalPolynomial(config.channels) if config.polynomial else None
-        for last in (self.implicit.imnet.layers[-1], self.conv) if config.polynomial else ():
+        self.polynomial = LocalPolynomial(config.channels) if config.polynomials else None
+        for last in (self.implicit.imnet.layers[-1], self.conv) if config.polynomials else ():
             if last is not None:
                 nn.init.zeros_(last.weight)
                 nn.init.zeros_(last.bias)

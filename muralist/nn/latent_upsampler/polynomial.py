@@ -1,34 +1,41 @@
-"""A polynomial around every source position (ours, beside LUVE's implicit function): the linear part of enlarging a latent.
+"""Polynomials around all source positions (ours, beside LUVE's implicit function): the linear part of enlarging a latent.
 
-    z_up(p) = sum_k m_k(p - q, r) (W_k * z)(q),    q: the source position nearest to p,    r: source size / target size
+    z_up(p) = sum_q w(p, q) sum_k m_k(p - q, r) (W_k * z)(q),    r: source size / target size
 
-Monomials m_k of the offset and of r, 3x3x3 convolutions W_k at the *source* size. It is linear in W, so least squares find it in closed form
-(`train/objectives/least_squares.py`): what a latent's 48 channels say of where inside their patch something lies is a linear map that gradient
-descent on a network of the same reach does not come near. Factors below WHOLE_FROM were not fitted: there it fades, to nothing at 1.
+Monomials m_k of the offset and of r, 3x3x3 convolutions W_k at the *source* size. The source positions q on either side of p are weighted as bilinear
+interpolation weights them (LIIF's local ensemble, arXiv 2012.09161): of the nearest one alone, the result would leap wherever that is another one, and
+refinement draws these leaps as a grid. All of it is linear in W, so least squares find it in closed form (`train/objectives/least_squares.py`): what a
+latent's 48 channels say of where inside their patch something lies is a linear map that gradient descent on a network of the same reach does not come
+near. Factors below WHOLE_FROM were not fitted: there it fades, to nothing at 1.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-
-from muralist.nn.latent_upsampler.implicit import nearest
 
 # Powers of the offset along y, along x, and of r. Squares times r would take another 1 % off the error.
 MONOMIALS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (2, 0, 0), (0, 2, 0), (1, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1))
-
+POWERS = 3  # of an offset, from 0
 WHOLE_FROM = 1.5  # factors; whole at 1.125 it is no better than interpolation, at 1.25 worse than a part of it
-
-
-def monomials(dy: torch.Tensor, dx: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Offsets [a] and [b] in half source positions -> values [len(MONOMIALS), a, b], which fade with factors near 1."""
-    share = min((1 - ratio) / (1 - 1 / WHOLE_FROM), 1.0) ** 0.5
-    return torch.stack([share * ratio**of_ratio * dy[:, None] ** along_y * dx**along_x for along_y, along_x, of_ratio in MONOMIALS])
 
 
 def ratio(source: tuple[int, int], target: tuple[int, int]) -> float:
     """r of two sizes (h, w): the mean along both sides."""
     return (source[0] / target[0] + source[1] / target[1]) / 2
+
+
+def share(source: tuple[int, int], target: tuple[int, int]) -> float:
+    """Of it that counts between two sizes."""
+    return min((1 - ratio(source, target)) / (1 - 1 / WHOLE_FROM), 1.0) ** 0.5
+
+
+def axis(source: int, target: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [target, source] of bilinear interpolation along one axis, and the offset of each pair in half source positions, in double precision."""
+    weights = F.interpolate(torch.eye(source, dtype=torch.float64)[None], size=target, mode="linear", align_corners=False)[0].T
+    place = (torch.arange(target, dtype=torch.float64) + 0.5) * source / target - 0.5
+    return weights, 2 * (place[:, None] - torch.arange(source))
 
 
 class LocalPolynomial(nn.Module):
@@ -41,11 +48,16 @@ class LocalPolynomial(nn.Module):
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, z: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        source = tuple(z.shape[-2:])
-        y, dy = nearest(source[0], size[0], z)
-        x, dx = nearest(source[1], size[1], z)
-        maps = self.conv(z).unflatten(1, (len(MONOMIALS), -1)).unbind(1)
-        result = 0
-        for coefficients, value in zip(maps, monomials(dy, dx, ratio(source, size))):
-            result = result + coefficients[..., y, :][..., x] * value
-        return result
+        source: tuple[int, int] = tuple(z.shape[-2:])
+        down, across = (_powers(*sides, z) for sides in zip(source, size))
+        maps, r, result = self.conv(z).unflatten(1, (len(MONOMIALS), -1)), ratio(source, size), 0
+        for power, of_x in enumerate(across):
+            same = [r**of_r * (down[along_y] @ maps[:, k]) for k, (along_y, along_x, of_r) in enumerate(MONOMIALS) if along_x == power]
+            result = result + sum(same) @ of_x.T
+        return result * share(source, size)
+
+
+def _powers(source: int, target: int, like: torch.Tensor) -> list[torch.Tensor]:
+    """Matrices [target, source] that weight what a power of the offset is multiplied by, for every power."""
+    weights, offset = axis(source, target)
+    return [(weights * offset**power).to(like) for power in range(POWERS)]
