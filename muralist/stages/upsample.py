@@ -98,11 +98,17 @@ def upsample(
 def _by_pixels(
     proxy: LatentVideo, to: Grid, size: tuple[int, int], base: Base, method: PixelInterpolation, on_piece: Progress, scratch: Path | None
 ) -> torch.Tensor:
-    encoded, count = method.size(proxy.z.shape[-2:], size), pieces(method, proxy.grid, to, base.info.geometry)
+    encoded = method.size(proxy.z.shape[-2:], size)
     tiles = len(latent_boxes(*encoded, method.tile, base.info.geometry.spatial_factor))
-    # tiles become more of them when memory runs out
-    z = _through_pixels(base.vae(), proxy, to, encoded, method, lambda done, of: on_piece(done * tiles // of, count), scratch)
-    return z if encoded == size else _by_latents(z, size, base, method.rest, lambda done, _: on_piece(tiles + done, count))
+    more = pieces(method, proxy.grid, to, base.info.geometry) - tiles
+
+    def on_tile(done: int, total: int) -> None:
+        nonlocal tiles
+        tiles = total  # there are more of them after memory has run out
+        on_piece(done, tiles + more)
+
+    z = _through_pixels(base.vae(), proxy, to, encoded, method, on_tile, scratch)
+    return z if encoded == size else _by_latents(z, size, base, method.rest, lambda done, _: on_piece(tiles + done, tiles + more))
 
 
 def _by_latents(z: torch.Tensor, size: tuple[int, int], base: Base, method: LatentInterpolation | LearnedUpsampling, on_piece: Progress) -> torch.Tensor:
