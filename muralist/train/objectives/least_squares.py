@@ -22,7 +22,7 @@ from muralist.nn.latent_upsampler.polynomial import MONOMIALS, LocalPolynomial, 
 
 RIDGE = 3e-5  # of the mean square of what is multiplied: 1e-3 leaves a tenth more error on held-out clips, 1e-5 no less
 BATCH = 8  # videos unfolded at a time
-ROUNDS = 8  # of conjugate gradients: twice as many fit the training clips alone
+ROUNDS = 8  # of conjugate gradients: three times as many change held-out errors by a hundredth
 
 
 @torch.no_grad()
