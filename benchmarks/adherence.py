@@ -65,7 +65,8 @@ def main() -> None:
     frames = None if options.num_frames == 29 else f"{options.num_frames}-frames"
     name = "-".join(["adherence", options.size, *filter(None, (options.recipe, frames, options.label))])
     settings = "".join(f", {setting}" for setting in options.settings)
-    write(name, means, note=f"{len(rows)} held-out prompts, recipe {recipe}, {options.size} x {options.num_frames}, seed {options.seed}{settings}")
+    note = f"{len(rows)} held-out prompts, recipe {recipe}, {options.size} x {options.num_frames}, seed {options.seed}{settings}"
+    write(name, means, note, cases=rows)
     Image.fromarray(torch.cat(sheet[:24]).numpy()).save(options.sheet)
 
 

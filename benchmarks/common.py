@@ -35,11 +35,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(name: str, rows: list[dict[str, Any]], note: str = "") -> None:
-    """`results/NAME.json` and `results/NAME.md`; every row has the same keys."""
+def write(name: str, rows: list[dict[str, Any]], note: str = "", cases: list[dict[str, Any]] | None = None) -> None:
+    """`results/NAME.json` and `results/NAME.md`; every row has the same keys. `cases`: what the rows are means of, for the JSON alone."""
     RESULTS.mkdir(exist_ok=True)
     where = machine()
-    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": where, "note": note, "rows": rows}, indent=2) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": where, "note": note, "rows": rows} | ({"cases": cases} if cases else {}), indent=2) + "\n")
     columns = list(rows[0])
     lines = [f"# {name}", "", ", ".join(f"{k} {v}" for k, v in where.items()), "", note, "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in rows]

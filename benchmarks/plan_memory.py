@@ -1,4 +1,4 @@
-"""Peak memory of a forward, of a decode and of an enlargement through pixels against what the plan says, each case in a process of its own.
+"""Peak memory of a forward, of a decode and of an enlargement, through pixels or learned, against what the plan says, each case in a process of its own.
 
     python benchmarks/plan_memory.py            # about seven minutes on one core
     python benchmarks/plan_memory.py --only 3   # every third case
@@ -23,14 +23,16 @@ import torch
 from common import write
 from diffusers import AutoencoderKLWan
 
-from muralist.cost import transformer
+from muralist.cost import transformer, upsampling
 from muralist.cost.machine import Machine
 from muralist.cost.stages import through_pixels
 from muralist.nn.attention import WindowAttention
 from muralist.nn.heap import return_large_blocks
+from muralist.nn.latent_upsampler import LatentUpsampler, miniature
+from muralist.nn.latent_upsampler.tiles import upsample_in_tiles
 from muralist.nn.transformer import Graft, MuralTransformer
 from muralist.stages.decode import TileMajor, TimeMajor, decode, decode_bytes
-from muralist.stages.upsample import PixelInterpolation, upsample
+from muralist.stages.upsample import LearnedUpsampling, PixelInterpolation, upsample
 from muralist.types import Geometry, Grid, LatentVideo
 
 GRAFTS = {
@@ -53,6 +55,9 @@ ENLARGEMENTS = [  # flavour, base width, frames, the proxy's width and height, t
     ("2.1", 32, 5, 320, 192, 2, 768), ("2.1", 32, 5, 320, 192, 2, 256), ("2.1", 96, 5, 224, 128, 2, 256), ("2.1", 16, 9, 448, 256, 2, 64),
     ("2.2", 32, 5, 448, 256, 2, 768), ("2.2", 32, 5, 448, 256, 2, 256), ("2.2", 96, 5, 256, 128, 2, 256), ("2.2", 16, 29, 640, 384, 2, 128),
 ]  # fmt: skip
+LEARNED = [  # latent frames, rows and columns, and the larger rows and columns
+    (31, 60, 106, 68, 120), (8, 16, 28, 68, 120), (21, 34, 60, 68, 120), (13, 30, 53, 34, 60), (5, 16, 28, 136, 240),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Case:
     def measure(self) -> dict[str, Any]:
         """In this process: the row of the case."""
         return_large_blocks()
-        return {"forward": _forward, "decode": _decode, "upsample": _upsample}[self.kind](self.number)
+        return {"forward": _forward, "decode": _decode, "upsample": _upsample, "learned": _learned}[self.kind](self.number)
 
     def apart(self) -> dict[str, Any]:
         """In a process of its own: what another case has left would count as there already. Forked, so that libraries are imported once."""
@@ -74,7 +79,8 @@ class Case:
             return pool.apply(self.measure)
 
 
-CASES = [Case(kind, n) for kind, cases in (("forward", FORWARDS), ("decode", DECODES), ("upsample", ENLARGEMENTS)) for n in range(len(cases))]
+LISTS = {"forward": FORWARDS, "decode": DECODES, "upsample": ENLARGEMENTS, "learned": LEARNED}
+CASES = [Case(kind, n) for kind, cases in LISTS.items() for n in range(len(cases))]
 
 
 class Growth:
@@ -160,6 +166,25 @@ def _upsample(number: int) -> dict[str, Any]:
         said = run(Grid(num_frames=frames, height=height, width=width))
     case = f"Wan{flavour}, {base} wide, {width}x{height} x{frames} enlarged {times} times, tile {tile}"
     return _row("upsample", case, said, growth.bytes, time.monotonic() - started)
+
+
+def _learned(number: int) -> dict[str, Any]:
+    """The embedded base's upsampler, with random weights, on latents of 48 channels."""
+    frames, height, width, *size = LEARNED[number]
+    config, part = miniature(), LearnedUpsampling()
+
+    def run(shape: tuple[int, int, int], size: tuple[int, int]) -> int:
+        z, network = torch.zeros(1, config.channels, *shape), LatentUpsampler(config).eval()
+        with torch.inference_mode():
+            upsample_in_tiles(network, z, size, part.tile, part.overlap)
+        need = upsampling.measure(config, part, shape, (shape[0], *size))
+        return sum(parameter.nbytes for parameter in network.parameters()) + need.live_bytes
+
+    run((2, 8, 8), (9, 9))
+    started = time.monotonic()
+    with Growth() as growth:
+        said = run((frames, height, width), tuple(size))
+    return _row("learned", f"{frames} latent frames, {width}x{height} to {size[1]}x{size[0]}", said, growth.bytes, time.monotonic() - started)
 
 
 def _vae_config(flavour: str, base: int) -> dict[str, Any]:

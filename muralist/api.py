@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from muralist.store.run import RunDirectory
 
 
-def load(model: str = "miniature", *, recipe: str = recipes.DEFAULT, device: str = "auto", revision: str | None = None) -> Pipeline:
+def load(model: str | Path = "miniature", *, recipe: str = recipes.DEFAULT, device: str = "auto", revision: str | None = None) -> Pipeline:
     """A pipeline of a base and a recipe; weights are loaded when they are first needed.
 
     Args:
@@ -42,7 +42,7 @@ def load(model: str = "miniature", *, recipe: str = recipes.DEFAULT, device: str
         UserError: an unknown recipe or device, or a folder that is missing, incomplete, or holds pickles.
     """
     recipes.find(recipe)
-    return Pipeline(Base(inspect_base(model, revision), pick_device(device)), recipe, revision)
+    return Pipeline(Base(inspect_base(str(model), revision), pick_device(device)), recipe, revision)
 
 
 class Pipeline:
@@ -77,19 +77,18 @@ class Pipeline:
         from muralist.cost.budget import Budget
         from muralist.pipeline import denoise, prepare_memory
         from muralist.plan import Machine
-        from muralist.request import plan_run, run_record, stored_seed, weights_of
+        from muralist.request import as_begun, plan_run, run_record, stored_seed
         from muralist.store.run import RunDirectory
 
         budget = Budget(memory, vram_limit)
         temporary = tempfile.TemporaryDirectory(prefix="muralist-") if run_dir is None else None
         folder = Path(temporary.name) if temporary else typed_path(str(run_dir), "run_dir")
-        asked = self.request(prompt, **{"seed": stored_seed(folder)} | options)
+        asked = as_begun(self.request(prompt, **{"seed": stored_seed(folder)} | options), self.base.info, folder)
         plan = plan_run(asked, self.base.info, Machine.measure(self.base.device, folder), folder, budget)
         plan.check()
         prepare_memory(self.base, plan)
         request = plan.request
-        record = run_record(asked, request, weights=weights_of(request.config, self.base.info))
-        run = RunDirectory.create(folder, record, dtype=str(self.base.dtype).removeprefix("torch."))
+        run = RunDirectory.create(folder, run_record(asked, request, self.base.info), dtype=str(self.base.dtype).removeprefix("torch."))
         try:
             latent = denoise(request, self.base, run, observer or Silent())
         except BaseException:
@@ -101,9 +100,11 @@ class Pipeline:
         """What the same call would cost, stage by stage; `machine`: '24GB', '80GB' or '140GB' instead of this one."""
         from muralist.cost.budget import Budget
         from muralist.plan import Machine, plan
+        from muralist.request import check_weights
 
-        where = Machine.measure(self.base.device) if machine is None else Machine.of(machine)
-        return plan(self.request(prompt, **options), self.base.info, where, budget=Budget(memory, vram_limit))
+        budget, request = Budget(memory, vram_limit), self.request(prompt, **options)
+        check_weights(request.config, self.base.info)
+        return plan(request, self.base.info, Machine.measure(self.base.device) if machine is None else Machine.of(machine), budget=budget)
 
     def request(self, prompt: str, **options: Any) -> Request:
         """The complete request of a call: every default filled in, every number checked."""

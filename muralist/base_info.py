@@ -213,7 +213,7 @@ def inspect_base(model: str, revision: str | None = None) -> BaseInfo:
         fingerprints={name: weights.fingerprint(path) for name, path in (components | beside).items()},
         configured=_joined(
             {name: weights.digest_of_config(path) for name, path in components.items()}
-            | {"tokenizer": weights.digest(folder / "tokenizer"), "rest": f"{prediction} {boundary} {defaults.max_sequence_length}"}
+            | {"tokenizer": weights.digest_of_tokenizer(folder / "tokenizer"), "rest": f"{prediction} {boundary} {defaults.max_sequence_length}"}
         ),
     )
 

@@ -189,7 +189,10 @@ def _would_fit(setting: Setting, level: str) -> bool:
 
 
 def _with(setting: Setting, grid: Grid) -> Setting:
-    return replace(setting, request=replace(setting.request, grid=grid))
+    """The same for another target, whose proxy may be another."""
+    config = setting.request.config
+    proxy = config.proxy and config.proxy.settled(grid)
+    return replace(setting, request=replace(setting.request, grid=grid, config=replace(config, proxy=proxy)))
 
 
 # -- What is worth saying --

@@ -31,8 +31,8 @@ from muralist.nn.kinds import BRANCHES, INJECTOR, STEP_SIZE
 from muralist.restoring import restored
 from muralist.sampling.shortcut import ShortcutSteps
 from muralist.settings import changed
-from muralist.stages.upsample import upsampler_in
-from muralist.store.run import SETTLED, TYPED, RunDirectory
+from muralist.stages.upsample import LearnedUpsampling, upsampler_in
+from muralist.store.run import SETTLED, TYPED, WEIGHTS, RunDirectory
 from muralist.store.vocabulary import read_prompt
 from muralist.structure import check_structure, check_upsampler
 from muralist.types import Geometry, Grid, nearest_frames
@@ -109,6 +109,7 @@ def make_request(asked: Asked, info: BaseInfo, note: Callable[[str], None]) -> R
     )
     config.encode.resolve(request.grid)  # codec and rate are checked now, not after hours of work
     config.refine.require_fit(info.geometry.token_shape(info.geometry.legal(request.grid)))
+    _require_enlarging(config, grid, info.geometry)
     _tell_what_is_not_read(request.prompt, info, note)
     if isinstance(config.refine.steps, ShortcutSteps) and config.refine.adapter is None:
         note("few steps of known size without an adapter: right where the transformer itself has learned them, as imported ones have")
@@ -125,6 +126,16 @@ def _settled(config: Config, grid: Grid, settings: tuple[str, ...]) -> Config:
             what = f"the base spans {grid.num_frames} frames by itself, so the proxy has all of them and nothing of a slow one"
             raise UserError(what, where=name, fix="add --set proxy.spanned=0 for a slow one, or leave this out")
     return replace(config, proxy=proxy)
+
+
+def _require_enlarging(config: Config, grid: Grid, geometry: Geometry) -> None:
+    """UserError if the upsampler would have to make a latent smaller."""
+    if not isinstance(config.upsample, LearnedUpsampling):
+        return
+    proxy, target = config.proxy.grid(grid, geometry), geometry.legal(grid)
+    if proxy.height > target.height or proxy.width > target.width:
+        what = f"the upsampler makes latents larger, and the proxy of {proxy.width}x{proxy.height} is larger than {target.width}x{target.height}"
+        raise UserError(what, where="upsample", fix="use a larger --size, or a smaller proxy")
 
 
 def _tell_what_is_not_read(prompt: str, info: BaseInfo, note: Callable[[str], None]) -> None:
@@ -296,6 +307,16 @@ def stored_seed(run_dir: Path) -> int:
     return seed if type(seed) is int and seed >= 0 else -1
 
 
+def as_begun(asked: Request, info: BaseInfo, run_dir: Path) -> Request:
+    """The request with the name that the run at `run_dir` has for its model, if that is of the same weights: where a model lies is no option."""
+    stored = RunDirectory.stored(run_dir) or {}
+    named = stored.get(TYPED)
+    if not isinstance(named, dict) or stored.get(WEIGHTS) != weights_of(asked.config, info):
+        return asked
+    model, revision = named.get("model"), named.get("revision")
+    return replace(asked, model=model, revision=revision) if isinstance(model, str) and isinstance(revision, str | None) else asked
+
+
 def plan_run(request: Request, info: BaseInfo, machine: Machine, run_dir: Path, budget: Budget) -> Plan:
     """The plan of a request in a run directory, after checking the model's structure; what a run there has decided and written counts."""
     from muralist.plan import plan
@@ -313,9 +334,10 @@ def check_weights(config: Config, info: BaseInfo) -> None:
         check_upsampler(info)
 
 
-def run_record(asked: Request, settled: Request, **more: Any) -> dict[str, Any]:
-    """What a run directory remembers of its request: as it was asked, `more` that decides the result, and last with what a plan has settled (chunks, tiles)."""
-    return {TYPED: asked.record(), **more, SETTLED: settled.record()}
+def run_record(asked: Request, settled: Request, info: BaseInfo, **more: Any) -> dict[str, Any]:
+    """What a run directory remembers: the request as it was asked, the weights that decide its result, `more`, and last the request with what a plan
+    has settled (chunks, tiles)."""
+    return {TYPED: asked.record(), WEIGHTS: weights_of(settled.config, info), **more, SETTLED: settled.record()}
 
 
 def _begun(asked: Request, run_dir: Path) -> tuple[Request | None, int]:

@@ -51,8 +51,9 @@ def add_parts(folder: Path) -> Path:
     info = inspect_base(str(folder))
     channels, width = info.geometry.channels, info.width
     network = VrtConfig(in_channels=channels, dim=12, depth=1, refine_dim=12, refine_depth=1, groups=1, heads=3, window=(2, 4, 4), still_groups=0)
-    shape = LatentUpsamplerConfig(encoder=network, hidden=(16,), decoder=network)
-    save_part(folder / "parts" / UPSAMPLER, UPSAMPLER, asdict(shape), dict(LatentUpsampler(shape).named_parameters()))
+    shape = LatentUpsamplerConfig(encoder=network, hidden=(16,), decoder=network, polynomials=True)
+    torch.nn.init.normal_((upsampler := LatentUpsampler(shape)).polynomial.conv.weight, std=0.01)
+    _save_random(folder, UPSAMPLER, asdict(shape), upsampler)
     low = ExpertConfig(place="attention", band=RadialFilter(band="low"), sigmas=(0.875, 1.0), rank=2, alpha=2.0)
     high = ExpertConfig(place="ffn", band=RadialFilter(band="high"), sigmas=(0.0, 0.875), rank=3, alpha=3.0)
     experts = ExpertsConfig(dim=width, layers=2, experts={"low": low, "high": high})

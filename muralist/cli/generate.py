@@ -67,10 +67,10 @@ class Job:
 
     def record(self, output: Path, run_dir: Path, settled: Request) -> dict[str, Any]:
         """What the run directory remembers; `settled`: the request as planned. The output is relative to it, so that both can be moved together."""
-        from muralist.request import run_record, weights_of
+        from muralist.request import run_record
 
         relative = os.path.relpath(output.absolute(), run_dir.absolute())
-        return run_record(self.request, settled, output=relative, folder=self.folder, weights=weights_of(settled.config, self.info))
+        return run_record(self.request, settled, self.info, output=relative, folder=self.folder)
 
 
 def prepare(prompt: str, video: VideoOptions, run_dir: Path | None) -> Job:
@@ -79,7 +79,7 @@ def prepare(prompt: str, video: VideoOptions, run_dir: Path | None) -> Job:
     from muralist.base import pick_device
     from muralist.base_info import inspect_base
     from muralist.cost.budget import Budget
-    from muralist.request import check_prompt, make_request, tell_of_kernels
+    from muralist.request import as_begun, check_prompt, make_request, tell_of_kernels
     from muralist.store.weights import folder_of
 
     check_prompt(prompt)  # all of this before a model is searched, or even downloaded
@@ -90,7 +90,7 @@ def prepare(prompt: str, video: VideoOptions, run_dir: Path | None) -> Job:
     info = inspect_base(video.model, video.revision)
     request = make_request(asked, info, note)
     tell_of_kernels(request, info, device, note)
-    return Job(request, info, device, budget, folder_of(request.model))
+    return Job(request if run_dir is None else as_begun(request, info, run_dir), info, device, budget, folder_of(request.model))
 
 
 def ask(prompt: str, video: VideoOptions, run_dir: Path | None):

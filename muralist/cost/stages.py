@@ -20,12 +20,14 @@ from muralist.cost.machine import Machine
 from muralist.cost.setting import FLOAT, PROCESS_BYTES, Setting, StagePlan, size_text
 from muralist.errors import UserError
 from muralist.nn.enlarge import EnlargedPixels
+from muralist.nn.latent_upsampler import LatentUpsamplerConfig
 from muralist.nn.latent_upsampler.tiles import Tile
 from muralist.nn.streaming import SLOTS
 from muralist.stages.proxy import LowFrameRateProxy, LowResolutionProxy
 from muralist.stages.refine import Refine
 from muralist.stages.upsample import PROXY_DECODE, LatentInterpolation, LearnedUpsampling, PixelInterpolation
 from muralist.store import weights
+from muralist.store.parts import read_part
 from muralist.store.video_write import EncodeOptions
 from muralist.types import Grid
 
@@ -98,12 +100,15 @@ def _by_latents(part: LatentInterpolation | LearnedUpsampling, source: Tile, set
     match part:
         case LatentInterpolation():
             return replace(plan, work=f"latent {part.mode}", seconds=setting.machine.seconds(traffic=8 * latent))
+        case LearnedUpsampling() if source == setting.info.geometry.latent_shape(setting.grid)[1:]:
+            return replace(plan, work="nothing to enlarge")
         case LearnedUpsampling():
             info = setting.info
             info.require_part(UPSAMPLER)
-            need = upsampling.measure(info.folder / "parts" / UPSAMPLER, part, source, info.geometry.latent_shape(setting.grid)[1:])
+            config = LatentUpsamplerConfig.of(read_part(info.folder / "parts" / UPSAMPLER, UPSAMPLER))
+            need = upsampling.measure(config, part, source, info.geometry.latent_shape(setting.grid)[1:])
             stored = info.component_bytes[f"part {UPSAMPLER}"]
-            seconds, held = setting.machine.seconds(linear=need.flops, read=stored), plan.memory_bytes + 2 * (stored + latent) + need.live_bytes
+            seconds, held = setting.machine.seconds(linear=need.flops, read=stored), plan.memory_bytes - 3 * latent + 2 * stored + need.live_bytes
             return replace(plan, work=f"upsampler, {need.pieces} piece{'s' * (need.pieces > 1)}", flops=need.flops, memory_bytes=held, seconds=seconds)
 
 

@@ -50,7 +50,7 @@ def _embedding(base: Base, text: str, folder: Path | None) -> torch.Tensor:
 def _identity(model: Path) -> tuple[str, ...]:
     """What tells one text encoder from another: its weights, what its configuration makes of them, and its tokenizer."""
     encoder = model / "text_encoder"
-    return weights.fingerprint(encoder), atomic.file_sha256(encoder / "config.json"), weights.digest(model / "tokenizer")
+    return weights.fingerprint(encoder), atomic.file_sha256(encoder / "config.json"), weights.digest_of_tokenizer(model / "tokenizer")
 
 
 @torch.inference_mode()

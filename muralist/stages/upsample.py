@@ -118,7 +118,8 @@ def _by_latents(z: torch.Tensor, size: tuple[int, int], base: Base, method: Late
             made = enlarged(z, size, method.mode)
             on_piece(1, 1)
             return made
-        case LearnedUpsampling() if z.shape[-2:] == size:  # its networks would change what is there already
+        case LearnedUpsampling() if tuple(z.shape[-2:]) == size:  # its networks would change what is there already
+            on_piece(1, 1)
             return z.float()
         case LearnedUpsampling():
             from muralist.nn.latent_upsampler.tiles import upsample_in_tiles
@@ -198,6 +199,8 @@ def _latent_pieces(method: LatentInterpolation | LearnedUpsampling, shape: tuple
     match method:
         case LatentInterpolation():
             return 1
+        case LearnedUpsampling() if shape[1:] == target[1:]:
+            return 1
         case LearnedUpsampling():
             from muralist.nn.latent_upsampler.tiles import pieces as cut
 
@@ -205,6 +208,6 @@ def _latent_pieces(method: LatentInterpolation | LearnedUpsampling, shape: tuple
 
 
 def upsampler_in(method: Upsampling | None) -> LearnedUpsampling | None:
-    """The base's upsampler, where it serves: for all of the way, or for the rest of it."""
-    learned = method.rest if isinstance(method, PixelInterpolation) else method
+    """The base's upsampler, where it serves: for all of the way, or for the rest of it, if there is any."""
+    learned = method.rest if isinstance(method, PixelInterpolation) and method.latent_scale > 1 else method
     return learned if isinstance(learned, LearnedUpsampling) else None

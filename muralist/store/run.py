@@ -29,7 +29,7 @@ from muralist.store import atomic
 from muralist.store.tensors import load_tensors, total_bytes, writer
 
 FORMAT = 4  # of request.json
-TYPED, SETTLED = "typed", "request"  # in it: what was asked, and what a plan has made of it
+TYPED, WEIGHTS, SETTLED = "typed", "weights", "request"  # in it: what was asked, a digest of what computes it, and what a plan has made of it
 _REQUEST, _LOCK, _SCRATCH, _TENSORS = "request.json", "lock", "scratch", "tensors.safetensors"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _STEP = re.compile(r"[a-z][a-z0-9_]*-step-\d+")
@@ -239,15 +239,14 @@ def _require_same(root: Path, stored: Any, wanted: Any) -> None:
     for name, old, new in _differences(stored, wanted):
         if name == "folder":
             continue
-        if name == "weights":
+        if name == WEIGHTS:
             fix = "bring the earlier files back, or choose another run directory"
             raise UserError("the model's weights or configurations have changed since this run was started", where=str(root), fix=fix)
         if name.startswith(f"{SETTLED}."):
             raise UserError("another process has begun it meanwhile", where=str(root), fix="run the same command again: it goes on as that one has planned")
         own = name.removeprefix(f"{TYPED}.").removeprefix("config.")
-        fix = f"ask for {old} again to resume it, or choose another run directory"
-        if own == "model":  # the same one, elsewhere, is gone on with
-            fix = "muralist resume with --model FOLDER if it has moved, else choose another run directory"
+        elsewhere = own == "model" or (own == "output" and "null" in (old, new))  # from Python there is no output, and other weights are not the model's
+        fix = "choose another run directory" if elsewhere else f"ask for {old} again to resume it, or choose another run directory"
         raise UserError(f"this run was started with {own} = {old}, now it is {new}", where=str(root), fix=fix)
 
 

@@ -113,7 +113,9 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-VERSIONS = ("_diffusers_version", "transformers_version", "_name_or_path")  # and places: they change nothing
+# Of a configuration's values, versions of libraries, places, and what only a loader goes by: they change nothing that is computed.
+TOLD = ("_diffusers_version", "transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
+READ = (".json", ".model", ".txt")  # by tokenizers
 
 
 def fingerprint(folder: Path) -> str:
@@ -129,17 +131,18 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def digest(folder: Path) -> str:
-    """A digest of all files of a small folder, such as a tokenizer's."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+def digest_of_tokenizer(folder: Path) -> str:
+    """A digest of all files that a tokenizer can be read from; what an operating system or a person lays beside them is none."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in READ and not path.name.startswith(".") and path.is_file())
     return hashlib.sha256(b"".join(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
 
 
 def digest_of_config(folder: Path) -> str:
-    """A digest of a component's configuration, whichever version of the libraries has written it; of none where there is no file."""
+    """A digest of what a component's configuration says of what it computes; of none where there is no file. A default that is said and one that is
+    left out are two."""
     file = folder / "config.json"
     values = read_config(file) if file.is_file() else {}
-    same = {name: value for name, value in values.items() if name not in VERSIONS}
+    same = {name: value for name, value in values.items() if name not in TOLD}
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
 
 

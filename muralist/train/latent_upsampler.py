@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from muralist.base_info import UPSAMPLER, BaseInfo, inspect_base
 from muralist.data.latents import PairConfig, build_pairs
 from muralist.data.sources import Footage
 from muralist.errors import UserError
-from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, miniature, paper
+from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, OutdatedPart, miniature, paper
 from muralist.store import weights
 from muralist.store.parts import save_part
 from muralist.train import state
@@ -28,7 +29,7 @@ CLIPS = 200  # pairs of each scale
 SIDE = 128  # pixels of a small crop: one of the network's windows, at sixteen pixels to a latent
 FRAMES = 29  # of a pair, if the base makes as many: eight latent frames, more than one window in time
 PIXELS = 12e6  # of a large crop with all of its frames: the step to 4K has fewer of them
-NEW = "new"  # what a training stands on that starts from nothing
+NEW = "new, polynomials fitted together"  # what a training stands on that starts from nothing; others were fitted to other ends
 WIDE = 1024  # the width of a base from which it gets the paper's network; Wan2.1-1.3B has 1,536
 
 
@@ -73,7 +74,7 @@ def train_latent_upsampler(
 
 def _scales(own: int, data: VideoData) -> list[float]:
     """The factors to learn for a base of `own` rows; of footage those that it is large enough for. Crops of 128 pixels stay legal at quarters."""
-    scales = sorted({*SCALES, HEIGHT_4K * 4 // own / 4})
+    scales = sorted({*SCALES, max(HEIGHT_4K * 4 // own / 4, SCALES[0])})
     if isinstance(data.source, Footage):
         scales = [scale for scale in scales if scale * own <= max(data.heights)]
     if not scales:
@@ -93,10 +94,10 @@ def _begun(info: BaseInfo, config: LatentUpsamplerConfig, report: Report) -> tup
     """The base's own network if it is of this configuration, else a new one; and which of the two a checkpoint stands on."""
     own = info.folder / "parts" / UPSAMPLER
     if own.is_dir():
-        begun = load_latent_upsampler(own)
-        if begun.config == config:
-            return begun.float(), weights.fingerprint(own)
-        report("the base's own upsampler is of another configuration: a new one takes its place")
+        with suppress(OutdatedPart):
+            if (begun := load_latent_upsampler(own)).config == config:
+                return begun.float(), weights.fingerprint(own)
+        report("the base's own upsampler is of another configuration or an earlier form: a new one takes its place")
     torch.manual_seed(0)
     return LatentUpsampler(config), NEW
 

@@ -251,8 +251,10 @@ def test_a_run_goes_on_where_its_model_lies_now(tiny22, tmp_path):
     file.write_bytes(file.read_bytes()[:-64] + bytes(64))
     assert "weights or configurations have changed" in muralist("resume", f"{output}.run", "--model", other).error
     assert "an empty path" in muralist("resume", f"{output}.run", "--model", "").error
-    assert "with --model FOLDER if it has moved" in generate(moved, output, "--keep-run").error
+    assert "choose another run directory" in generate(other, output, "--keep-run").error
     assert muralist("resume", f"{output}.run", "--model", moved, "--keep-run").code == 0 and output.is_file()
+    again = moved.rename(tmp_path / "again")
+    assert generate(again, output, "--keep-run").code == 0, "the same command for a model that has moved"
     assert muralist("resume", f"{output}.run").code == 0, "it is told once"
 
 
@@ -269,7 +271,9 @@ def test_a_run_does_not_go_on_with_the_same_weights_configured_otherwise(tiny22,
         before = (model / file).read_text()
         (model / file).write_text(json.dumps(json.loads(before) | {name: value}))
         assert "weights or configurations have changed" in muralist("resume", f"{output}.run", "--keep-run").error, file
-        (model / file).write_text(json.dumps(json.loads(before) | {"_diffusers_version": "9"}))  # which changes nothing
+        told = {"_diffusers_version": "9"} | ({"dtype": "float16"} if file.startswith("text_encoder") else {})  # which changes nothing
+        (model / file).write_text(json.dumps(json.loads(before) | told))
+    (model / "tokenizer" / ".DS_Store").write_bytes(b"x")
     assert muralist("resume", f"{output}.run", "--keep-run").code == 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -78,6 +80,26 @@ def test_a_run_directory_is_resumed_and_guarded(pipe, tmp_path):
     assert observer.reports == []  # nothing was done again
     with pytest.raises(muralist.UserError, match="this run was started with"):
         pipe("a blue ball", run_dir=tmp_path / "run", **SIZE)
+
+
+def test_a_run_goes_on_where_its_model_lies_now(tiny22, tmp_path):
+    model, size = shutil.copytree(tiny22, tmp_path / "model"), SIZE | {"run_dir": tmp_path / "run"}
+    muralist.load(model, device="cpu")("a red ball", **size).close()
+    moved, observer = model.rename(tmp_path / "elsewhere"), Silent()
+    muralist.load(moved, device="cpu")("a red ball", observer=observer, **size).close()
+    assert observer.reports == []
+    file = moved / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-64] + bytes(64))
+    with pytest.raises(muralist.UserError, match=r"; choose another run directory$"):
+        muralist.load(moved, device="cpu")("a red ball", **size)
+
+
+def test_a_plan_checks_the_parts_that_serve(tiny22, tmp_path):
+    model = shutil.copytree(tiny22, tmp_path / "model")
+    file = model / "parts" / "latent_upsampler" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden": None}))
+    with pytest.raises(muralist.UserError, match="latent_upsampler"):
+        muralist.load(model, recipe="luve").plan()
 
 
 def test_plan_costs_nothing(pipe):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from muralist.errors import UserError
 from muralist.nn.enlarge import enlarged
-from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig, paper, tmsa
+from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig, paper, polynomial, tmsa
 from muralist.nn.latent_upsampler.implicit import ImplicitUpsampler
 from muralist.nn.latent_upsampler.polynomial import MONOMIALS, LocalPolynomial
 from muralist.nn.latent_upsampler.tmsa import MutualSelfAttention, TmsaBlock, fitted, shift_mask, sine_positions
@@ -74,6 +74,21 @@ def test_the_polynomial_is_the_mean_of_those_around_each_query(size):
             maps = (module.conv.weight * padded[0, :, t : t + 3, b : b + 3, c : c + 3]).sum(dim=(1, 2, 3, 4)) + module.conv.bias
             expected += weight * share * sum(ratio**r * dy**i * dx**j * part for (i, j, r), part in zip(MONOMIALS, maps.split(3)))
         assert (got[0, :, t, y, x] - expected).abs().max() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("some", [1, 2, 5])
+def test_polynomials_are_the_same_some_frames_at_a_time(some, monkeypatch):
+    torch.manual_seed(0)
+    module = LocalPolynomial(3)
+    z = torch.randn(2, 3, 5, 6, 7)
+    module.conv.reset_parameters()
+    whole = module(z, (9, 13))
+    monkeypatch.setattr(polynomial, "VALUES", 2 * some * polynomial.values(3, (6, 7), (9, 13)))
+    seen, plain = [], module._frames
+    monkeypatch.setattr(module, "_frames", lambda padded, *given: seen.append(padded.shape[2] - 2) or plain(padded, *given))
+    assert (module(z, (9, 13)) - whole).abs().max() < 1e-6
+    assert seen == [some] * (5 // some) + [5 % some] * (5 % some > 0)
 
 
 @torch.no_grad()

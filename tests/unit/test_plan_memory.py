@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "numbers"), [("forward", (0, 2, 5, 7)), ("upsample", (5,))])
+@pytest.mark.parametrize(("kind", "numbers"), [("forward", (0, 2, 5, 7)), ("upsample", (5,)), ("learned", (3,))])
 def test_planned_memory_is_that_of_a_process(kind, numbers):
     """Started anew: a process that has run other tests has freed memory to use again."""
     script = f"import json; from plan_memory import Case; print(json.dumps([Case({kind!r}, number).apart() for number in {numbers}]))"

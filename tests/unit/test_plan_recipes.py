@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from muralist.base import Base
 from muralist.base_info import inspect_base
 from muralist.cost.machine import Machine
+from muralist.cost.setting import Setting
 from muralist.errors import UserError
 from muralist.nn.attention import GuidedWindows, Near
 from muralist.nn.transformer import Graft, MuralTransformer
@@ -94,6 +96,16 @@ def test_a_target_that_the_base_spans_has_a_proxy_of_all_its_frames(tiny_base):
     assert proxy(5) == own
     with pytest.raises(UserError, match="no adapter 'proxy'"):
         proxy(9)
+
+
+def test_what_fewer_frames_would_need_is_counted_with_their_own_proxy(tiny_base):
+    info = inspect_base(str(tiny_base))
+    asked = make_request(Asked(prompt="a ball", width=160, height=96, num_frames=65, seed=1, recipe="atlasvid"), info, note=print)
+    setting = Setting(request=asked, info=info, machine=Machine.of("80GB"))
+    for frames in (5, 9):
+        shorter = sys.modules["muralist.plan"]._with(setting, replace(asked.grid, num_frames=frames))
+        typed = Asked(prompt="a ball", width=160, height=96, num_frames=frames, seed=1, recipe="atlasvid")
+        assert shorter.request == make_request(typed, info, note=print)
 
 
 def test_a_proxy_of_few_frames_is_enlarged_in_time_too(tiny22):

@@ -79,6 +79,18 @@ def test_a_training_goes_on_from_the_bases_own_network_if_it_is_the_same(tiny22,
     assert all(torch.equal(begun.state_dict()[name], tensor) for name, tensor in own.state_dict().items()) and stands_on != new and not said
     other, stands_on = training._begun(inspect_base(str(model)), replace(CONFIG, hidden=(8,)), said.append)
     assert other.config.hidden == (8,) and stands_on == new and "another configuration" in said[0]
+    old = asdict(CONFIG) | {"polynomial": True}  # of which the weights meant something else
+    shutil.rmtree(model / "parts")
+    save_part(model / "parts" / "latent_upsampler", "latent_upsampler", old, dict(own.named_parameters()))
+    assert training._begun(inspect_base(str(model)), CONFIG, said.append)[1] == new and "an earlier form" in said[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(8, 10), (4, 5)], ids=["nothing is left to fit", "nothing counts"])
+def test_what_asks_for_no_polynomial_gets_none(size):
+    low = torch.randn(3, 1, 2, 4, 5)
+    fit_polynomial(found := LocalPolynomial(1), [LatentPairs(low, enlarged(low, size, "bilinear"))])
+    assert not found.conv.weight.any() and not found.conv.bias.any()
 
 
 @pytest.mark.parametrize(("scale", "frames"), [(1.5, 29), (3.0, 29), (8.5, 9), (30.0, 1)])

@@ -24,7 +24,9 @@ from muralist.nn.latent_upsampler.tiles import upsample_in_tiles
 from muralist.nn.packed import value_bytes
 from muralist.plan import plan
 from muralist.recipes import find
-from muralist.stages.upsample import LatentInterpolation, LearnedUpsampling, PixelInterpolation, pieces, upsample
+from muralist.request import Asked, make_request
+from muralist.stages.upsample import LatentInterpolation, LearnedUpsampling, PixelInterpolation, pieces, upsample, upsampler_in
+from muralist.store.parts import read_part
 from muralist.types import Grid, LatentVideo
 from tests.faults.test_out_of_memory import Failing
 from tests.shell import muralist
@@ -85,11 +87,11 @@ def test_pieces_of_a_pointwise_network_are_the_whole():
 
 
 def test_the_plan_counts_the_network_itself(base):
-    folder, geometry = base.info.folder / "parts" / UPSAMPLER, base.info.geometry
+    shape, geometry = LatentUpsamplerConfig.of(read_part(base.info.folder / "parts" / UPSAMPLER, UPSAMPLER)), base.info.geometry
     part = LearnedUpsampling(tile=(2, 4, 4), overlap=(0, 0, 0))
     source, target = geometry.latent_shape(SMALL)[1:], geometry.latent_shape(LARGE)[1:]
-    assert measure(folder, part, source, target).pieces == pieces(part, SMALL, LARGE, geometry)
-    assert measure(folder, LearnedUpsampling(), source, target).flops > 0
+    assert measure(shape, part, source, target).pieces == pieces(part, SMALL, LARGE, geometry)
+    assert measure(shape, LearnedUpsampling(), source, target).flops > 0
 
 
 def test_the_upsampler_takes_over_where_pixels_end(base):
@@ -104,7 +106,22 @@ def test_the_upsampler_takes_over_where_pixels_end(base):
     assert not torch.equal(guide.z, upsample(proxy, LARGE, base, replace(HALF, rest=LatentInterpolation())).z)
     count = pieces(HALF, SMALL, LARGE, geometry)
     assert told[-1] == (count, count) and [done for done, _ in told] == list(range(1, count + 1))
-    assert torch.equal(upsample(proxy, LARGE, base, replace(HALF, latent_scale=1.0)).z, upsample(proxy, LARGE, base, PixelInterpolation(tile=64)).z)
+    whole = replace(HALF, latent_scale=1.0)
+    assert torch.equal(upsample(proxy, LARGE, base, whole).z, upsample(proxy, LARGE, base, PixelInterpolation(tile=64)).z)
+    assert upsampler_in(HALF) == HALF.rest and upsampler_in(whole) is None, "a base without one will do"
+
+
+def test_what_has_its_size_already_stays_as_it_is(base):
+    geometry, told, part = base.info.geometry, [], LearnedUpsampling()
+    proxy = LatentVideo(torch.randn(1, *geometry.latent_shape(LARGE)), LARGE)
+    assert torch.equal(upsample(proxy, LARGE, base, part, lambda *n: told.append(n)).z, proxy.z)
+    assert told == [(1, 1)] and pieces(part, LARGE, LARGE, geometry) == 1
+    asked = Asked(prompt="a ball", recipe="luve", width=LARGE.width, height=LARGE.height, num_frames=5, seed=0)
+    sized = (f"proxy.height={LARGE.height}", f"proxy.width={LARGE.width}")
+    planned = stage(plan(make_request(replace(asked, settings=sized), base.info, note=print), base.info, ROOMY), "upsample")
+    assert planned.work == "nothing to enlarge" and not planned.flops
+    with pytest.raises(UserError, match=r"the proxy of \d+x\d+ is larger than 224x128"):
+        make_request(replace(asked, settings=(sized[0], "proxy.width=256")), base.info, note=print)
 
 
 def test_a_base_without_the_part_says_how_to_get_it(tmp_path):

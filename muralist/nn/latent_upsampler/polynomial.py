@@ -11,6 +11,8 @@ near. Factors below WHOLE_FROM were not fitted: there it fades, to nothing at 1.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,6 +20,7 @@ from torch import nn
 # Powers of the offset along y, along x, and of r. Squares times r would take another 1 % off the error.
 MONOMIALS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (2, 0, 0), (0, 2, 0), (1, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1))
 POWERS = 3  # of an offset, from 0
+VALUES = 1 << 25  # of the maps of some frames and of what becomes of them, alive at a time, if one frame alone has no more
 WHOLE_FROM = 1.5  # factors; whole at 1.125 it is no better than interpolation, at 1.25 worse than a part of it
 
 
@@ -38,23 +41,34 @@ def axis(source: int, target: int) -> tuple[torch.Tensor, torch.Tensor]:
     return weights, 2 * (place[:, None] - torch.arange(source))
 
 
+def values(channels: int, source: tuple[int, int], target: tuple[int, int]) -> int:
+    """Alive for a frame: its maps, and of each power what it adds, beside the sums before and after."""
+    return channels * (len(MONOMIALS) * math.prod(source) + 3 * math.prod(target))
+
+
 class LocalPolynomial(nn.Module):
-    """[B, C, T, h, w] -> [B, C, T, H, W]; a new one gives zeros."""
+    """[B, C, T, h, w] -> [B, C, T, H, W], some frames at a time; a new one gives zeros."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv3d(channels, len(MONOMIALS) * channels, 3, padding=1)
+        self.conv = nn.Conv3d(channels, len(MONOMIALS) * channels, 3)
         nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, z: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         source: tuple[int, int] = tuple(z.shape[-2:])
-        down, across = (_powers(*sides, z) for sides in zip(source, size))
-        maps, r, result = self.conv(z).unflatten(1, (len(MONOMIALS), -1)), ratio(source, size), 0
+        some = max(VALUES // (len(z) * values(z.shape[1], source, size)), 1)
+        axes, padded = [_powers(*sides, z) for sides in zip(source, size)], F.pad(z, (1, 1, 1, 1, 1, 1))
+        starts, counts = range(0, z.shape[2], some), share(source, size)
+        return torch.cat([self._frames(padded[:, :, start : start + some + 2], axes, ratio(source, size)) * counts for start in starts], dim=2)
+
+    def _frames(self, padded: torch.Tensor, axes: list[list[torch.Tensor]], r: float) -> torch.Tensor:
+        """Of those in the middle of [B, C, t + 2, h + 2, w + 2]."""
+        maps, (down, across), result = self.conv(padded).unflatten(1, (len(MONOMIALS), -1)), axes, 0
         for power, of_x in enumerate(across):
-            same = [r**of_r * (down[along_y] @ maps[:, k]) for k, (along_y, along_x, of_r) in enumerate(MONOMIALS) if along_x == power]
-            result = result + sum(same) @ of_x.T
-        return result * share(source, size)
+            same = sum(r**of_r * (down[along_y] @ maps[:, k]) for k, (along_y, along_x, of_r) in enumerate(MONOMIALS) if along_x == power)
+            result = result + same @ of_x.T
+        return result
 
 
 def _powers(source: int, target: int, like: torch.Tensor) -> list[torch.Tensor]:

@@ -30,6 +30,8 @@ def fit_polynomial(polynomial: LocalPolynomial, pools: Sequence[LatentPairs], ri
     """Set its weights to the solution; every pool counts alike. Computed on the CPU, in double precision where matrices are solved: 3.5 GB for 48
     channels. `rounds`: 0 leaves every polynomial fitted for itself."""
     gram, right = _apart(polynomial.conv.in_channels, pools)
+    if not gram.any():  # nothing that counts: zeros as they are, or factors at which the polynomial has faded
+        return
     gram.diagonal().add_(more := float(ridge * gram.diagonal().mean()))
     factor = torch.linalg.cholesky(gram)
     del gram
@@ -37,8 +39,9 @@ def fit_polynomial(polynomial: LocalPolynomial, pools: Sequence[LatentPairs], ri
     downhill = -_gradient(polynomial, x, pools, more)
     toward = step = torch.cholesky_solve(downhill, factor)
     for _ in range(rounds):
+        if not (slope := (downhill * toward).sum()):  # it is the solution
+            break
         curved = _gradient(polynomial, step, pools, more, homogeneous=True)
-        slope = (downhill * toward).sum()
         length = slope / (step * curved).sum()
         x, downhill = x + length * step, downhill - length * curved
         toward = torch.cholesky_solve(downhill, factor)
