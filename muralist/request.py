@@ -135,7 +135,7 @@ def _require_enlarging(config: Config, grid: Grid, geometry: Geometry) -> None:
     proxy, target = config.proxy.grid(grid, geometry), geometry.legal(grid)
     if proxy.height > target.height or proxy.width > target.width:
         what = f"the upsampler makes latents larger, and the proxy of {proxy.width}x{proxy.height} is larger than {target.width}x{target.height}"
-        raise UserError(what, where="upsample", fix="use a larger --size, or a smaller proxy")
+        raise UserError(what, where="upsample", fix="use a larger --size, or a smaller --set proxy.height=... --set proxy.width=...")
 
 
 def _tell_what_is_not_read(prompt: str, info: BaseInfo, note: Callable[[str], None]) -> None:

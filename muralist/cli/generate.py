@@ -80,7 +80,7 @@ def prepare(prompt: str, video: VideoOptions, run_dir: Path | None) -> Job:
     from muralist.base_info import inspect_base
     from muralist.cost.budget import Budget
     from muralist.request import as_begun, check_prompt, make_request, tell_of_kernels
-    from muralist.store.weights import folder_of
+    from muralist.store.weights import EMBEDDED, folder_of
 
     check_prompt(prompt)  # all of this before a model is searched, or even downloaded
     budget = Budget(video.memory, video.vram_limit)
@@ -90,7 +90,10 @@ def prepare(prompt: str, video: VideoOptions, run_dir: Path | None) -> Job:
     info = inspect_base(video.model, video.revision)
     request = make_request(asked, info, note)
     tell_of_kernels(request, info, device, note)
-    return Job(request if run_dir is None else as_begun(request, info, run_dir), info, device, budget, folder_of(request.model))
+    named = request if run_dir is None else as_begun(request, info, run_dir)
+    # where it goes by another name in the run, that name need not lead to it
+    moved = None if named == request else request.model if request.model in EMBEDDED else str(info.folder.absolute())
+    return Job(named, info, device, budget, folder_of(request.model) or moved)
 
 
 def ask(prompt: str, video: VideoOptions, run_dir: Path | None):

@@ -41,7 +41,8 @@ def measure(config: LatentUpsamplerConfig, part: LearnedUpsampling, source: Tile
     between = BETWEEN * frames * math.prod(size) * config.channels
     live = max(_alive(config.encoder, (frames, height, width)), _alive(config.decoder, (frames, *size)), between)
     if config.polynomials:  # before the pieces, of the whole, some frames at a time
-        live = max(live, min(source[0] * polynomial.values(config.channels, *(side[1:] for side in (source, target))), polynomial.VALUES))
+        frame = polynomial.values(config.channels, source[1:], target[1:])
+        live = max(live, frame, min(source[0] * frame, polynomial.VALUES))
     return UpsamplingCost(count, _flops(config, (frames, height, width), size) * count, (live + LATENTS * config.channels * math.prod(target)) * FLOAT)
 
 

@@ -28,7 +28,7 @@ from muralist.errors import UserError
 from muralist.store import atomic
 from muralist.store.tensors import load_tensors, total_bytes, writer
 
-FORMAT = 4  # of request.json
+FORMAT = 5  # of request.json
 TYPED, WEIGHTS, SETTLED = "typed", "weights", "request"  # in it: what was asked, a digest of what computes it, and what a plan has made of it
 _REQUEST, _LOCK, _SCRATCH, _TENSORS = "request.json", "lock", "scratch", "tensors.safetensors"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -245,8 +245,11 @@ def _require_same(root: Path, stored: Any, wanted: Any) -> None:
         if name.startswith(f"{SETTLED}."):
             raise UserError("another process has begun it meanwhile", where=str(root), fix="run the same command again: it goes on as that one has planned")
         own = name.removeprefix(f"{TYPED}.").removeprefix("config.")
-        elsewhere = own == "model" or (own == "output" and "null" in (old, new))  # from Python there is no output, and other weights are not the model's
-        fix = "choose another run directory" if elsewhere else f"ask for {old} again to resume it, or choose another run directory"
+        if own == "model":  # of the same weights it would have had the name in the run
+            what = f"the model {new} has other weights or configurations than {old}, with which this run was started"
+            raise UserError(what, where=str(root), fix="bring the earlier files back, or choose another run directory")
+        again = "" if own == "output" and "null" in (old, new) else f"ask for {old} again to resume it, or "  # from Python there is no output
+        fix = f"{again}choose another run directory"
         raise UserError(f"this run was started with {own} = {old}, now it is {new}", where=str(root), fix=fix)
 
 

@@ -132,7 +132,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def digest_of_tokenizer(folder: Path) -> str:
-    """A digest of all files that a tokenizer can be read from; what an operating system or a person lays beside them is none."""
+    """A digest of all files that a tokenizer can be read from, by their suffixes; hidden files and others count for nothing."""
     files = sorted(path for path in folder.iterdir() if path.suffix in READ and not path.name.startswith(".") and path.is_file())
     return hashlib.sha256(b"".join(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
 

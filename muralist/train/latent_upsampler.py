@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +30,7 @@ CLIPS = 200  # pairs of each scale
 SIDE = 128  # pixels of a small crop: one of the network's windows, at sixteen pixels to a latent
 FRAMES = 29  # of a pair, if the base makes as many: eight latent frames, more than one window in time
 PIXELS = 12e6  # of a large crop with all of its frames: the step to 4K has fewer of them
-NEW = "new, polynomials fitted together"  # what a training stands on that starts from nothing; others were fitted to other ends
+NEW, FITTED = "new", "new, polynomials fitted together"  # what a training stands on that starts from nothing; once each polynomial was fitted for itself
 WIDE = 1024  # the width of a base from which it gets the paper's network; Wan2.1-1.3B has 1,536
 
 
@@ -56,10 +57,11 @@ def train_latent_upsampler(
     info = inspect_base(str(model))
     data = (data or VideoData()).settled(clips=CLIPS)
     upsampler, stands_on = _begun(info, network or _usual(info), report)
-    origin = {"vae": info.fingerprints["vae"], UPSAMPLER: stands_on, **data.origin}
+    shape = json.dumps(asdict(upsampler.config), sort_keys=True)
+    origin = {"vae": info.fingerprints["vae"], UPSAMPLER: stands_on, "network": shape, **data.origin}
     state.require_origin(folder / CHECKPOINTS, origin)
     pools = [build_pairs(vae, _pairs(info, scale, data.clips), folder / "latents", report, data.source) for scale in _scales(info.defaults.grid.height, data)]
-    if upsampler.polynomial is not None and stands_on == NEW and not state.is_begun(folder / CHECKPOINTS):
+    if upsampler.polynomial is not None and stands_on == FITTED and not state.is_begun(folder / CHECKPOINTS):
         report("least squares of the linear part")
         fit_polynomial(upsampler.polynomial, pools)
     upsampler = upsampler.to(device)
@@ -99,7 +101,7 @@ def _begun(info: BaseInfo, config: LatentUpsamplerConfig, report: Report) -> tup
                 return begun.float(), weights.fingerprint(own)
         report("the base's own upsampler is of another configuration or an earlier form: a new one takes its place")
     torch.manual_seed(0)
-    return LatentUpsampler(config), NEW
+    return LatentUpsampler(config), FITTED if config.polynomials else NEW
 
 
 def _usual(info: BaseInfo) -> LatentUpsamplerConfig:

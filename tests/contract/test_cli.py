@@ -23,6 +23,7 @@ from muralist.config import jsonable
 from muralist.recipes import RECIPES
 from muralist.settings import changed
 from muralist.store import atomic
+from muralist.store.weights import EMBEDDED
 from tests.shell import muralist
 
 VIDEO = (
@@ -237,7 +238,7 @@ def test_a_run_whose_model_was_typed_from_here_is_resumed_from_anywhere(tiny22, 
     assert answer.code == 0, answer.err
 
 
-def test_a_run_goes_on_where_its_model_lies_now(tiny22, tmp_path):
+def test_a_run_goes_on_where_its_model_lies_now(tiny22, tmp_path, monkeypatch):
     model, output = shutil.copytree(tiny22, tmp_path / "model"), tmp_path / "a.mp4"
     assert generate(model, output, "--keep-run").code == 0
     shutil.rmtree(tmp_path / "a.mp4.run" / "latent", ignore_errors=True)
@@ -251,11 +252,15 @@ def test_a_run_goes_on_where_its_model_lies_now(tiny22, tmp_path):
     file.write_bytes(file.read_bytes()[:-64] + bytes(64))
     assert "weights or configurations have changed" in muralist("resume", f"{output}.run", "--model", other).error
     assert "an empty path" in muralist("resume", f"{output}.run", "--model", "").error
-    assert "choose another run directory" in generate(other, output, "--keep-run").error
+    assert "has other weights or configurations than" in generate(other, output, "--keep-run").error
     assert muralist("resume", f"{output}.run", "--model", moved, "--keep-run").code == 0 and output.is_file()
     again = moved.rename(tmp_path / "again")
     assert generate(again, output, "--keep-run").code == 0, "the same command for a model that has moved"
-    assert muralist("resume", f"{output}.run").code == 0, "it is told once"
+    assert muralist("resume", f"{output}.run", "--keep-run").code == 0, "it is told once"
+    shutil.rmtree(again)
+    monkeypatch.setitem(EMBEDDED, "tiny", tiny22)
+    assert generate("tiny", output, "--keep-run").code == 0, "the same weights by a name"
+    assert muralist("resume", f"{output}.run").code == 0, "which the run has remembered"
 
 
 CONFIGURED = {

@@ -7,7 +7,9 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from muralist.base_info import inspect_base
+from muralist.base_info import UPSAMPLER, inspect_base
+from muralist.nn.latent_upsampler import LatentUpsamplerConfig, miniature
+from muralist.store.parts import read_part
 from tests.shell import muralist
 
 FOLDER = inspect_base("miniature").folder
@@ -38,6 +40,12 @@ def test_no_path_of_a_machine_is_in_its_files():
     for path in FOLDER.rglob("*"):
         if path.suffix == ".json":
             assert not any(root in path.read_text() for root in ("/var/", "/home/", "/work/", "/tmp/")), path
+
+
+def test_its_upsampler_is_of_the_shape_that_training_makes():
+    """So that training it goes on from it."""
+    record = read_part(FOLDER / "parts" / UPSAMPLER, UPSAMPLER)
+    assert LatentUpsamplerConfig.of(record) == miniature(inspect_base("miniature").geometry.channels)
 
 
 @pytest.mark.slow

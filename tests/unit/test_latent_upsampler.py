@@ -8,13 +8,14 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from muralist.errors import UserError
 from muralist.nn.enlarge import enlarged
 from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig, paper, polynomial, tmsa
 from muralist.nn.latent_upsampler.implicit import ImplicitUpsampler
 from muralist.nn.latent_upsampler.polynomial import MONOMIALS, LocalPolynomial
-from muralist.nn.latent_upsampler.tmsa import MutualSelfAttention, TmsaBlock, fitted, shift_mask, sine_positions
+from muralist.nn.latent_upsampler.tmsa import MutualSelfAttention, TmsaBlock, fitted, shift_masks, sine_positions
 
 SMALL = VrtConfig(in_channels=4, dim=12, depth=2, mutual_share=0.5, refine_dim=12, refine_depth=2, groups=2, heads=3, window=(2, 4, 4), still_groups=1)
 
@@ -132,18 +133,33 @@ def test_a_frame_takes_from_its_neighbour_in_mutual_attention():
 
 
 def test_the_mask_parts_what_only_the_roll_brings_together():
-    mask = shift_mask((1, 1, 8), (1, 1, 4), (0, 0, 2))
+    kinds, of_window = shift_masks((1, 1, 8), (1, 1, 4), (0, 0, 2))
+    mask = kinds[of_window]
     assert (mask[0] == 0).all()
     assert (mask[1][:2, :2] == 0).all() and (mask[1][:2, 2:] < -50).all()
 
 
+@pytest.mark.parametrize("shift", [(3, 4, 4), (0, 4, 0), (1, 0, 2)])
+def test_the_masks_are_those_of_all_positions(shift):
+    """Against the region that each position of the unshifted video lies in."""
+    size, window = (12, 16, 24), (6, 8, 8)
+    region = torch.zeros(size)
+    for axis, (length, side, by) in enumerate(zip(size, window, shift)):
+        place = torch.arange(length)
+        part = (place >= length - side).int() + ((place >= length - by).int() if by else 0)
+        region = region * 3 + part.view([-1 if i == axis else 1 for i in range(3)])
+    rows = rearrange(region, "(a t) (b y) (c x) -> (a b c) (t y x)", t=window[0], y=window[1], x=window[2])
+    kinds, of_window = shift_masks(size, window, shift)
+    assert torch.equal(kinds[of_window], torch.where(rows[:, :, None] == rows[:, None, :], 0.0, -100.0))
+
+
 def test_a_walk_without_values_leaves_no_masks_without_values():
-    shift_mask.cache_clear()
+    shift_masks.cache_clear()
     x = torch.randn(1, 4, 20, 20, 16, generator=torch.Generator().manual_seed(0))
     with torch.device("meta"), torch.inference_mode():
         TmsaBlock(16, (2, 8, 8), 2, 1.0, shifted=True, mutual=True)(torch.empty_like(x, device="meta"))
     block = TmsaBlock(16, (2, 8, 8), 2, 1.0, shifted=True, mutual=True)
-    assert block(x).sum().isfinite() and shift_mask.cache_info().hits  # with the very mask of the walk
+    assert block(x).sum().isfinite() and shift_masks.cache_info().hits  # with the very mask of the walk
     block(x).sum().backward()
 
 

@@ -19,6 +19,7 @@ from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig,
 from muralist.nn.latent_upsampler.polynomial import MONOMIALS, LocalPolynomial, axis, ratio, share
 from muralist.store.parts import load_part, save_part
 from muralist.train import latent_upsampler as training
+from muralist.train import state
 from muralist.train.latent_upsampler import train_latent_upsampler
 from muralist.train.loop import Length, Schedule, fit
 from muralist.train.miniature import GRID, new_vae
@@ -89,8 +90,25 @@ def test_a_training_goes_on_from_the_bases_own_network_if_it_is_the_same(tiny22,
 @pytest.mark.parametrize("size", [(8, 10), (4, 5)], ids=["nothing is left to fit", "nothing counts"])
 def test_what_asks_for_no_polynomial_gets_none(size):
     low = torch.randn(3, 1, 2, 4, 5)
-    fit_polynomial(found := LocalPolynomial(1), [LatentPairs(low, enlarged(low, size, "bilinear"))])
+    (found := LocalPolynomial(1)).conv.reset_parameters()
+    fit_polynomial(found, [LatentPairs(low, enlarged(low, size, "bilinear"))])
     assert not found.conv.weight.any() and not found.conv.bias.any()
+
+
+@pytest.mark.parametrize(("stored", "other"), [({"latent_upsampler": "new"}, "latent_upsampler"), ({"network": "{}"}, "network")])
+def test_checkpoints_of_another_network_or_fit_are_refused(stored, other, tiny22, tmp_path, monkeypatch):
+    model = shutil.copytree(tiny22, tmp_path / "model")
+    shutil.rmtree(model / "parts")
+    monkeypatch.setattr(training, "_scales", lambda own, data: [])
+    state.save(tmp_path / "run" / training.CHECKPOINTS, 1, {}, {"origin": stored})
+    options = {"device": CPU, "model": model, "network": replace(CONFIG, polynomials=True), "report": lambda line: None}
+    with pytest.raises(UserError, match=f"stand on another {other}"):
+        train_latent_upsampler(tmp_path / "run", length=Length(steps=2), resume=True, **options)
+
+
+@pytest.mark.parametrize(("own", "expected"), [(256, [1.5, 2.0, 3.0, 8.5]), (2176, [1.5, 2.0, 3.0]), (4352, [1.5, 2.0, 3.0])])
+def test_factors_lead_from_the_bases_own_size_to_4k_and_never_down(own, expected):
+    assert training._scales(own, VideoData()) == expected
 
 
 @pytest.mark.parametrize(("scale", "frames"), [(1.5, 29), (3.0, 29), (8.5, 9), (30.0, 1)])

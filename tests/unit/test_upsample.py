@@ -20,6 +20,7 @@ from muralist.errors import UserError
 from muralist.nn.decoder import StreamingDecoder
 from muralist.nn.encoder import StreamingEncoder
 from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig, tiles
+from muralist.nn.latent_upsampler.polynomial import VALUES, values
 from muralist.nn.latent_upsampler.tiles import upsample_in_tiles
 from muralist.nn.packed import value_bytes
 from muralist.plan import plan
@@ -92,6 +93,15 @@ def test_the_plan_counts_the_network_itself(base):
     source, target = geometry.latent_shape(SMALL)[1:], geometry.latent_shape(LARGE)[1:]
     assert measure(shape, part, source, target).pieces == pieces(part, SMALL, LARGE, geometry)
     assert measure(shape, LearnedUpsampling(), source, target).flops > 0
+
+
+def test_the_plan_counts_the_linear_part_where_pieces_are_small():
+    """It is computed of the whole: some frames at a time, and at least one."""
+    shape, part = replace(config(4), polynomials=True), LearnedUpsampling(tile=(1, 8, 8), overlap=(0, 0, 0))
+    for source, target in ((2, 512, 512), (2, 1024, 1024)), ((9, 1024, 1024), (9, 1100, 1100)):
+        frame = values(4, source[1:], target[1:])
+        counted = measure(shape, part, source, target).live_bytes - measure(replace(shape, polynomials=False), part, source, target).live_bytes
+        assert 0.9 < counted / (4 * max(frame, min(source[0] * frame, VALUES))) < 1
 
 
 def test_the_upsampler_takes_over_where_pixels_end(base):

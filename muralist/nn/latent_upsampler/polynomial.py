@@ -42,8 +42,8 @@ def axis(source: int, target: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def values(channels: int, source: tuple[int, int], target: tuple[int, int]) -> int:
-    """Alive for a frame: its maps, and of each power what it adds, beside the sums before and after."""
-    return channels * (len(MONOMIALS) * math.prod(source) + 3 * math.prod(target))
+    """Alive for a frame: its maps, what they are weighted and summed to along y, and of each power what it adds, beside the sums before and after."""
+    return channels * (len(MONOMIALS) * math.prod(source) + 4 * target[0] * source[1] + 3 * math.prod(target))
 
 
 class LocalPolynomial(nn.Module):

@@ -101,21 +101,22 @@ class TmsaBlock(nn.Module):
         padded: Shape = tuple(math.ceil(length / side) * side for length, side in zip(size, window))
         pads = [pad for length, full in zip(reversed(size), reversed(padded)) for pad in (0, full - length)]
         x = torch.roll(F.pad(x, (0, 0, *pads)), [-s for s in shift], dims=(1, 2, 3))
-        mask = shift_mask(padded, window, shift).to(x.device) if any(shift) else None
+        masks = shift_masks(padded, window, shift) if any(shift) else None
         axes = dict(zip(("t", "y", "x"), window))
         counts = dict(zip(("a", "b", "c"), (full // side for full, side in zip(padded, window))))
         rows = rearrange(x, "n (a t) (b y) (c x) d -> (n a b c) (t y x) d", **axes)
-        x = rearrange(self._attended(rows, mask), "(n a b c) (t y x) d -> n (a t) (b y) (c x) d", **counts, **axes)
+        x = rearrange(self._attended(rows, masks), "(n a b c) (t y x) d -> n (a t) (b y) (c x) d", **counts, **axes)
         x = torch.roll(x, shift, dims=(1, 2, 3))
         return x[:, : size[0], : size[1], : size[2]]
 
-    def _attended(self, rows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _attended(self, rows: torch.Tensor, masks: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """Windows with a mask some at a time: each has scores of its own to add, which would take more memory than all else here."""
-        if mask is None:
+        if masks is None:
             return self.attn(rows, None)
         some = max(SCORES // (self.attn.heads * rows.shape[1] ** 2), 1)
-        numbers = torch.arange(len(rows), device=mask.device) % len(mask)  # the windows of one video after those of another
-        return torch.cat([self.attn(part, mask[of_part]) for part, of_part in zip(rows.split(some), numbers.split(some))])
+        kinds, of_window = (part.to(rows.device) for part in masks)
+        of_row = of_window.repeat(len(rows) // len(of_window))  # the windows of one video after those of another
+        return torch.cat([self.attn(part, kinds[of_part]) for part, of_part in zip(rows.split(some), of_row.split(some))])
 
 
 class TmsaGroup(nn.Module):
@@ -140,17 +141,19 @@ def fitted(size: Shape, window: Shape, shifted: bool) -> tuple[Shape, Shape]:
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # autograd takes no inference tensors
-def shift_mask(size: Shape, window: Shape, shift: Shape) -> torch.Tensor:
-    """[W, n, n]: 0 for pairs that lie together in the unshifted video, -100 for pairs that only the cyclic shift brings together. On the CPU: a plan
-    that walks through the network without values must not leave masks without values to who computes."""
-    region = torch.zeros(size, device="cpu")
+def shift_masks(size: Shape, window: Shape, shift: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks [8, n, n] and for each window which of them is its own [W]: 0 for pairs that lie together in the unshifted video, -100 for pairs that only
+    the cyclic shift brings together, which it does in the last window along an axis. On the CPU: a plan that walks through the network without values
+    must not leave masks without values to who computes."""
+    kinds, of_window = torch.zeros(8, *window, device="cpu"), torch.zeros(1, dtype=torch.long, device="cpu")
     for axis, (length, side, by) in enumerate(zip(size, window, shift)):
-        if by:
-            place = torch.arange(length, device="cpu")
-            part = (place >= length - side).int() + (place >= length - by).int()
-            region = region * 3 + part.view([-1 if i == axis else 1 for i in range(3)])
-    rows = rearrange(region, "(a t) (b y) (c x) -> (a b c) (t y x)", t=window[0], y=window[1], x=window[2])
-    return torch.where(rows[:, :, None] == rows[:, None, :], 0.0, -100.0)
+        behind = (torch.arange(side, device="cpu") >= side - by).view([-1 if i == axis else 1 for i in range(3)])
+        last = (torch.arange(8, device="cpu") >> (2 - axis)) % 2 == 1
+        kinds = 2 * kinds + (last[:, None, None, None] & behind)
+        count = length // side
+        of_window = (2 * of_window[:, None] + (torch.arange(count, device="cpu") == count - 1)).flatten()
+    rows = kinds.flatten(1)
+    return torch.where(rows[:, :, None] == rows[:, None, :], 0.0, -100.0), of_window
 
 
 def _relative_index(window: Shape) -> torch.Tensor:

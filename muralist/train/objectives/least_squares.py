@@ -30,8 +30,8 @@ def fit_polynomial(polynomial: LocalPolynomial, pools: Sequence[LatentPairs], ri
     """Set its weights to the solution; every pool counts alike. Computed on the CPU, in double precision where matrices are solved: 3.5 GB for 48
     channels. `rounds`: 0 leaves every polynomial fitted for itself."""
     gram, right = _apart(polynomial.conv.in_channels, pools)
-    if not gram.any():  # nothing that counts: zeros as they are, or factors at which the polynomial has faded
-        return
+    if not gram.any():  # every factor is one at which the polynomial has faded
+        return _set(polynomial, right)
     gram.diagonal().add_(more := float(ridge * gram.diagonal().mean()))
     factor = torch.linalg.cholesky(gram)
     del gram
