@@ -18,7 +18,7 @@ demo: .venv/ready
 
 # one process a core with one thread each: most tests are Python and small models, which more threads do not hasten
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal --durations 15 --durations-min 5
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -138,6 +138,8 @@ def through_pixels(config: Mapping[str, Any], small: Grid, frames: int, size: tu
 def _pixel_interpolation(part: PixelInterpolation, setting: Setting) -> StagePlan:
     info, machine, target = setting.info, setting.machine, setting.grid
     small, (resident, host) = setting.proxy_grid, denoising.held_bytes(setting)
+    if not part.decodes(small, target, info.geometry):
+        return _by_latents(part.rest, info.geometry.latent_shape(small)[1:], setting)
     latents = part.size(info.geometry.latent_shape(small)[2:], info.geometry.latent_shape(target)[2:])
     height, width = size = tuple(side * info.geometry.spatial_factor for side in latents)
     need = through_pixels(info.vae_config, small, target.num_frames, size, part, machine)

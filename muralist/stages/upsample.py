@@ -57,8 +57,8 @@ class PixelInterpolation:
 
     A latent says how things move in its own pixels, so one that is enlarged by itself tells of slower things and bent edges; one made of enlarged
     pixels does not (LUVE, Table 5). A proxy of fewer frames is brought to the target's rate as pixels too: its frames are closer than its latents.
-    `latent_scale`: pixels are enlarged to the target's size over this, at least the proxy's own, and their latent by `rest` to the target; 1 encodes
-    as many pixels as the result has.
+    `latent_scale`: pixels are enlarged to the target's size over this, and their latent by `rest` to the target; 1 encodes as many pixels as the result
+    has. A proxy that is as large already, and has the target's rate, is not decoded: all of the way is `rest`.
     """
 
     mode: Literal["bilinear", "bicubic"] = "bicubic"
@@ -75,6 +75,11 @@ class PixelInterpolation:
     def size(self, proxy: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
         """Latent rows and columns that are encoded, for those of a proxy and of the target."""
         return tuple(between(small, large, self.latent_scale) for small, large in zip(proxy, target))
+
+    def decodes(self, proxy: Grid, target: Grid, geometry: Geometry) -> bool:
+        """Whether it goes through pixels at all."""
+        small, large = (geometry.latent_shape(grid)[2:] for grid in (proxy, target))
+        return self.size(small, large) != small or proxy.fps != target.fps
 
 
 Upsampling = LatentInterpolation | LearnedUpsampling | PixelInterpolation
@@ -98,6 +103,8 @@ def upsample(
 def _by_pixels(
     proxy: LatentVideo, to: Grid, size: tuple[int, int], base: Base, method: PixelInterpolation, on_piece: Progress, scratch: Path | None
 ) -> torch.Tensor:
+    if not method.decodes(proxy.grid, to, base.info.geometry):
+        return _by_latents(proxy.z, size, base, method.rest, on_piece)
     encoded = method.size(proxy.z.shape[-2:], size)
     tiles = len(latent_boxes(*encoded, method.tile, base.info.geometry.spatial_factor))
     more = pieces(method, proxy.grid, to, base.info.geometry) - tiles
@@ -186,6 +193,8 @@ def pieces(method: Upsampling, proxy: Grid, target: Grid, geometry: Geometry) ->
     """Units of work of the stage."""
     small, large = geometry.latent_shape(proxy)[1:], geometry.latent_shape(target)[1:]
     match method:
+        case PixelInterpolation() if not method.decodes(proxy, target, geometry):
+            return _latent_pieces(method.rest, small, large)
         case PixelInterpolation():
             encoded = method.size(small[1:], large[1:])
             more = _latent_pieces(method.rest, (large[0], *encoded), large) if encoded != large[1:] else 0

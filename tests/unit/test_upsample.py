@@ -131,7 +131,27 @@ def test_what_has_its_size_already_stays_as_it_is(base):
     planned = stage(plan(make_request(replace(asked, settings=sized), base.info, note=print), base.info, ROOMY), "upsample")
     assert planned.work == "nothing to enlarge" and not planned.flops
     with pytest.raises(UserError, match=r"the proxy of \d+x\d+ is larger than 224x128"):
-        make_request(replace(asked, settings=(sized[0], "proxy.width=256")), base.info, note=print)
+        alone = 'upsample={"kind": "LearnedUpsampling"}'
+        make_request(replace(asked, settings=(sized[0], "proxy.width=256", alone)), base.info, note=print)
+
+
+def test_a_proxy_that_is_large_enough_is_not_decoded(base, monkeypatch):
+    """Half of the target: the rest of the way is all of it, unless frames are to be made."""
+    geometry, told = base.info.geometry, []
+    large = Grid(num_frames=5, height=128, width=192)
+    proxy = LatentVideo(torch.randn(1, *geometry.latent_shape(SMALL)), SMALL)
+    assert not HALF.decodes(SMALL, large, geometry) and HALF.decodes(SMALL, LARGE, geometry)
+    assert HALF.decodes(SMALL, replace(large, fps=2 * large.fps), geometry) and PixelInterpolation().decodes(SMALL, large, geometry)
+    monkeypatch.setattr(Base, "vae", lambda _: pytest.fail("the VAE was asked for"))
+    made = upsample(proxy, large, base, HALF, lambda *n: told.append(n)).z
+    assert torch.equal(made, upsample(proxy, large, base, HALF.rest).z)
+    assert told[-1] == (len(told), pieces(HALF, SMALL, large, geometry)) and pieces(HALF, SMALL, large, geometry) == pieces(HALF.rest, SMALL, large, geometry)
+    sized = (f"proxy.height={SMALL.height}", f"proxy.width={SMALL.width}")
+    asked = Asked(prompt="a ball", recipe="luve", width=large.width, height=large.height, num_frames=5, seed=0, settings=sized)
+    planned = stage(plan(make_request(asked, base.info, note=print), base.info, ROOMY), "upsample")
+    alone = replace(asked, settings=(*sized, 'upsample={"kind": "LearnedUpsampling"}'))
+    assert planned == stage(plan(make_request(alone, base.info, note=print), base.info, ROOMY), "upsample")
+    assert "through pixels" in stage(plan(make_request(replace(asked, width=576, height=384), base.info, note=print), base.info, ROOMY), "upsample").action
 
 
 def test_a_base_without_the_part_says_how_to_get_it(tmp_path):
@@ -178,7 +198,23 @@ def test_the_decoded_proxy_is_held_once_in_half_precision(base, tmp_path):
 
 def test_a_run_that_is_stopped_keeps_what_is_decoded_and_one_that_is_done_keeps_nothing(tiny22, tmp_path, no_temporary_folder, monkeypatch):
     output, run = tmp_path / "a.mp4", tmp_path / "a.mp4.run"
-    words = ("generate", "a ball", "--model", tiny22, "--recipe", "cascade", "--size", "128x128", "--num-frames", 5, "-o", output, "--keep-run")
+    words = (
+        "generate",
+        "a ball",
+        "--model",
+        tiny22,
+        "--recipe",
+        "cascade",
+        "--size",
+        "128x128",
+        "--num-frames",
+        5,
+        "-o",
+        output,
+        "--keep-run",
+        "--set",
+        "upsample.latent_scale=1",
+    )
     with monkeypatch.context() as patch:
         patch.setattr(StreamingEncoder, "encode", Failing(StreamingEncoder.encode, (1,), KeyboardInterrupt))
         assert muralist(*words).code != 0
