@@ -17,8 +17,8 @@ from muralist.stages.upsample import LearnedUpsampling
 
 FLOAT = 4
 # Tensors of a block's width alive at once, over positions padded to whole windows: the skips, the block's input, its norm, queries, keys and values, the
-# gated hidden layer (measured: 12.6); and of scores where windows have masks (measured: 2.4)
-LIVE, SCORED = 13, 2.5
+# gated hidden layer (measured: 9 to 12); and of scores where windows have masks
+LIVE, SCORED = 13, 2
 BETWEEN = 4  # values of the target's size between the two: what was made and is put together, the linear part, their sum
 LATENTS = 5  # of the target's size: the linear part, the result, what waits, and as much again for what is made of them
 

@@ -58,7 +58,7 @@ class PixelInterpolation:
     A latent says how things move in its own pixels, so one that is enlarged by itself tells of slower things and bent edges; one made of enlarged
     pixels does not (LUVE, Table 5). A proxy of fewer frames is brought to the target's rate as pixels too: its frames are closer than its latents.
     `latent_scale`: pixels are enlarged to the target's size over this, and their latent by `rest` to the target; 1 encodes as many pixels as the result
-    has. A proxy that is as large already, and has the target's rate, is not decoded: all of the way is `rest`.
+    has. A proxy that is as large already, and has the target's rate, is not decoded where `rest` is learned: the base's upsampler starts from latents.
     """
 
     mode: Literal["bilinear", "bicubic"] = "bicubic"
@@ -79,7 +79,7 @@ class PixelInterpolation:
     def decodes(self, proxy: Grid, target: Grid, geometry: Geometry) -> bool:
         """Whether it goes through pixels at all."""
         small, large = (geometry.latent_shape(grid)[2:] for grid in (proxy, target))
-        return self.size(small, large) != small or proxy.fps != target.fps
+        return self.size(small, large) != small or proxy.fps != target.fps or not isinstance(self.rest, LearnedUpsampling)
 
 
 Upsampling = LatentInterpolation | LearnedUpsampling | PixelInterpolation

@@ -13,7 +13,6 @@ import random
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -24,7 +23,6 @@ from muralist.base_info import inspect_base
 from muralist.config import Request
 from muralist.pipeline import generate
 from muralist.recipes import find
-from muralist.stages.upsample import PixelInterpolation
 from muralist.store.run import RunDirectory
 from muralist.types import Grid
 
@@ -53,7 +51,7 @@ def request(model: str) -> tuple[Request, object]:
     info = inspect_base(model)
     return Request(
         prompt="a red ball moves right over grass", negative_prompt="", grid=Grid(num_frames=29, height=96, width=160), seed=3, model=model, revision=None,
-        recipe="cascade", config=replace(find("cascade")(info), upsample=PixelInterpolation()),
+        recipe="cascade", config=find("cascade")(info),
     ), info  # fmt: skip
 
 

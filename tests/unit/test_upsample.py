@@ -142,6 +142,7 @@ def test_a_proxy_that_is_large_enough_is_not_decoded(base, monkeypatch):
     proxy = LatentVideo(torch.randn(1, *geometry.latent_shape(SMALL)), SMALL)
     assert not HALF.decodes(SMALL, large, geometry) and HALF.decodes(SMALL, LARGE, geometry)
     assert HALF.decodes(SMALL, replace(large, fps=2 * large.fps), geometry) and PixelInterpolation().decodes(SMALL, large, geometry)
+    assert PixelInterpolation(latent_scale=2).decodes(SMALL, large, geometry)  # as its adapter was trained
     monkeypatch.setattr(Base, "vae", lambda _: pytest.fail("the VAE was asked for"))
     made = upsample(proxy, large, base, HALF, lambda *n: told.append(n)).z
     assert torch.equal(made, upsample(proxy, large, base, HALF.rest).z)
@@ -198,23 +199,7 @@ def test_the_decoded_proxy_is_held_once_in_half_precision(base, tmp_path):
 
 def test_a_run_that_is_stopped_keeps_what_is_decoded_and_one_that_is_done_keeps_nothing(tiny22, tmp_path, no_temporary_folder, monkeypatch):
     output, run = tmp_path / "a.mp4", tmp_path / "a.mp4.run"
-    words = (
-        "generate",
-        "a ball",
-        "--model",
-        tiny22,
-        "--recipe",
-        "cascade",
-        "--size",
-        "128x128",
-        "--num-frames",
-        5,
-        "-o",
-        output,
-        "--keep-run",
-        "--set",
-        "upsample.latent_scale=1",
-    )
+    words = ("generate", "a ball", "--model", tiny22, "--recipe", "cascade", "--size", "128x128", "--num-frames", 5, "-o", output, "--keep-run")
     with monkeypatch.context() as patch:
         patch.setattr(StreamingEncoder, "encode", Failing(StreamingEncoder.encode, (1,), KeyboardInterrupt))
         assert muralist(*words).code != 0

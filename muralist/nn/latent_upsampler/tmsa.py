@@ -59,7 +59,7 @@ class MutualSelfAttention(nn.Module):
     @staticmethod
     def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Each [B * W, H, n, d]; bias [W or 1, H or 1, n, n] -> [B * W, n, H * d]."""
-        if bias is not None and len(bias) > 1:
+        if bias is not None and 1 < len(bias) < len(query):
             bias = bias.repeat(len(query) // len(bias), 1, 1, 1)
         width = query.shape[-1]
         if missing := -width % ALIGNED.get(query.device.type, 1):
