@@ -89,11 +89,11 @@ def _latent_upsampling(part: LatentInterpolation | LearnedUpsampling, setting: S
 
 def _by_latents(part: LatentInterpolation | LearnedUpsampling, source: Tile, setting: Setting) -> StagePlan:
     """From latents of `source` (F, h, w) to the target's."""
-    latent = setting.latent_bytes(setting.grid)
+    latent, held = setting.latent_bytes(setting.grid), PROCESS_BYTES + denoising.held_bytes(setting)[0]
     plan = StagePlan(
         stage="upsample",
         work="",
-        memory_bytes=PROCESS_BYTES + denoising.held_bytes(setting)[0] + 3 * latent,
+        memory_bytes=held + 3 * latent,
         disk_bytes=latent,
         action=f"to {size_text(setting.grid)}",
     )
@@ -108,8 +108,8 @@ def _by_latents(part: LatentInterpolation | LearnedUpsampling, source: Tile, set
             config = LatentUpsamplerConfig.of(read_part(info.folder / "parts" / UPSAMPLER, UPSAMPLER))
             need = upsampling.measure(config, part, source, info.geometry.latent_shape(setting.grid)[1:])
             stored = info.component_bytes[f"part {UPSAMPLER}"]
-            seconds, held = setting.machine.seconds(linear=need.flops, read=stored), plan.memory_bytes - 3 * latent + 2 * stored + need.live_bytes
-            return replace(plan, work=f"upsampler, {need.pieces} piece{'s' * (need.pieces > 1)}", flops=need.flops, memory_bytes=held, seconds=seconds)
+            seconds, memory = setting.machine.seconds(linear=need.flops, read=stored), held + 2 * stored + need.live_bytes
+            return replace(plan, work=f"upsampler, {need.pieces} piece{'s' * (need.pieces > 1)}", flops=need.flops, memory_bytes=memory, seconds=seconds)
 
 
 @dataclass(frozen=True, slots=True)

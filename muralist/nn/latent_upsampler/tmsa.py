@@ -39,7 +39,7 @@ class MutualSelfAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """`mask` [W, n, n]: 0 where a pair may attend and a large negative number where not; None where all may."""
+        """`mask` [B * W, n, n]: 0 where a pair may attend and a large negative number where not; None where all may."""
         n = x.shape[1]
         index = self.relative_position_index[:n, :n]
         bias = self.relative_position_bias_table[index.flatten()].view(n, n, -1).permute(2, 0, 1)[None]  # [1, H, n, n]
@@ -58,9 +58,7 @@ class MutualSelfAttention(nn.Module):
 
     @staticmethod
     def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Each [B * W, H, n, d]; bias [W or 1, H or 1, n, n] -> [B * W, n, H * d]."""
-        if bias is not None and 1 < len(bias) < len(query):
-            bias = bias.repeat(len(query) // len(bias), 1, 1, 1)
+        """Each [B * W, H, n, d]; bias [B * W or 1, H or 1, n, n] -> [B * W, n, H * d]."""
         width = query.shape[-1]
         if missing := -width % ALIGNED.get(query.device.type, 1):
             query, key, value = (F.pad(x, (0, missing)) for x in (query, key, value))
