@@ -68,7 +68,7 @@ def test_without_a_gradient_the_sums_are_made_in_place():
 
 def test_padded_heads_attend_as_they_are(monkeypatch):
     torch.manual_seed(0)
-    query, key, value, bias = torch.randn(4, 2, 6, 5), torch.randn(4, 2, 6, 5), torch.randn(4, 2, 6, 5), torch.randn(2, 1, 6, 6)
+    query, key, value, bias = torch.randn(4, 2, 6, 5), torch.randn(4, 2, 6, 5), torch.randn(4, 2, 6, 5), torch.randn(4, 1, 6, 6)
     plain = tmsa.MutualSelfAttention._attend(query, key, value, bias)
     widths = []
     real = F.scaled_dot_product_attention
