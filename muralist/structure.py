@@ -59,8 +59,10 @@ def _check_adapters(info: BaseInfo, transformer: str, shapes: Mapping[str, tuple
 
 
 def _builders(info: BaseInfo) -> dict[str, Callable[[], torch.nn.Module]]:
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from diffusers import WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
+
+    from muralist.nn.empty import empty_vae
 
     text = weights.read_config(info.folder / "text_encoder" / "config.json")
     if text.get("model_type") != "umt5":
@@ -69,7 +71,7 @@ def _builders(info: BaseInfo) -> dict[str, Callable[[], torch.nn.Module]]:
     if info.boundary is not None:
         second = weights.read_config(info.folder / "transformer_2" / "config.json")
         builders["transformer_2"] = lambda: WanTransformer3DModel.from_config(second)
-    return builders | {"vae": lambda: AutoencoderKLWan.from_config(info.vae_config), "text_encoder": lambda: UMT5EncoderModel(UMT5Config(**text))}
+    return builders | {"vae": lambda: empty_vae(info.vae_config, torch.float32), "text_encoder": lambda: UMT5EncoderModel(UMT5Config(**text))}
 
 
 def check_upsampler(info: BaseInfo) -> None:

@@ -10,11 +10,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
+from muralist.cost import machine
 from muralist.nn import fp8
 from muralist.stages.encode import encode
 from muralist.store.video_write import EncodeOptions
@@ -36,6 +38,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def threads() -> None:
     """Two threads where the machine is ours, one where it is busy (set OMP_NUM_THREADS)."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def calibrated_once() -> None:
+    """Every command measures the machine for its plan: a third of a second, once here and not for each of a thousand commands."""
+    machine._matmul_rate, machine._copy_rate = cache(machine._matmul_rate), cache(machine._copy_rate)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from diffusers import AutoencoderKLWan
 from muralist.cost import vae
 from muralist.cost.machine import Machine
 from muralist.errors import UserError
+from muralist.nn.empty import empty_vae
 from muralist.stages.decode import GROUP, TILES, DecodeOptions, DecodePlan, TileMajor, TimeMajor, decode_bytes, plan_decode
 from muralist.tiling import Box, tile_boxes
 from muralist.types import Grid
@@ -60,7 +61,7 @@ def settled(config: Mapping[str, Any], grid: Grid, dtype: str, options: DecodeOp
     """
     if options != DecodeOptions():
         return options
-    model, good = vae.empty(config, dtype), TileMajor(tile=GOOD_TILE)
+    model, good = empty_vae(config, getattr(torch, dtype)), TileMajor(tile=GOOD_TILE)
     peak = decode_bytes(model, _latent_shape(model, grid), good).peak
     if room < max(peak, options.memory_bytes):
         return replace(options, memory_bytes=max(room // ROOM_STEP * ROOM_STEP, ROOM_STEP))
@@ -69,7 +70,7 @@ def settled(config: Mapping[str, Any], grid: Grid, dtype: str, options: DecodeOp
 
 def least_room(config: Mapping[str, Any], grid: Grid, dtype: str) -> int:
     """Bytes that hold the decode in small tiles, in steps of the options that are made of them."""
-    model = vae.empty(config, dtype)
+    model = empty_vae(config, getattr(torch, dtype))
     return -(-decode_bytes(model, _latent_shape(model, grid), TileMajor(tile=SMALL_TILE)).peak // ROOM_STEP) * ROOM_STEP
 
 
@@ -82,7 +83,7 @@ def decode_need(config: Mapping[str, Any], grid: Grid, crop: Grid, machine: Mach
 def _need(config_json: str, grid: Grid, crop: Grid, machine: Machine, options: DecodeOptions, group: int) -> DecodeNeed:
     config = json.loads(config_json)
     plan, error = _choose(config, grid, machine.dtype, options)
-    model, quick = vae.empty(config, machine.dtype), machine.on_cpu and machine.dtype == "float32"
+    model, quick = empty_vae(config, getattr(torch, machine.dtype)), machine.on_cpu and machine.dtype == "float32"
     decoder = vae.decoder(config, quick=quick, whole_blocks=getattr(plan, "whole_blocks", 0))
     shape = _latent_shape(model, grid)
     need, tiles = decode_bytes(model, shape, plan, group=group), _tiles(grid, crop, plan.tile, decoder.spatial_factor)

@@ -19,6 +19,7 @@ from muralist.nn import encoder_blocks as blocks
 from muralist.nn.decoder_blocks import Attention, ConvIn, Operator, ResidualBlock
 from muralist.nn.decoder_conv import HISTORY, STRIP_BYTES, uses_time_mix
 from muralist.nn.decoder_memory import SLACK, Walk, convolutions, copies, pool
+from muralist.nn.empty import empty_vae
 from muralist.nn.encoder import StreamingEncoder
 from muralist.tiling import Box, Span, kinds, latent_boxes
 
@@ -55,7 +56,7 @@ def encode(config: Mapping[str, Any], num_frames: int, size: Size, tile: int, *,
 
 @lru_cache(maxsize=32)  # a plan asks for the same one several times
 def _encode(config_json: str, num_frames: int, size: Size, tile: int, quick: bool) -> EncodeNeed:
-    model = vae.empty(json.loads(config_json), "float32" if quick else "bfloat16")
+    model = empty_vae(json.loads(config_json), torch.float32 if quick else torch.bfloat16)
     encoder = _encoder(model)
     frames = (num_frames - 1) // encoder.temporal_factor + 1
     height, width = (side // encoder.spatial_factor for side in size)

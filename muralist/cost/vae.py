@@ -8,7 +8,6 @@ count is that of diffusers' `AutoencoderKLWan.decode`, but for the zeros before 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from diffusers import AutoencoderKLWan
 from muralist.nn import decoder_blocks as blocks
 from muralist.nn.decoder import StreamingDecoder
 from muralist.nn.decoder_conv import HISTORY, CausalConv
+from muralist.nn.empty import empty_vae
 from muralist.tiling import Box
 
 Size = tuple[int, int]
@@ -57,25 +57,9 @@ def steps(frames: int) -> tuple[tuple[Step, int], ...]:
     return (Step(True, taps=1), 1), (Step(False), frames - 1)
 
 
-def empty(config: Mapping[str, Any], dtype: str) -> AutoencoderKLWan:
-    """The VAE of this configuration without storage, its parameters of the named type."""
-    return _empty(json.dumps({name: value for name, value in config.items() if not name.startswith("_")}, sort_keys=True), dtype)
-
-
-@lru_cache(maxsize=8)
-def _empty(config: str, dtype: str) -> AutoencoderKLWan:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, dtype))
-    try:
-        with torch.device("meta"):
-            return AutoencoderKLWan.from_config(json.loads(config))
-    finally:
-        torch.set_default_dtype(before)
-
-
 def decoder(config: Mapping[str, Any], *, quick: bool, whole_blocks: int = 0) -> StreamingDecoder:
     """The streaming decoder of this configuration without weights, for its shapes; `quick`: float32 on a CPU."""
-    return _decoder(empty(config, "float32" if quick else "bfloat16"), whole_blocks)
+    return _decoder(empty_vae(config, torch.float32 if quick else torch.bfloat16), whole_blocks)
 
 
 @lru_cache(maxsize=8)
@@ -85,7 +69,7 @@ def _decoder(model: AutoencoderKLWan, whole_blocks: int) -> StreamingDecoder:
 
 def parameters(config: Mapping[str, Any]) -> int:
     """Weights of encoder and decoder: both are loaded."""
-    return sum(p.numel() for p in empty(config, "bfloat16").parameters())
+    return sum(p.numel() for p in empty_vae(config, torch.bfloat16).parameters())
 
 
 def decode(d: StreamingDecoder, latent_shape: tuple[int, int, int], tiles: Iterable[Box]) -> Cost:

@@ -14,9 +14,11 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 
 from muralist.data.degrade import AnchorDamage
@@ -26,10 +28,14 @@ from muralist.errors import UserError
 from muralist.nn.decoder import StreamingDecoder
 from muralist.nn.encoder import StreamingEncoder
 from muralist.nn.enlarge import MODE, EnlargedPixels, between, sampled
+from muralist.nn.latent_upsampler.tiles import upsample_in_tiles
 from muralist.store import weights
 from muralist.store.tensors import load_tensors, save_tensors
 from muralist.tiling import Box, Span
 from muralist.types import Grid
+
+if TYPE_CHECKING:
+    from muralist.nn.latent_upsampler import LatentUpsampler
 
 Shard = tuple[dict[str, torch.Tensor], dict[str, str]]  # tensors and the header's metadata
 WORLD = World()
@@ -37,7 +43,7 @@ FORMAT = 3  # of a shard: raise it when one holds other tensors
 SHARD = 20  # videos: a minute or two of one core
 GUIDES = 2  # of a shard's guides: raise it when they are made otherwise
 AROUND = 64  # pixels beside a crop that are encoded for its guide: it is then the whole frame's to 0.3 % (of its deviation)
-LATER = {"aimed": 0.0}  # fields of configurations that are younger than some shards, and what those were made with
+LATER = {"aimed": 0.0, "guide_rest": "bicubic"}  # fields of configurations that are younger than some shards, and what those were made with
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +72,9 @@ class PoolConfig:
     """Which videos: their grid, how many consecutive frames of it (all by default), a crop (height, width) in pixels for large grids, sharpened or not.
 
     `proxy`: a coarse grid on which whole videos are encoded too, damaged or not. With `guide_scale` there are guides as well, what refinement is given
-    where a crop lies: the small video after the VAE, enlarged through pixels (`PixelInterpolation`, whose `latent_scale` it is). `aimed`: the share
-    of crops that are moved onto the caption's object, where the source knows it.
+    where a crop lies: the small video after the VAE, enlarged through pixels (`PixelInterpolation`, whose `latent_scale` it is) and from there on as
+    `guide_rest` says, by interpolation or by the base's latent upsampler. `aimed`: the share of crops that are moved onto the caption's object, where
+    the source knows it.
     """
 
     name: str
@@ -79,6 +86,7 @@ class PoolConfig:
     proxy: Grid | None = None
     damage: AnchorDamage | None = None
     guide_scale: float | None = None
+    guide_rest: Literal["bicubic", "learned"] = "bicubic"
     aimed: float = 0.0
     seed: int = 1
 
@@ -108,26 +116,34 @@ class PairConfig:
     seed: int = 1
 
 
-def stamp(vae: AutoencoderKLWan, config: PoolConfig | PairConfig, source: Source) -> dict[str, str]:
+def stamp(vae: AutoencoderKLWan, config: PoolConfig | PairConfig, source: Source, upsampler: LatentUpsampler | None = None) -> dict[str, str]:
     """What a shard's header says of its origin: `encoder`, a sha256, and `config`, JSON.
 
     The hash covers the encoder, `quant_conv` and the statistics that normalise the latents; the decoder as well where guides are made, which go
-    through its pixels. `name` and `count` are left out of the configuration, since a pool may grow, and so is what is as in LATER.
+    through its pixels. The configuration holds that of `upsampler`, if guides are enlarged by one. `name` and `count` are left out of it, since a pool
+    may grow, and so is what is as in LATER.
     """
     guides = isinstance(config, PoolConfig) and config.guide_scale is not None
     fields = {name: value for name, value in asdict(config).items() if name not in ("name", "count") and (name, value) not in LATER.items()}
     if guides:
         fields |= {"guides": GUIDES, "around": AROUND}
+    if upsampler is not None:
+        fields |= {"upsampler": _digest(upsampler.state_dict())}
     return {"encoder": digest_of(vae, decoder=guides), "config": json.dumps(fields | source.identity | {"format": FORMAT}, sort_keys=True)}
 
 
 def digest_of(vae: AutoencoderKLWan, *, decoder: bool = False) -> str:
     """A sha256 of what decides latents: encoder, `quant_conv`, statistics and type; of the decoder too if asked for."""
-    digest = hashlib.sha256(json.dumps([list(vae.config.latents_mean), list(vae.config.latents_std), str(vae.dtype)]).encode())
-    for part in ("encoder", "quant_conv", *(("decoder", "post_quant_conv") if decoder else ())):
-        for name, tensor in sorted(getattr(vae, part).state_dict().items()):
-            digest.update(f"{part}.{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    about = json.dumps([list(vae.config.latents_mean), list(vae.config.latents_std), str(vae.dtype)])
+    parts = ("encoder", "quant_conv", *(("decoder", "post_quant_conv") if decoder else ()))
+    return _digest({f"{part}.{name}": tensor for part in parts for name, tensor in sorted(getattr(vae, part).state_dict().items())}, about)
+
+
+def _digest(tensors: dict[str, torch.Tensor], about: str = "") -> str:
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -152,41 +168,49 @@ def build_pairs(vae: AutoencoderKLWan, config: PairConfig, folder: Path, report:
         pairs = [[_encode(encoder, video).half().cpu() for video in source.pair(rng, config)] for _ in range(SHARD)]
         return {name: torch.cat(tensors) for name, tensors in zip(("low", "high"), zip(*pairs))}, {}
 
-    shards = [tensors for tensors, _ in _shards(vae, config, source, folder, make, lambda done: report(f"{done} pairs encoded"))]
+    shards = [tensors for tensors, _ in _shards(config, stamp(vae, config, source), folder, make, lambda done: report(f"{done} pairs encoded"))]
     return LatentPairs(*(torch.cat([tensors[name] for tensors in shards])[: config.count] for name in ("low", "high")))
 
 
-def build_pool(vae: AutoencoderKLWan, config: PoolConfig, folder: Path, report: Callable[[str], None] = print, source: Source = WORLD) -> LatentPool:
-    """Load the pool's shards from `folder`, encoding those that are missing.
+def build_pool(
+    vae: AutoencoderKLWan,
+    config: PoolConfig,
+    folder: Path,
+    report: Callable[[str], None] = print,
+    source: Source = WORLD,
+    upsampler: LatentUpsampler | None = None,
+) -> LatentPool:
+    """Load the pool's shards from `folder`, encoding those that are missing; `upsampler`: the base's own, for guides that it enlarges.
 
     Raises UserError for a shard of another encoder or configuration, a damaged one, and a full disk.
     """
+    if (config.guide_rest == "learned") != (upsampler is not None):
+        raise ValueError(f"guides by {config.guide_rest!r}, {'no' if upsampler is None else 'an'} upsampler")
 
     def make(rng: np.random.Generator) -> Shard:
         drawn = [source.draw(rng, config) for _ in range(SHARD)]
         near_object = [d.near_object(vae.config.scale_factor_spatial, vae.config.scale_factor_temporal) for d in drawn]
         known = {} if near_object[0] is None else {"near_object": torch.stack(near_object)}
         z = _encode_all(vae, [_sharpened(d.pixels, config) for d in drawn])
-        coarse = {} if config.proxy is None else _coarse(vae, config, drawn, z.shape[-2:], rng)
+        coarse = {} if config.proxy is None else _coarse(vae, config, drawn, z.shape[-2:], rng, upsampler)
         return {"z": z, **coarse, **known}, {"captions": json.dumps([d.caption for d in drawn])}
 
-    shards = list(_shards(vae, config, source, folder, make, lambda done: report(f"{done} videos encoded")))
+    origin = stamp(vae, config, source, upsampler)
+    shards = list(_shards(config, origin, folder, make, lambda done: report(f"{done} videos encoded")))
     captions = [text for _, metadata in shards for text in json.loads(metadata["captions"])]
     tensors = {name: torch.cat([tensors[name] for tensors, _ in shards])[: config.count] for name in shards[0][0]}
     return LatentPool(tensors["z"], captions[: config.count], *(tensors.get(name) for name in ("near_object", "proxy", "places", "guide")))
 
 
 def _shards(
-    vae: AutoencoderKLWan,
     config: PoolConfig | PairConfig,
-    source: Source,
+    origin: dict[str, str],
     folder: Path,
     make: Callable[[np.random.Generator], Shard],
     report: Callable[[str], None],
 ) -> Iterator[Shard]:
     """Every shard of a pool in order; those that are missing are made first, each from a generator of its own, and published."""
     folder.mkdir(parents=True, exist_ok=True)
-    origin = stamp(vae, config, source)
     for shard in range((config.count + SHARD - 1) // SHARD):
         path = folder / f"{config.name}-{shard:04d}.safetensors"
         if not path.is_file():
@@ -196,7 +220,9 @@ def _shards(
         yield _read(path, origin)
 
 
-def _coarse(vae: AutoencoderKLWan, config: PoolConfig, drawn: list[Drawn], size: tuple[int, int], rng: np.random.Generator) -> dict[str, torch.Tensor]:
+def _coarse(
+    vae: AutoencoderKLWan, config: PoolConfig, drawn: list[Drawn], size: tuple[int, int], rng: np.random.Generator, upsampler: LatentUpsampler | None
+) -> dict[str, torch.Tensor]:
     """The drawn videos whole on the coarse grid, and where in them the crops lie; `size`: rows and columns of a crop's latent."""
     whole = [d.on(config.proxy).pixels for d in drawn]
     if config.damage is not None:
@@ -205,33 +231,48 @@ def _coarse(vae: AutoencoderKLWan, config: PoolConfig, drawn: list[Drawn], size:
     coarse = {"proxy": _encode_all(vae, whole), "places": places}
     if config.guide_scale is None:
         return coarse
-    encoder, decoder = StreamingEncoder(vae), StreamingDecoder(vae)
-    guides = (_guide(encoder, decoder, config, z[None].to(vae.device).float(), size, d.place) for z, d in zip(coarse["proxy"], drawn))
-    return coarse | {"guide": torch.cat(list(guides))}
+    guide = _Guides(vae, config, upsampler)
+    return coarse | {"guide": torch.cat([guide(z[None].to(vae.device).float(), size, d.place) for z, d in zip(coarse["proxy"], drawn)])}
 
 
-def _guide(
-    encoder: StreamingEncoder,
-    decoder: StreamingDecoder,
-    config: PoolConfig,
-    proxy: torch.Tensor,
-    size: tuple[int, int],
-    place: tuple[float, float, float, float],
-) -> torch.Tensor:
-    """What `PixelInterpolation` makes of a proxy [1, C, F', h', w'] where a crop lies: [1, C, F, *size] in half precision.
+class _Guides:
+    """What `PixelInterpolation` makes of a proxy where a crop lies, with the upsampler as its rest if one is given.
 
     The whole frame's size follows from the crop's and its share of it: footage may be a little smaller than the grid.
     """
-    unit, (first, share) = encoder.spatial_factor, (place[:2], place[2:])
-    target = [length / part for length, part in zip(size, share)]  # latents of the whole frame, not always a whole number
-    encoded = [between(side, round(large), config.guide_scale) for side, large in zip(proxy.shape[-2:], target)]
-    rate = config.proxy.fps / config.grid.fps
-    pixels = EnlargedPixels(_decode(decoder, proxy), tuple(side * unit for side in encoded), MODE, encoder.device, rate)
-    spans = [_covering(start * side, part * side, side, AROUND // unit) for start, part, side in zip(first, share, encoded)]
-    z = _encode(encoder, pixels(range(config.length), Box(*spans).times(unit)))
-    starts = [(start * side - span.start) / len(span) for start, side, span in zip(first, encoded, spans)]
-    sides = [part * side / len(span) for part, side, span in zip(share, encoded, spans)]
-    return sampled(z, torch.tensor([starts + sides]), size, MODE).half().cpu()
+
+    def __init__(self, vae: AutoencoderKLWan, config: PoolConfig, upsampler: LatentUpsampler | None = None):
+        self.encoder, self.decoder = StreamingEncoder(vae), StreamingDecoder(vae)
+        self.config, self.upsampler = config, upsampler
+
+    @torch.no_grad()
+    def __call__(self, proxy: torch.Tensor, size: tuple[int, int], place: tuple[float, float, float, float]) -> torch.Tensor:
+        """A proxy [1, C, F', h', w'] -> [1, C, F, *size] in half precision."""
+        first, share = place[:2], place[2:]
+        large = tuple(round(length / part) for length, part in zip(size, share))  # latents of the whole frame, else not always a whole number
+        encoded = tuple(between(*sides, self.config.guide_scale) for sides in zip(proxy.shape[-2:], large))
+        spans = [_covering(start * side, part * side, side, AROUND // self.encoder.spatial_factor) for start, part, side in zip(first, share, encoded)]
+        z = self._encoded(proxy, encoded, spans)
+        if self.upsampler is not None and encoded != large:
+            whole = upsample_in_tiles(self.upsampler, _set_in(z, spans, encoded), large)
+            return sampled(whole, torch.tensor([place]), size, MODE).half().cpu()
+        starts = [(start * side - span.start) / len(span) for start, side, span in zip(first, encoded, spans)]
+        sides = [part * side / len(span) for part, side, span in zip(share, encoded, spans)]
+        return sampled(z, torch.tensor([starts + sides]), size, MODE).half().cpu()
+
+    def _encoded(self, proxy: torch.Tensor, encoded: tuple[int, int], spans: list[Span]) -> torch.Tensor:
+        """The proxy through pixels, `encoded` latent rows and columns of it, where the spans lie; not through pixels where the stage does without."""
+        rate, unit = self.config.proxy.fps / self.config.grid.fps, self.encoder.spatial_factor
+        if self.upsampler is not None and encoded == tuple(proxy.shape[-2:]) and rate == 1:
+            return proxy[..., spans[0].start : spans[0].stop, spans[1].start : spans[1].stop]
+        pixels = EnlargedPixels(_decode(self.decoder, proxy), tuple(side * unit for side in encoded), MODE, self.encoder.device, rate)
+        return _encode(self.encoder, pixels(range(self.config.length), Box(*spans).times(unit)))
+
+
+def _set_in(z: torch.Tensor, spans: list[Span], size: tuple[int, int]) -> torch.Tensor:
+    """A part of a latent video, which covers the spans of rows and columns, in a whole one of `size`: continued by its border."""
+    (y, x), (height, width) = spans, size
+    return F.pad(z, (x.start, width - x.stop, y.start, height - y.stop, 0, 0), mode="replicate")
 
 
 def _covering(start: float, length: float, side: int, more: int) -> Span:

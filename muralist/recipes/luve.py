@@ -27,10 +27,9 @@ from muralist.base_info import SKIP_SHARE as USUAL
 from muralist.base_info import BaseInfo
 from muralist.config import Config
 from muralist.recipes.baselines import cascade
-from muralist.stages.upsample import LearnedUpsampling, PixelInterpolation
+from muralist.stages.upsample import LEARNED_SCALE, LearnedUpsampling, PixelInterpolation
 
 SKIP_SHARE = 0.1  # S = 5 of 50 steps (Table 7); the released runtime skips 10
-FACTOR = 3.0  # the largest that the paper trains the upsampler for; farther, pixels lead to where it begins
 EXPERTS = ("low", "high")
 
 
@@ -40,4 +39,4 @@ def luve(base: BaseInfo) -> Config:
     kept = base.defaults.skip_share  # a base that does not know large sizes keeps as much of its guide here as elsewhere
     share = kept if kept > USUAL else SKIP_SHARE
     refine = replace(plain.refine, skip_steps=round(share * plain.refine.num_inference_steps), experts=EXPERTS)
-    return replace(plain, upsample=PixelInterpolation(latent_scale=FACTOR, rest=LearnedUpsampling()), refine=refine)
+    return replace(plain, upsample=PixelInterpolation(latent_scale=LEARNED_SCALE, rest=LearnedUpsampling()), refine=refine)

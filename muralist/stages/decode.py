@@ -31,6 +31,7 @@ from muralist.errors import UserError
 from muralist.nn.decoder import StreamingDecoder
 from muralist.nn.decoder_blocks import Caches, Patch
 from muralist.nn.decoder_memory import DecodeMemory, Saves, measure
+from muralist.nn.empty import empty_vae
 from muralist.nn.packed import packed, unpacked, value_bytes
 from muralist.stages.decode_options import DecodeOptions
 from muralist.store import atomic
@@ -108,7 +109,7 @@ def plan_decode(vae_config: Mapping[str, Any], grid: Grid, options: DecodeOption
         UserError: no plan fits the memory.
     """
     options = options or DecodeOptions()
-    vae = _on_meta(vae_config, dtype)
+    vae = empty_vae(vae_config, dtype)
     space, time = vae.config.scale_factor_spatial, vae.config.scale_factor_temporal
     shape = (vae.config.z_dim, (grid.num_frames - 1) // time + 1, grid.height // space, grid.width // space)
     needs, decoder = [], StreamingDecoder(vae)  # every candidate has all blocks in tiles
@@ -130,16 +131,6 @@ def _candidates(options: DecodeOptions) -> list[DecodePlan]:
     in_time = [TimeMajor(tile=tile) for tile in tiles if tile >= 512 or options.tile or options.order == "time"]
     in_tiles = [TileMajor(tile=tile) for tile in tiles]
     return {"auto": in_time + in_tiles, "time": in_time, "tile": in_tiles}[options.order]
-
-
-def _on_meta(vae_config: Mapping[str, Any], dtype: torch.dtype) -> AutoencoderKLWan:
-    """The model's shapes without its weights."""
-    with torch.device("meta"):
-        vae = AutoencoderKLWan.from_config(dict(vae_config))
-    # Not `vae.to`, which warns about layers that a real cast should leave alone.
-    for parameter in vae.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return vae
 
 
 def decode(

@@ -13,7 +13,7 @@ import torch
 
 from muralist.errors import UserError
 from muralist.nn.enlarge import EnlargedPixels, between, enlarged
-from muralist.nn.kinds import LARGEST
+from muralist.nn.kinds import LARGEST, UPSAMPLER_OVERLAP, UPSAMPLER_TILE
 from muralist.nn.out_of_memory import in_less
 from muralist.stages.decode_options import DecodeOptions
 from muralist.tiling import latent_boxes
@@ -29,6 +29,7 @@ Progress = Callable[[int, int], object]
 PROXY_DECODE = DecodeOptions(order="tile", tile=256, memory_bytes=1 << 40)  # a proxy is small: in tiles, one after another, it takes little at any level
 NARROWEST = 64  # pixels: the smallest tile that is encoded
 LATENT_SCALE = 2.0  # of the guide that `cascade` makes and its adapter is trained on: encoding then costs a quarter, and outlines stay as smooth
+LEARNED_SCALE = 3.0  # the largest that the upsampler of LUVE is trained for; farther, pixels lead to where it begins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +43,8 @@ class LatentInterpolation:
 class LearnedUpsampling:
     """The base's latent upsampler, in overlapping pieces of at most `tile` source positions (latent frames, rows, columns)."""
 
-    tile: tuple[int, int, int] = (13, 96, 160)
-    overlap: tuple[int, int, int] = (4, 16, 16)
+    tile: tuple[int, int, int] = UPSAMPLER_TILE
+    overlap: tuple[int, int, int] = UPSAMPLER_OVERLAP
 
     def __post_init__(self):
         if not 1 <= min(self.tile) <= max(self.tile) <= LARGEST or not 0 <= min(self.overlap) <= max(self.overlap) <= LARGEST:

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from torch import nn
 
 from muralist.base import Base, pick_dtype
-from muralist.base_info import BaseInfo, inspect_base
+from muralist.base_info import UPSAMPLER, BaseInfo, inspect_base
 from muralist.data import latents
 from muralist.data.degrade import AnchorDamage
 from muralist.data.latents import LatentPool, PoolConfig
@@ -93,6 +93,10 @@ class Trainee(nn.Module):
         folder = self.info.folder / "adapters" / name
         return weights.fingerprint(folder) if folder.is_dir() else "none"
 
+    def part_origin(self, kind: str) -> dict[str, str]:
+        """The fingerprint of the base's part of that kind, if it has one."""
+        return {f"part {kind}": weights.fingerprint(self.info.folder / "parts" / kind)} if kind in self.info.parts else {}
+
     @property
     def own_grid(self) -> Grid:
         """The grid that the base was made for."""
@@ -119,7 +123,13 @@ class Trainee(nn.Module):
         """
         state.require_origin(folder / CHECKPOINTS, self.origin(data))
         vae = load_vae(self.info.folder / "vae").to(self.base.device).eval()
-        pools = tuple(latents.build_pool(vae, config, folder / "latents", report, data.source) for config in configs)
+
+        def built(config: PoolConfig) -> LatentPool:
+            upsampler = self.base.latent_upsampler() if config.guide_rest == "learned" else None
+            return latents.build_pool(vae, config, folder / "latents", report, data.source, upsampler)
+
+        pools = tuple(built(config) for config in configs)
+        self.base.release(UPSAMPLER)
         self.learn_captions([text for pool in pools for text in pool.captions])
         return pools
 
@@ -138,11 +148,11 @@ class Trainee(nn.Module):
             seed=height,
         )
 
-    def guided_pool(self, name: str, height: int, data: VideoData, damage: AnchorDamage, guide_scale: float | None = None) -> PoolConfig:
+    def guided_pool(self, name: str, height: int, data: VideoData, damage: AnchorDamage) -> PoolConfig:
         """The same crops, each with its whole video at the base's own size, damaged so that it can stand for what the base generates."""
         crops = self.crop_pool(height, data)
         proxy = replace(self.own_grid, num_frames=crops.length)
-        return replace(crops, name=f"{name}-{height}", proxy=proxy, damage=damage, guide_scale=guide_scale, aimed=AIMED)
+        return replace(crops, name=f"{name}-{height}", proxy=proxy, damage=damage, aimed=AIMED)
 
 
 @dataclass(frozen=True, slots=True)

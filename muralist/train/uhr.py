@@ -1,8 +1,9 @@
 """`uhr`: the adapter that lets a base work far above its own size, trained on crops of large videos on the path that refinement takes.
 
 A crop of a 4K render has the token grid of a whole frame at the base's size and shows what a token means there: bare ground, a stretch of
-edge. Its guide is what refinement is given: the whole video at the base's own size, a little damaged, enlarged through pixels where the crop lies.
-The path starts in half of the batches where the base's own recipe has it, else earlier, down to the earliest start of any recipe.
+edge. Its guide is what refinement is given: the whole video at the base's own size, a little damaged, enlarged through pixels where the crop lies, and
+the last part of the way by interpolation; for half of the crops by the base's latent upsampler, if it has one. The path starts in half of the batches
+where the base's own recipe has it, else earlier, down to the earliest start of any recipe.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from muralist.base_info import UPSAMPLER
 from muralist.data.degrade import AnchorDamage
-from muralist.stages.upsample import LATENT_SCALE
+from muralist.data.latents import PoolConfig
+from muralist.stages.upsample import LATENT_SCALE, LEARNED_SCALE
 from muralist.train.loop import Length, Report, begin
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
 from muralist.train.trainee import Crops, Trainee, VideoData, fit_adapter, give_adapter
@@ -49,9 +52,20 @@ def train_uhr(folder: Path, *, length: Length, device: torch.device, resume: boo
     begin(folder, resume=resume)
     trainee = Trainee(model, device)
     data, defaults = (data or VideoData()).settled(), trainee.info.defaults
-    pools = trainee.encoded([trainee.guided_pool("enlarged", height, data, DAMAGE, LATENT_SCALE) for height in data.heights], data, folder, report)
+    pools = trainee.encoded(_wanted(trainee, data), data, folder, report)
     give_adapter(trainee, ADAPTER)
     config = FlowConfig(prediction=trainee.info.prediction, shift=defaults.flow_shift)
     source = Guided(Crops(pools), defaults.skip_share)
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, source, config, device)
-    return fit_adapter(trainee, ADAPTER, objective, folder, length, resume, trainee.origin(data) | trainee.path_origin, report)
+    origin = trainee.origin(data) | trainee.path_origin | trainee.part_origin(UPSAMPLER)
+    return fit_adapter(trainee, ADAPTER, objective, folder, length, resume, origin, report)
+
+
+def _wanted(trainee: Trainee, data: VideoData) -> list[PoolConfig]:
+    """Crops of each height with guides by interpolation, and others with guides by the base's upsampler."""
+    crops = [trainee.guided_pool("enlarged", height, data, DAMAGE) for height in data.heights]
+    pools = [replace(pool, guide_scale=LATENT_SCALE) for pool in crops]
+    if UPSAMPLER in trainee.info.parts:
+        learned = {"guide_scale": LEARNED_SCALE, "guide_rest": "learned"}
+        pools += [replace(pool, name=f"upsampled-{pool.grid.height}", seed=pool.seed + 1, **learned) for pool in crops]
+    return pools

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from muralist.cost import encoding
-from muralist.cost.vae import Cost, empty, steps
+from muralist.cost.vae import Cost, steps
 from muralist.data.latents import encode
 from muralist.nn.decoder_blocks import SCORES
+from muralist.nn.empty import empty_vae
 from muralist.nn.encoder import StreamingEncoder
 from muralist.nn.encoder_blocks import Average
 from muralist.nn.enlarge import EnlargedPixels
@@ -121,7 +122,7 @@ def test_an_enlarged_video_of_few_frames_is_linear_in_time_and_holds_its_last():
 def test_the_plan_counts_what_runs(flavour, tile):
     config = dict(model(flavour).config)
     with torch.device("meta"):
-        encoder, video = StreamingEncoder(empty(config, "float32")), torch.empty(FRAMES, HEIGHT, WIDTH, 3)
+        encoder, video = StreamingEncoder(empty_vae(config, torch.float32)), torch.empty(FRAMES, HEIGHT, WIDTH, 3)
         with FlopCounterMode(display=False) as counter:
             encoder.encode(reader(video), FRAMES, (HEIGHT, WIDTH), tile)
     need = encoding.encode(config, FRAMES, (HEIGHT, WIDTH), tile, quick=True)
@@ -134,7 +135,7 @@ def test_the_plan_counts_what_runs(flavour, tile):
 def test_alike_tiles_are_counted_once_and_cost_the_same(flavour, tile):
     config, size = dict(model(flavour).config), (736, 1056)
     need = encoding.encode(config, FRAMES, size, tile, quick=True)
-    encoder = StreamingEncoder(empty(config, "float32"))
+    encoder = StreamingEncoder(empty_vae(config, torch.float32))
     height, width = (side // encoder.spatial_factor for side in size)
     boxes, frames = latent_boxes(height, width, tile, encoder.spatial_factor), (FRAMES - 1) // 4 + 1
     one_by_one = Cost()
@@ -154,7 +155,7 @@ def test_a_frame_of_thousands_of_tiles_is_planned_from_a_few(flavour):
 @flavours
 def test_planned_memory_holds_weights_their_copies_and_the_middle(flavour):
     config = dict(model(flavour).config)
-    vae = empty(config, "float32")
+    vae = empty_vae(config, torch.float32)
     encoder = StreamingEncoder(vae)
     weights = sum(p.nbytes for p in vae.parameters())
     convs = [operator.conv1 for operator in encoder.whole if hasattr(operator, "conv1")]

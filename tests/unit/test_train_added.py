@@ -18,14 +18,12 @@ from muralist.data.degrade import AnchorDamage
 from muralist.data.latents import LatentPool, PoolConfig
 from muralist.data.sources import World, read_footage
 from muralist.errors import UserError
-from muralist.nn.decoder import StreamingDecoder
-from muralist.nn.encoder import StreamingEncoder
 from muralist.nn.enlarge import EnlargedPixels, enlarged
 from muralist.nn.kinds import hierarchical
 from muralist.sampling import flow
 from muralist.stages import prompt
 from muralist.stages.prompt import encode_prompt
-from muralist.stages.upsample import LATENT_SCALE, PixelInterpolation, upsample
+from muralist.stages.upsample import LATENT_SCALE, LEARNED_SCALE, LatentInterpolation, LearnedUpsampling, PixelInterpolation, upsample
 from muralist.store import prompt_cache, weights
 from muralist.store.parts import save_part
 from muralist.tiling import Box
@@ -206,22 +204,30 @@ def test_an_anchor_is_cut_where_its_crop_lies():
 
 
 @pytest.mark.parametrize(("fps", "frames"), [(16, 17), (4, 5)], ids=["of every frame", "of every fourth"])
-def test_a_guide_of_training_is_the_guide_of_refinement(fps, frames, tiny22):
+@pytest.mark.parametrize(
+    ("scale", "rest", "factor", "bound"),  # random networks enlarge what half precision rounds
+    [(LATENT_SCALE, LatentInterpolation(), 2, 0.01), (LEARNED_SCALE, LearnedUpsampling(), 4, 0.02), (LEARNED_SCALE, LearnedUpsampling(), 2, 0.02)],
+    ids=["enlarged", "by the upsampler", "by the upsampler alone"],
+)
+def test_a_guide_of_training_is_the_guide_of_refinement(scale, rest, factor, bound, fps, frames, tiny22):
     """A crop that is the whole frame has the guide that the stage makes of the same small video."""
-    small, large = Grid(num_frames=frames, height=64, width=96, fps=fps), Grid(num_frames=17, height=128, width=192, fps=16)
+    small, large = Grid(num_frames=frames, height=64, width=96, fps=fps), Grid(num_frames=17, height=64 * factor, width=96 * factor, fps=16)
     base = Base(inspect_base(str(tiny22)), CPU, torch.float32)
     proxy = latents.encode(base.vae(), torch.rand(1, frames, small.height, small.width, 3))
-    config = PoolConfig(name="p", count=1, grid=large, crop=(large.height, large.width), proxy=small, guide_scale=LATENT_SCALE)
-    vae = base.vae()
-    trained = latents._guide(StreamingEncoder(vae), StreamingDecoder(vae), config, proxy, (8, 12), (0.0, 0.0, 1.0, 1.0)).float()
-    refined = upsample(LatentVideo(proxy, small), large, base, PixelInterpolation(latent_scale=LATENT_SCALE)).z
-    assert refined.shape[2] == 5 and trained.shape == refined.shape and (trained - refined).abs().max() < 0.01 * refined.std()
+    config = PoolConfig(name="p", count=1, grid=large, crop=(large.height, large.width), proxy=small, guide_scale=scale)
+    upsampler = base.latent_upsampler() if isinstance(rest, LearnedUpsampling) else None
+    trained = latents._Guides(base.vae(), config, upsampler)(proxy, (4 * factor, 6 * factor), (0.0, 0.0, 1.0, 1.0)).float()
+    refined = upsample(LatentVideo(proxy, small), large, base, PixelInterpolation(latent_scale=scale, rest=rest)).z
+    assert refined.shape[2] == 5 and trained.shape == refined.shape and (trained - refined).abs().max() < bound * refined.std()
 
 
 @pytest.mark.parametrize("large", [(768, 1024), (320, 448)], ids=["over twice its own size", "less"])
 @pytest.mark.parametrize("named", [1.0, 1.07], ids=["", "footage that is smaller than the grid"])
-def test_the_guide_of_a_crop_is_that_part_of_the_guide_of_the_whole(large, named, tiny22, monkeypatch):
+@pytest.mark.parametrize("learned", [False, True], ids=["enlarged", "by the upsampler"])
+def test_the_guide_of_a_crop_is_that_part_of_the_guide_of_the_whole(large, named, learned, tiny22, monkeypatch):
     vae = Base(inspect_base(str(tiny22)), CPU, torch.float32).vae()
+    upsampler = object() if learned else None
+    monkeypatch.setattr(latents, "upsample_in_tiles", lambda network, z, size: enlarged(z, size, "bicubic"))
     video = torch.rand(5, 192, 256, 3)
 
     def pooled(encoder, video):  # an encoder that looks at nothing beside its latents: what is left is where they lie
@@ -238,8 +244,8 @@ def test_the_guide_of_a_crop_is_that_part_of_the_guide_of_the_whole(large, named
     place = (top / large[0], left / large[1], side / large[0], side / large[1])
     grid = Grid(num_frames=5, height=round(large[0] * named), width=round(large[1] * named))
     config = PoolConfig(name="p", count=1, grid=grid, crop=(side, side), proxy=grid, guide_scale=LATENT_SCALE)
-    proxy = torch.empty(1, 48, 2, 12, 16)  # of `video`, whatever it holds
-    guide = latents._guide(StreamingEncoder(vae), StreamingDecoder(vae), config, proxy, (side // 16, side // 16), place).float()
+    proxy = pooled(None, video)
+    guide = latents._Guides(vae, config, upsampler)(proxy, (side // 16, side // 16), place).float()
     part = whole[..., top // 16 : (top + side) // 16, left // 16 : (left + side) // 16]
     assert guide.shape == part.shape and (guide - part).abs().max() < 0.03 * part.std() + 2e-3
     assert (guide - part.roll(1, dims=-1)).abs().max() > 0.1 * part.std()
@@ -249,12 +255,11 @@ def test_the_guide_of_a_crop_is_encoded_with_what_lies_around_it():
     """With trained weights: random ones let what is far away through."""
     vae = Base(inspect_base("miniature"), CPU, torch.float32).vae()
     video, grid = torch.rand(5, 192, 256, 3), Grid(num_frames=5, height=768, width=1024)
-    encoder, decoder = StreamingEncoder(vae), StreamingDecoder(vae)
     proxy = latents.encode(vae, video[None])
 
     def guide(crop, place):
         config = PoolConfig(name="p", count=1, grid=grid, crop=crop, proxy=grid, guide_scale=LATENT_SCALE)
-        return latents._guide(encoder, decoder, config, proxy, tuple(side // 16 for side in crop), place).float()
+        return latents._Guides(vae, config)(proxy, tuple(side // 16 for side in crop), place).float()
 
     whole = guide((768, 1024), (0.0, 0.0, 1.0, 1.0))
     part = guide((192, 256), (288 / 768, 384 / 1024, 0.25, 0.25))

@@ -14,10 +14,10 @@ from muralist.base import Base
 from muralist.base_info import UPSAMPLER, inspect_base
 from muralist.bench.wan import SIZES
 from muralist.cost.upsampling import measure
-from muralist.cost.vae import empty
 from muralist.data.latents import decode
 from muralist.errors import UserError
 from muralist.nn.decoder import StreamingDecoder
+from muralist.nn.empty import empty_vae
 from muralist.nn.encoder import StreamingEncoder
 from muralist.nn.latent_upsampler import LatentUpsampler, LatentUpsamplerConfig, VrtConfig, tiles
 from muralist.nn.latent_upsampler.polynomial import VALUES, values
@@ -214,7 +214,7 @@ def test_the_plan_counts_the_vae_the_decoded_proxy_and_its_files(machine):
     asked = replace(request(grid), recipe="cascade", config=find("cascade")(info))
     found = stage(plan(asked, info, machine), "upsample")
     small = asked.config.proxy.grid(grid, info.geometry)
-    vae = machine.itemsize * sum(p.numel() for p in empty(info.vae_config, "bfloat16").parameters())
+    vae = machine.itemsize * sum(p.numel() for p in empty_vae(info.vae_config, torch.bfloat16).parameters())
     held, latent = 2 * 3 * small.pixels, 4 * math.prod(info.geometry.latent_shape(grid))
     assert found.memory_bytes > vae + machine.itemsize * 1_400_000_000
     assert found.disk_bytes >= latent + value_bytes(getattr(torch, machine.dtype)) * 3 * small.pixels

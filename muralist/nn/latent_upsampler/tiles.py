@@ -14,6 +14,7 @@ from itertools import product
 
 import torch
 
+from muralist.nn.kinds import UPSAMPLER_OVERLAP, UPSAMPLER_TILE
 from muralist.nn.latent_upsampler.model import LatentUpsampler
 from muralist.tiling import Span, blend_weights, overlapping
 
@@ -38,8 +39,8 @@ def upsample_in_tiles(
     network: LatentUpsampler,
     z: torch.Tensor,
     size: tuple[int, int],
-    tile: Tile,
-    overlap: Tile,
+    tile: Tile = UPSAMPLER_TILE,
+    overlap: Tile = UPSAMPLER_OVERLAP,
     on_piece: Callable[[int, int], object] = lambda done, total: None,
 ) -> torch.Tensor:
     """z [1, C, F, h, w] -> [1, C, F, H, W] of `size` (H, W); `tile` and `overlap` are in source positions (frames, rows, columns).
