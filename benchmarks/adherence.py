@@ -5,6 +5,7 @@
     python benchmarks/adherence.py --count 12 --size 1920x1080 --recipe luve
     python benchmarks/adherence.py --count 12 --size 896x512 --num-frames 1 --recipe ultragen --set 'refine.attention.branches=["coarse"]' --label no-global
 
+Where a proxy has the target's frames, it is judged too: what of the misses is refinement's, and what was there before.
 What stands in the folder of `--keep` is not painted again, so a stopped run goes on. Of a single frame motion is not judged.
 Writes results/adherence-SIZE.{json,md} (-RECIPE, -N-frames and -LABEL where they are given) and a contact sheet of first, middle and last frames.
 """
@@ -24,9 +25,11 @@ import torch
 from common import write
 from kept import LARGE, STRIDE
 from PIL import Image
+from safetensors.torch import load_file
 
 import muralist
 from muralist.data import world
+from muralist.data.latents import decode
 from muralist.data.score import score
 
 ATTRIBUTES = ("colour", "shape", "ground", "motion", "camera")
@@ -53,14 +56,16 @@ def main() -> None:
         if kept and kept.is_dir():
             row, three = known(kept, about), torch.from_numpy(np.array(Image.open(kept / "small.png")))
         else:
-            frames = painted(pipe, scene, width, height, options.num_frames, options.settings)
-            row, three = judged(frames, scene), small(frames)
+            frames, proxy = painted(pipe, scene, width, height, options.num_frames, options.settings)
+            row, three = judged(frames, scene) | ({} if proxy is None else {"proxy": judged(proxy, scene)}), small(frames)
             if kept:
                 keep(kept, {"about": about, "row": row}, frames)
         rows.append(row)
         sheet.append(three)
         print(row, f"{(time.time() - started) / len(rows):.1f} s a clip", flush=True)
     means = [{"measure": name, "percent": value} for name, value in averages(rows, options.num_frames).items()]
+    if all("proxy" in row for row in rows):
+        means = [mean | {"its proxy": value} for mean, value in zip(means, averages([row["proxy"] for row in rows], options.num_frames).values())]
     print(means)
     frames = None if options.num_frames == 29 else f"{options.num_frames}-frames"
     name = "-".join(["adherence", options.size, *filter(None, (options.recipe, frames, options.label))])
@@ -70,12 +75,18 @@ def main() -> None:
     Image.fromarray(torch.cat(sheet[:24]).numpy()).save(options.sheet)
 
 
-def painted(pipe: muralist.Pipeline, scene: world.Scene, width: int, height: int, num_frames: int, settings: list[str]) -> torch.Tensor:
-    """Frames [t, H, W, 3] of a prompt; of large clips every fourth."""
+def painted(
+    pipe: muralist.Pipeline, scene: world.Scene, width: int, height: int, num_frames: int, settings: list[str]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Frames [t, H, W, 3] of a prompt, of large clips every fourth, and those of its proxy if it has one with all of them."""
     with tempfile.TemporaryDirectory() as folder:
         sized = {"width": width, "height": height, "num_frames": num_frames}
         video = pipe(world.caption(scene), **sized, seed=scene.seed, settings=tuple(settings), run_dir=Path(folder) / "run")
-        return torch.cat([chunk.frames[:: (1 if height < LARGE else STRIDE)] for chunk in video])
+        frames = torch.cat([chunk.frames[:: (1 if height < LARGE else STRIDE)] for chunk in video])
+        stored = next((Path(folder) / "run" / "proxy").glob("*.safetensors"), None)
+        latent = None if stored is None else load_file(stored)["latent"]
+        whole = latent is not None and latent.shape[2] == video.latent.z.shape[2]
+        return frames, decode(pipe.base.vae(), latent.to(pipe.base.device)) if whole else None
 
 
 def judged(frames: torch.Tensor, scene: world.Scene) -> dict[str, Any]:
