@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,14 +28,12 @@ from muralist.errors import UserError
 from muralist.nn.decoder import StreamingDecoder
 from muralist.nn.encoder import StreamingEncoder
 from muralist.nn.enlarge import MODE, EnlargedPixels, between, sampled
-from muralist.nn.latent_upsampler.tiles import upsample_in_tiles
+from muralist.nn.latent_upsampler.model import LatentUpsampler
+from muralist.nn.latent_upsampler.tiles import upsample_part
 from muralist.store import weights
 from muralist.store.tensors import load_tensors, save_tensors
 from muralist.tiling import Box, Span
 from muralist.types import Grid
-
-if TYPE_CHECKING:
-    from muralist.nn.latent_upsampler import LatentUpsampler
 
 Shard = tuple[dict[str, torch.Tensor], dict[str, str]]  # tensors and the header's metadata
 WORLD = World()
@@ -249,30 +247,33 @@ class _Guides:
     def __call__(self, proxy: torch.Tensor, size: tuple[int, int], place: tuple[float, float, float, float]) -> torch.Tensor:
         """A proxy [1, C, F', h', w'] -> [1, C, F, *size] in half precision."""
         first, share = place[:2], place[2:]
-        large = tuple(round(length / part) for length, part in zip(size, share))  # latents of the whole frame, else not always a whole number
-        encoded = tuple(between(*sides, self.config.guide_scale) for sides in zip(proxy.shape[-2:], large))
-        spans = [_covering(start * side, part * side, side, AROUND // self.encoder.spatial_factor) for start, part, side in zip(first, share, encoded)]
-        z = self._encoded(proxy, encoded, spans)
-        if self.upsampler is not None and encoded != large:
-            whole = upsample_in_tiles(self.upsampler, _set_in(z, spans, encoded), large)
-            return sampled(whole, torch.tensor([place]), size, MODE).half().cpu()
-        starts = [(start * side - span.start) / len(span) for start, side, span in zip(first, encoded, spans)]
-        sides = [part * side / len(span) for part, side, span in zip(share, encoded, spans)]
+        whole = tuple(round(length / part) for length, part in zip(size, share))  # latents of the whole frame, else not always a whole number
+        encoded = tuple(between(*sides, self.config.guide_scale) for sides in zip(proxy.shape[-2:], whole))
+        spans = tuple(_covering(start * side, part * side, side, AROUND // self.encoder.spatial_factor) for start, part, side in zip(first, share, encoded))
+        if self.upsampler is None:
+            z, whole = self._encoded(proxy, encoded, spans), encoded
+        else:
+            z, spans = self._upsampled(proxy, encoded, spans, whole)
+        starts = [(start * side - span.start) / len(span) for start, side, span in zip(first, whole, spans)]
+        sides = [part * side / len(span) for part, side, span in zip(share, whole, spans)]
         return sampled(z, torch.tensor([starts + sides]), size, MODE).half().cpu()
 
-    def _encoded(self, proxy: torch.Tensor, encoded: tuple[int, int], spans: list[Span]) -> torch.Tensor:
-        """The proxy through pixels, `encoded` latent rows and columns of it, where the spans lie; not through pixels where the stage does without."""
+    def _encoded(self, proxy: torch.Tensor, size: tuple[int, int], spans: tuple[Span, Span]) -> torch.Tensor:
+        """The proxy through pixels, `size` latent rows and columns of it, where the spans lie."""
         rate, unit = self.config.proxy.fps / self.config.grid.fps, self.encoder.spatial_factor
-        if self.upsampler is not None and encoded == tuple(proxy.shape[-2:]) and rate == 1:
-            return proxy[..., spans[0].start : spans[0].stop, spans[1].start : spans[1].stop]
-        pixels = EnlargedPixels(_decode(self.decoder, proxy), tuple(side * unit for side in encoded), MODE, self.encoder.device, rate)
+        pixels = EnlargedPixels(_decode(self.decoder, proxy), tuple(side * unit for side in size), MODE, self.encoder.device, rate)
         return _encode(self.encoder, pixels(range(self.config.length), Box(*spans).times(unit)))
 
-
-def _set_in(z: torch.Tensor, spans: list[Span], size: tuple[int, int]) -> torch.Tensor:
-    """A part of a latent video, which covers the spans of rows and columns, in a whole one of `size`: continued by its border."""
-    (y, x), (height, width) = spans, size
-    return F.pad(z, (x.start, width - x.stop, y.start, height - y.stop, 0, 0), mode="replicate")
+    def _upsampled(
+        self, proxy: torch.Tensor, size: tuple[int, int], spans: tuple[Span, Span], whole: tuple[int, int]
+    ) -> tuple[torch.Tensor, tuple[Span, Span]]:
+        """What the spans become on the way from `size` to `whole`, and where that stands; not through pixels where the stage starts from the proxy's latent."""
+        if size != tuple(proxy.shape[-2:]) or self.config.proxy.fps != self.config.grid.fps:
+            (y, x), (height, width) = spans, size
+            proxy = F.pad(self._encoded(proxy, size, spans), (x.start, width - x.stop, y.start, height - y.stop, 0, 0), mode="replicate")
+        if size == whole:  # the upsampler would change what is there already
+            return proxy, tuple(Span(0, side) for side in whole)
+        return upsample_part(self.upsampler, proxy, spans, whole)
 
 
 def _covering(start: float, length: float, side: int, more: int) -> Span:

@@ -18,10 +18,8 @@ def empty_vae(config: Mapping[str, Any], dtype: torch.dtype) -> AutoencoderKLWan
 
 @lru_cache(maxsize=8)
 def _empty(config: str, dtype: torch.dtype) -> AutoencoderKLWan:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            return AutoencoderKLWan.from_config(json.loads(config))
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device("meta"):
+        vae = AutoencoderKLWan.from_config(json.loads(config))
+    for parameter in vae.parameters():  # not `vae.to`, which warns about layers that a real cast should leave alone
+        parameter.data = parameter.data.to(dtype)
+    return vae

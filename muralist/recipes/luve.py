@@ -8,13 +8,13 @@ released runtime (the paper's 0.417 is an index of a schedule of shift 5, and me
 Up to three times the proxy's size the upsampler goes all of the way, as in the paper. It is trained for no more there, and from 448x256 to 4K at once, 8.5
 times, a grid of the proxy's latents stays in the picture (looked at): from there on pixels are enlarged to a third of the target and encoded first.
 
-Cost beside `cascade`: the upsampler's second or two, 45 of 50 refining steps instead of 30. The embedded base, in whose windows objects of their
-own come up at high noise, keeps six of ten steps of its guide as in `cascade`. Ablations of the paper are other values of
-this configuration (`--set NAME=VALUE`, or `override` in `muralist.compare.ablation`):
+Cost beside `cascade`: 45 of 50 refining steps instead of 30; at 4K the upsampler takes the place of more than half of the pixels to encode.
+The embedded base, in whose windows objects of their own come up at high noise, keeps six of ten steps of its guide as in `cascade`. Ablations of
+the paper are other values of this configuration (`--set NAME=VALUE`, or `override` in `muralist.compare.ablation`):
 
 | table | switch |
 |---|---|
-| 5 | `upsample` = `PixelInterpolation`, `LatentInterpolation`, `LearnedUpsampling` |
+| 5 | `upsample` = `PixelInterpolation`, `LatentInterpolation`, `LearnedUpsampling` (the paper's; the default is it behind pixels) |
 | 6 | `refine.experts` = (), ("low",), ("high",), ("low", "high"); without a cascade: the recipe `direct` with the adapter `uhr` |
 | 7 | `refine.skip_steps` = 2, 5, 10, 15 of 50 |
 """

@@ -13,7 +13,7 @@ import torch
 
 from muralist.errors import UserError
 from muralist.nn.enlarge import EnlargedPixels, between, enlarged
-from muralist.nn.kinds import LARGEST, UPSAMPLER_OVERLAP, UPSAMPLER_TILE
+from muralist.nn.kinds import LARGEST
 from muralist.nn.out_of_memory import in_less
 from muralist.stages.decode_options import DecodeOptions
 from muralist.tiling import latent_boxes
@@ -43,8 +43,8 @@ class LatentInterpolation:
 class LearnedUpsampling:
     """The base's latent upsampler, in overlapping pieces of at most `tile` source positions (latent frames, rows, columns)."""
 
-    tile: tuple[int, int, int] = UPSAMPLER_TILE
-    overlap: tuple[int, int, int] = UPSAMPLER_OVERLAP
+    tile: tuple[int, int, int] = (13, 96, 160)
+    overlap: tuple[int, int, int] = (4, 16, 16)
 
     def __post_init__(self):
         if not 1 <= min(self.tile) <= max(self.tile) <= LARGEST or not 0 <= min(self.overlap) <= max(self.overlap) <= LARGEST:

@@ -93,6 +93,6 @@ def _teach(
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Crops(pools), config, trainee.base.device)
     report(f"expert {name}: noise levels {low:g} to {high:g}")
     schedule = Schedule(length=length, learning_rate=1e-3, weight_decay=0.0)
-    origin = trainee.origin(data) | {"adapter": trainee.adapter_origin(ADAPTER)}
+    origin = trainee.origin(data) | trainee.standing_on(f"adapter {ADAPTER}")
     fit(objective, schedule, folder / name, resume=resume, origin=origin, report=report)
     draw_curve(folder / name)

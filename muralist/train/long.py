@@ -151,7 +151,7 @@ class InSightOfProxy(FlowMatching):
 
 def _origin(trainee: Trainee, data: VideoData, folder: Path, *adapters: str) -> dict[str, str]:
     """What such a training stands on, the base's adapters among it, where it has them. Raises UserError if checkpoints in `folder` stand on others."""
-    origin = trainee.origin(data) | trainee.path_origin | {f"adapter {name}": trainee.adapter_origin(name) for name in adapters}
+    origin = trainee.origin(data) | trainee.path_origin | trainee.standing_on(*(f"adapter {name}" for name in adapters))
     state.require_origin(folder / CHECKPOINTS, origin)
     return origin
 

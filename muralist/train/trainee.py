@@ -88,14 +88,9 @@ class Trainee(nn.Module):
         """Where the path of a training from guides begins."""
         return {"path": json.dumps([self.info.defaults.skip_share, self.info.defaults.flow_shift])}
 
-    def adapter_origin(self, name: str) -> str:
-        """The fingerprint of the base's adapter of that name, `none` where there is none."""
-        folder = self.info.folder / "adapters" / name
-        return weights.fingerprint(folder) if folder.is_dir() else "none"
-
-    def part_origin(self, kind: str) -> dict[str, str]:
-        """The fingerprint of the base's part of that kind, if it has one."""
-        return {f"part {kind}": weights.fingerprint(self.info.folder / "parts" / kind)} if kind in self.info.parts else {}
+    def standing_on(self, *names: str) -> dict[str, str]:
+        """The fingerprints of what the base has beside its components, such as `adapter proxy` and `part injector`; `none` where it lacks one."""
+        return {name: self.info.fingerprints.get(name, "none") for name in names}
 
     @property
     def own_grid(self) -> Grid:

@@ -18,7 +18,9 @@ from muralist.base_info import UPSAMPLER
 from muralist.data.degrade import AnchorDamage
 from muralist.data.latents import PoolConfig
 from muralist.stages.upsample import LATENT_SCALE, LEARNED_SCALE
-from muralist.train.loop import Length, Report, begin
+from muralist.structure import check_upsampler
+from muralist.train import state
+from muralist.train.loop import CHECKPOINTS, Length, Report, begin
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
 from muralist.train.trainee import Crops, Trainee, VideoData, fit_adapter, give_adapter
 
@@ -52,12 +54,15 @@ def train_uhr(folder: Path, *, length: Length, device: torch.device, resume: boo
     begin(folder, resume=resume)
     trainee = Trainee(model, device)
     data, defaults = (data or VideoData()).settled(), trainee.info.defaults
+    origin = trainee.origin(data) | trainee.path_origin | trainee.standing_on(f"part {UPSAMPLER}")
+    state.require_origin(folder / CHECKPOINTS, origin)
+    if UPSAMPLER in trainee.info.parts:
+        check_upsampler(trainee.info)
     pools = trainee.encoded(_wanted(trainee, data), data, folder, report)
     give_adapter(trainee, ADAPTER)
     config = FlowConfig(prediction=trainee.info.prediction, shift=defaults.flow_shift)
     source = Guided(Crops(pools), defaults.skip_share)
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, source, config, device)
-    origin = trainee.origin(data) | trainee.path_origin | trainee.part_origin(UPSAMPLER)
     return fit_adapter(trainee, ADAPTER, objective, folder, length, resume, origin, report)
 
 

@@ -18,15 +18,12 @@ from muralist.data.degrade import AnchorDamage
 from muralist.data.latents import LatentPool, PoolConfig
 from muralist.data.sources import World, read_footage
 from muralist.errors import UserError
-from muralist.nn.enlarge import EnlargedPixels, enlarged
 from muralist.nn.kinds import hierarchical
 from muralist.sampling import flow
 from muralist.stages import prompt
 from muralist.stages.prompt import encode_prompt
-from muralist.stages.upsample import LATENT_SCALE, LEARNED_SCALE, LatentInterpolation, LearnedUpsampling, PixelInterpolation, upsample
 from muralist.store import prompt_cache, weights
-from muralist.store.parts import save_part
-from muralist.tiling import Box
+from muralist.store.parts import load_part, save_part
 from muralist.train.anchored import train_anchored
 from muralist.train.branched import SINGLE_SHARE, BranchedConfig, Whole, train_branched
 from muralist.train.experts import LESSONS, train_experts
@@ -34,7 +31,7 @@ from muralist.train.loop import Length
 from muralist.train.objectives.flow import Batch, from_guide
 from muralist.train.trainee import Trainee, VideoData, cut_to
 from muralist.train.uhr import train_uhr
-from muralist.types import Grid, LatentVideo
+from muralist.types import Grid
 from tests.shell import muralist
 from tests.training import CPU, quiet, spied
 
@@ -52,8 +49,36 @@ def test_an_adapter_is_trained_and_serves(data, tiny_base, videos, tmp_path, sma
     assert answer.code == 0, answer.err
     found = load_file(made / "pytorch_lora_weights.safetensors")
     assert any(tensor.abs().max() > 0 for name, tensor in found.items() if "lora_B" in name)
+    assert {path.name for path in (tmp_path / "run" / "latents").iterdir()} == {"enlarged-96-0000.safetensors", "upsampled-96-0000.safetensors"}
     again = train_uhr(tmp_path / "more", length=Length(steps=1), device=CPU, resume=False, model=model, data=VideoData(heights=(96,), clips=2), report=quiet)
     assert load_file(again / "pytorch_lora_weights.safetensors").keys() == found.keys()
+
+
+def test_guides_are_made_by_the_upsampler_where_there_is_one_and_resumed_with_it_alone(tiny22, tiny21, tmp_path, small_shards):
+    model, data = shutil.copytree(tiny22, tmp_path / "model"), VideoData(heights=(96,), clips=2)
+    part, encoded = model / "parts" / "latent_upsampler", tmp_path / "run" / "latents"
+
+    def train(name: str, resume: bool = False) -> None:
+        train_uhr(tmp_path / name, length=Length(steps=1), device=CPU, resume=resume, model=model, data=data, report=quiet)
+
+    train("run")
+    before = sorted(path.stat().st_mtime_ns for path in encoded.iterdir())
+    kept = shutil.move(part, tmp_path / "kept")
+    train("without")
+    assert [path.name for path in (tmp_path / "without" / "latents").iterdir()] == ["enlarged-96-0000.safetensors"]
+    with pytest.raises(UserError, match="stand on another part latent_upsampler"):
+        train("run", resume=True)
+    record, tensors = load_part(kept, "latent_upsampler")
+    save_part(part, "latent_upsampler", record, {name: tensor * 1.5 for name, tensor in tensors.items()})
+    for name in ("run", "without"):
+        with pytest.raises(UserError, match="stand on another part latent_upsampler"):
+            train(name, resume=True)
+    assert sorted(path.stat().st_mtime_ns for path in encoded.iterdir()) == before, "encoded before it was refused"
+    shutil.rmtree(part)
+    shutil.copytree(tiny21 / "parts" / "latent_upsampler", part)
+    with pytest.raises(UserError, match="latents of 16 channels"):
+        train("another")
+    assert not (tmp_path / "another" / "latents").exists()
 
 
 def test_experts_are_trained_one_after_the_other_and_serve(tiny22, tmp_path, small_shards):
@@ -152,7 +177,7 @@ def test_an_expert_trains_itself_alone_on_its_own_noise(tiny22, tmp_path, small_
     for (objective, origin, names), name, sigmas in ((low, "low", (0.875, 1.0)), (high, "high", (0.0, 0.875))):
         assert names and all(f".experts.{name}." in n or f"experts.{name}." in n for n in names), names
         assert (objective.config.min_sigma, objective.config.max_sigma) == sigmas and objective.config.graft.experts == (name,)
-        assert origin["adapter"] == weights.fingerprint(model / "adapters" / "uhr")
+        assert origin["adapter uhr"] == weights.fingerprint(model / "adapters" / "uhr")
 
 
 def test_a_stamp_leaves_caches_good_that_were_made_before_a_field(tiny22):
@@ -201,69 +226,6 @@ def test_an_anchor_is_cut_where_its_crop_lies():
     assert cut.shape == (1, 2, 2, 4, 10) and cut[0, 0, 0, 0].tolist() == pytest.approx([5.0 + i for i in range(10)], abs=1e-4)
     halves = cut_to(whole, torch.tensor([[0.0, 0.0, 1.0, 1.0]]), (1, 10, 40))
     assert halves[0, 0, 0, 0, 1:-1].tolist() == pytest.approx([-0.25 + 0.5 * i for i in range(1, 39)], abs=1e-4)
-
-
-@pytest.mark.parametrize(("fps", "frames"), [(16, 17), (4, 5)], ids=["of every frame", "of every fourth"])
-@pytest.mark.parametrize(
-    ("scale", "rest", "factor", "bound"),  # random networks enlarge what half precision rounds
-    [(LATENT_SCALE, LatentInterpolation(), 2, 0.01), (LEARNED_SCALE, LearnedUpsampling(), 4, 0.02), (LEARNED_SCALE, LearnedUpsampling(), 2, 0.02)],
-    ids=["enlarged", "by the upsampler", "by the upsampler alone"],
-)
-def test_a_guide_of_training_is_the_guide_of_refinement(scale, rest, factor, bound, fps, frames, tiny22):
-    """A crop that is the whole frame has the guide that the stage makes of the same small video."""
-    small, large = Grid(num_frames=frames, height=64, width=96, fps=fps), Grid(num_frames=17, height=64 * factor, width=96 * factor, fps=16)
-    base = Base(inspect_base(str(tiny22)), CPU, torch.float32)
-    proxy = latents.encode(base.vae(), torch.rand(1, frames, small.height, small.width, 3))
-    config = PoolConfig(name="p", count=1, grid=large, crop=(large.height, large.width), proxy=small, guide_scale=scale)
-    upsampler = base.latent_upsampler() if isinstance(rest, LearnedUpsampling) else None
-    trained = latents._Guides(base.vae(), config, upsampler)(proxy, (4 * factor, 6 * factor), (0.0, 0.0, 1.0, 1.0)).float()
-    refined = upsample(LatentVideo(proxy, small), large, base, PixelInterpolation(latent_scale=scale, rest=rest)).z
-    assert refined.shape[2] == 5 and trained.shape == refined.shape and (trained - refined).abs().max() < bound * refined.std()
-
-
-@pytest.mark.parametrize("large", [(768, 1024), (320, 448)], ids=["over twice its own size", "less"])
-@pytest.mark.parametrize("named", [1.0, 1.07], ids=["", "footage that is smaller than the grid"])
-@pytest.mark.parametrize("learned", [False, True], ids=["enlarged", "by the upsampler"])
-def test_the_guide_of_a_crop_is_that_part_of_the_guide_of_the_whole(large, named, learned, tiny22, monkeypatch):
-    vae = Base(inspect_base(str(tiny22)), CPU, torch.float32).vae()
-    upsampler = object() if learned else None
-    monkeypatch.setattr(latents, "upsample_in_tiles", lambda network, z, size: enlarged(z, size, "bicubic"))
-    video = torch.rand(5, 192, 256, 3)
-
-    def pooled(encoder, video):  # an encoder that looks at nothing beside its latents: what is left is where they lie
-        return torch.nn.functional.avg_pool2d(video.permute(0, 3, 1, 2), 16).permute(1, 0, 2, 3)[None]
-
-    monkeypatch.setattr(latents, "_encode", pooled)
-    monkeypatch.setattr(latents, "_decode", lambda decoder, z: video)
-    target = tuple(side // 16 for side in large)
-    encoded = PixelInterpolation(latent_scale=LATENT_SCALE).size((12, 16), target)
-    pixels = EnlargedPixels(video, tuple(16 * side for side in encoded), "bicubic", CPU)
-    whole = enlarged(pooled(None, pixels(range(5), Box.whole(*(16 * side for side in encoded)))), target, "bicubic")
-
-    top, left, side = 64, 128, 192
-    place = (top / large[0], left / large[1], side / large[0], side / large[1])
-    grid = Grid(num_frames=5, height=round(large[0] * named), width=round(large[1] * named))
-    config = PoolConfig(name="p", count=1, grid=grid, crop=(side, side), proxy=grid, guide_scale=LATENT_SCALE)
-    proxy = pooled(None, video)
-    guide = latents._Guides(vae, config, upsampler)(proxy, (side // 16, side // 16), place).float()
-    part = whole[..., top // 16 : (top + side) // 16, left // 16 : (left + side) // 16]
-    assert guide.shape == part.shape and (guide - part).abs().max() < 0.03 * part.std() + 2e-3
-    assert (guide - part.roll(1, dims=-1)).abs().max() > 0.1 * part.std()
-
-
-def test_the_guide_of_a_crop_is_encoded_with_what_lies_around_it():
-    """With trained weights: random ones let what is far away through."""
-    vae = Base(inspect_base("miniature"), CPU, torch.float32).vae()
-    video, grid = torch.rand(5, 192, 256, 3), Grid(num_frames=5, height=768, width=1024)
-    proxy = latents.encode(vae, video[None])
-
-    def guide(crop, place):
-        config = PoolConfig(name="p", count=1, grid=grid, crop=crop, proxy=grid, guide_scale=LATENT_SCALE)
-        return latents._Guides(vae, config)(proxy, tuple(side // 16 for side in crop), place).float()
-
-    whole = guide((768, 1024), (0.0, 0.0, 1.0, 1.0))
-    part = guide((192, 256), (288 / 768, 384 / 1024, 0.25, 0.25))
-    assert (part - whole[..., 18:30, 24:40]).abs().max() < 0.02 * whole.std()
 
 
 def test_training_from_a_guide_follows_refinement():

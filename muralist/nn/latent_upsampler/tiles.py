@@ -14,7 +14,6 @@ from itertools import product
 
 import torch
 
-from muralist.nn.kinds import UPSAMPLER_OVERLAP, UPSAMPLER_TILE
 from muralist.nn.latent_upsampler.model import LatentUpsampler
 from muralist.tiling import Span, blend_weights, overlapping
 
@@ -39,8 +38,8 @@ def upsample_in_tiles(
     network: LatentUpsampler,
     z: torch.Tensor,
     size: tuple[int, int],
-    tile: Tile = UPSAMPLER_TILE,
-    overlap: Tile = UPSAMPLER_OVERLAP,
+    tile: Tile,
+    overlap: Tile,
     on_piece: Callable[[int, int], object] = lambda done, total: None,
 ) -> torch.Tensor:
     """z [1, C, F, h, w] -> [1, C, F, H, W] of `size` (H, W); `tile` and `overlap` are in source positions (frames, rows, columns).
@@ -63,6 +62,15 @@ def upsample_in_tiles(
         result[:, :, *there] += made * t[:, None, None] * y[:, None] * x
         on_piece(done, len(every))
     return result
+
+
+@torch.no_grad()
+def upsample_part(network: LatentUpsampler, z: torch.Tensor, spans: tuple[Span, Span], size: tuple[int, int]) -> tuple[torch.Tensor, tuple[Span, Span]]:
+    """z [1, C, F, h, w] -> what the rows and columns of `spans` become on the way to `size` (H, W), as a piece of their own, and where it stands."""
+    (y, x), linear = spans, network.linear(z, size)
+    rows, columns = (_scaled(span, length, full) for span, length, full in zip(spans, z.shape[-2:], size))
+    part = linear[..., rows.start : rows.stop, columns.start : columns.stop]
+    return network.detailed(z[..., y.start : y.stop, x.start : x.stop], part), (rows, columns)
 
 
 def _scaled(span: Span, length: int, full: int) -> Span:
