@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import av
 import pytest
@@ -34,11 +37,23 @@ def test_a_recipe_is_a_function_from_a_base_to_a_configuration(recipe, tiny_base
     assert summary(recipe)
 
 
+@pytest.fixture(scope="module")
+def painted(tmp_path_factory) -> Callable[[str, Path], Path]:
+    """The video of a recipe and a base, its run beside it."""
+
+    @cache
+    def made(recipe: str, base: Path) -> Path:
+        output = tmp_path_factory.mktemp("painted") / "a.mp4"
+        answer = paint(recipe, base, output, "--keep-run")
+        assert answer.code == 0, answer.err
+        return output
+
+    return made
+
+
 @every_recipe
-def test_every_recipe_paints_on_both_flavours(recipe, tiny_base, tmp_path):
-    answer = paint(recipe, tiny_base, tmp_path / "a.mp4")
-    assert answer.code == 0, answer.err
-    with av.open(str(tmp_path / "a.mp4")) as container:
+def test_every_recipe_paints_on_both_flavours(recipe, tiny_base, painted):
+    with av.open(str(painted(recipe, tiny_base))) as container:
         stream = container.streams.video[0]
         frames = [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
     assert (stream.width, stream.height, len(frames)) == (160, 96, 9)
@@ -76,10 +91,9 @@ def test_resuming_gives_the_same_file_bit_for_bit(recipe, tiny22, tmp_path, monk
 
 
 @every_recipe
-def test_a_run_of_one_recipe_is_not_resumed_by_another(recipe, tiny22, tmp_path):
+def test_a_run_of_one_recipe_is_not_resumed_by_another(recipe, tiny22, painted):
     other = next(name for name in sorted(RECIPES) if name != recipe)
-    assert paint(recipe, tiny22, tmp_path / "a.mp4", "--keep-run").code == 0
-    assert "this run was started with" in paint(other, tiny22, tmp_path / "a.mp4").error
+    assert "this run was started with" in paint(other, tiny22, painted(recipe, tiny22)).error
 
 
 @every_recipe

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
@@ -19,7 +22,7 @@ from muralist.sampling import flow
 from muralist.stages.decode import TILES, TileMajor, TimeMajor, decode
 from muralist.stages.decode_in_less import decode_in_less, smaller
 from muralist.stages.upsample import PixelInterpolation, upsample
-from muralist.types import Grid, LatentVideo, TextCond
+from muralist.types import FrameChunk, Grid, LatentVideo, TextCond
 from muralist.velocity import ProxyView, Sight, velocity_field
 from tests.shell import muralist
 
@@ -77,20 +80,26 @@ def denoised(base: Base, graft: Graft) -> torch.Tensor:
     return flow.denoise(velocity, z, flow.sigmas(3, 5.0), after_step=lambda step, z: None)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(base) -> Callable[[str], torch.Tensor]:
+    """What denoising with a graft gives in memory enough."""
+    return cache(lambda graft: denoised(base, GRAFTS[graft]))
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
-@pytest.mark.parametrize("graft", GRAFTS.values(), ids=GRAFTS)
-def test_a_step_goes_on_in_smaller_chunks(graft, error, base, monkeypatch, caplog):
-    expected = denoised(base, graft)
+@pytest.mark.parametrize("name", GRAFTS)
+def test_a_step_goes_on_in_smaller_chunks(name, error, base, undisturbed, monkeypatch, caplog):
+    expected, graft = undisturbed(name), GRAFTS[name]
     monkeypatch.setattr(MuralTransformer, "forward", Failing(MuralTransformer.forward, CALLS, error))
     assert (denoised(base, graft) - expected).abs().max() < 1e-5
     assert [record.args for record in caplog.records] == [(n, n // 2) for n in ((144, 72, 36) if graft == Graft() else (64, 32, 16))]
 
 
-def test_in_the_middle_of_a_forward_nothing_is_lost(base, monkeypatch):
+def test_in_the_middle_of_a_forward_nothing_is_lost(base, undisturbed, monkeypatch):
     """Blocks write into the residual stream; what they have written must not be read again."""
     from muralist.nn.block import MuralBlock
 
-    expected = denoised(base, GRAFTS["windows"])
+    expected = undisturbed("windows")
     monkeypatch.setattr(MuralBlock, "forward", Failing(MuralBlock.forward, (2, 5, 10)))
     assert (denoised(base, GRAFTS["windows"]) - expected).abs().max() < 1e-5
 
@@ -127,10 +136,16 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr("muralist.stages.decode_in_less.TILES", (*TILES, 64, 32, 16))
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.fixture(scope="module")
+def decoded(latent, vae) -> Callable[[str, int], list[FrameChunk]]:
+    """What decoding by a plan from a frame on gives in memory enough."""
+    return cache(lambda plan, first_frame: list(decode(latent, vae, PLANS[plan], first_frame=first_frame)))
+
+
+@pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize(("call", "first_frame"), [(1, 0), (4, 5), (9, 0)])
-def test_decoding_goes_on_in_smaller_tiles(plan, call, first_frame, latent, vae, monkeypatch, tmp_path, small_tiles):
-    expected = list(decode(latent, vae, plan, first_frame=first_frame))
+def test_decoding_goes_on_in_smaller_tiles(name, call, first_frame, latent, vae, decoded, monkeypatch, tmp_path, small_tiles):
+    expected, plan = decoded(name, first_frame), PLANS[name]
     monkeypatch.setattr(StreamingDecoder, "second_part", Failing(StreamingDecoder.second_part, (call, call + 3)))
     found = list(decode_in_less(latent, vae, plan, first_frame=first_frame, scratch=tmp_path))
     assert [chunk.start for chunk in found] == [chunk.start for chunk in expected]
@@ -157,12 +172,18 @@ def enlarged(proxy: LatentVideo, base: Base, told: list[tuple[int, int]] | None 
     return upsample(proxy, Grid(num_frames=9, height=192, width=256), base, PixelInterpolation(), on_piece).z
 
 
+@pytest.fixture(scope="module")
+def encoded(proxy, base) -> torch.Tensor:
+    """The enlarged proxy in memory enough."""
+    return enlarged(proxy, base)
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
 @pytest.mark.parametrize(("part", "calls"), [("first_part", (1,)), ("first_part", (2, 5)), ("second_part", (2, 3))])
-def test_encoding_goes_on_in_smaller_tiles(part, calls, error, proxy, base, monkeypatch, caplog):
-    expected, told = enlarged(proxy, base), []
+def test_encoding_goes_on_in_smaller_tiles(part, calls, error, proxy, base, encoded, monkeypatch, caplog):
+    told = []
     monkeypatch.setattr(StreamingEncoder, part, Failing(getattr(StreamingEncoder, part), calls, error))
-    assert (enlarged(proxy, base, told) - expected).abs().max() < 1e-5
+    assert (enlarged(proxy, base, told) - encoded).abs().max() < 1e-5
     assert [record.args for record in caplog.records] == [(256 >> n,) for n in range(1, len(calls) + 1)]
     assert told[-1][0] == told[-1][1] == (4 if len(calls) == 1 else 12)
 

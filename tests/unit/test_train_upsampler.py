@@ -202,7 +202,7 @@ def test_training_lowers_the_loss(pixels_from, tmp_path):
     high = torch.nn.functional.interpolate(low.flatten(1, 2), scale_factor=2, mode="nearest").unflatten(1, (48, 2))  # bilinear is wrong by a learnable rule
     objective = LatentUpsample(network(), new_vae(), [LatentPairs(low.half(), high.half())], LatentUpsampleConfig(pixels_from=pixels_from, patch=4), CPU)
     before = objective.loss(0, 1.0)[0].item()
-    fit(objective, Schedule(length=Length(steps=40), learning_rate=5e-3, warmup=5), tmp_path, resume=False, report=lambda line: None)
+    fit(objective, Schedule(length=Length(steps=20), learning_rate=5e-3, warmup=5), tmp_path, resume=False, report=lambda line: None)
     assert objective.loss(0, 1.0)[0].item() < 0.9 * before
 
 
