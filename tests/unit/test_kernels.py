@@ -309,7 +309,6 @@ def test_compiled_blocks_equal_eager_ones(base, kind):
 
 
 @pytest.mark.slow
-@torch.compiler.set_stance("default", force_backend="aot_eager")  # graphs are traced with symbolic sizes, but not made into C++
 def test_a_whole_denoising_with_ragged_windows_compiles_a_few_graphs_and_no_more(base):
     """Six pieces; those whose number of windows is one, or whose adapter changes, may be compiled again, but no step after the first compiles."""
     text = TextCond(torch.randn(1, 512, 32), torch.randn(1, 512, 32))
