@@ -358,3 +358,5 @@ def test_machines():
     here = Machine.measure("cpu", Path("not/there/yet"))
     assert here.on_cpu and not here.assumed and here.limit == here.memory_bytes > 0 and here.disk_free > 0
     assert here.matmul_flops > 1e8 and here.copy_bytes_per_s > 1e7
+    exact, half = (replace(here, dtype=dtype, matmul_flops=1e12) for dtype in ("float32", "bfloat16"))
+    assert half.seconds(linear=1e12, attention=1e12) > 2 * exact.seconds(linear=1e12, attention=1e12), "matrix units wait for everything else"
