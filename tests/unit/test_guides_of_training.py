@@ -22,25 +22,28 @@ from tests.training import CPU
 
 @pytest.mark.parametrize(("fps", "frames"), [(16, 17), (4, 5)], ids=["of every frame", "of every fourth"])
 @pytest.mark.parametrize(
-    ("scale", "rest", "factor", "bound"),  # random networks enlarge what half precision rounds
+    ("scale", "rest", "factor", "most"),  # random networks enlarge what half precision rounds, here and there tenfold
     [
         (LATENT_SCALE, LatentInterpolation(), 2, 0.01),
-        (LEARNED_SCALE, LearnedUpsampling(), 4, 0.02),
-        (LEARNED_SCALE, LearnedUpsampling(), 2, 0.02),
-        (LEARNED_SCALE, LearnedUpsampling(), 1, 0.02),
+        (LEARNED_SCALE, LearnedUpsampling(), 4, 0.2),
+        (LEARNED_SCALE, LearnedUpsampling(), 2, 0.2),
+        (LEARNED_SCALE, LearnedUpsampling(), 1, 0.01),
     ],
     ids=["enlarged", "by the upsampler", "by the upsampler alone", "as large"],
 )
-def test_a_guide_of_training_is_the_guide_of_refinement(scale, rest, factor, bound, fps, frames, tiny22):
+def test_a_guide_of_training_is_the_guide_of_refinement(scale, rest, factor, most, fps, frames, tiny22):
     """A crop that is the whole frame has the guide that the stage makes of the same small video."""
     small, large = Grid(num_frames=frames, height=64, width=96, fps=fps), Grid(num_frames=17, height=64 * factor, width=96 * factor, fps=16)
     base = Base(inspect_base(str(tiny22)), CPU, torch.float32)
+    torch.manual_seed(0)
     proxy = latents.encode(base.vae(), torch.rand(1, frames, small.height, small.width, 3))
     config = PoolConfig(name="p", count=1, grid=large, crop=(large.height, large.width), proxy=small, guide_scale=scale)
     upsampler = base.latent_upsampler() if isinstance(rest, LearnedUpsampling) else None
     trained = latents._Guides(base.vae(), config, upsampler)(proxy, (4 * factor, 6 * factor), (0.0, 0.0, 1.0, 1.0)).float()
     refined = upsample(LatentVideo(proxy, small), large, base, PixelInterpolation(latent_scale=scale, rest=rest)).z
-    assert refined.shape[2] == 5 and trained.shape == refined.shape and (trained - refined).abs().max() < bound * refined.std()
+    assert refined.shape[2] == 5 and trained.shape == refined.shape
+    off = (trained - refined) / refined.std()
+    assert off.pow(2).mean().sqrt() < 0.003 and off.abs().max() < most
 
 
 @pytest.mark.parametrize("large", [(768, 1024), (320, 448)], ids=["over twice its own size", "less"])
