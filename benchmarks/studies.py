@@ -1,6 +1,6 @@
 """Training ablations of the papers on the embedded base: every variant is trained with one budget on the same clips and judged on the same scenes.
 
-    python benchmarks/studies.py shortcut --minutes 20      # PixelWizard, Table 9.3: what few steps need
+    python benchmarks/studies.py shortcut --minutes 20 --trunk 40      # PixelWizard, Table 9.3: what few steps need, from one training without them
     python benchmarks/studies.py injector --minutes 20      # PixelWizard, Table 4: what the anchor's way in brings
     python benchmarks/studies.py branches --minutes 40      # UltraGen, Table 4: branches and windows
     python benchmarks/studies.py experts --minutes 20       # LUVE, Table 6: the frequency experts
@@ -29,7 +29,7 @@ from judged import paint_and_judge, seams
 import muralist
 from muralist.base import pick_dtype
 from muralist.base_info import BaseInfo, inspect_base
-from muralist.compare.ablation import Budget, Measured, Study, Variant, held_out, run
+from muralist.compare.ablation import Budget, Measured, Study, Variant, changed, held_out, run
 from muralist.data import world
 from muralist.nn.experts import EXPERTS, ExpertsConfig
 from muralist.nn.filters import RadialFilter
@@ -53,7 +53,7 @@ DISTANCE = Measured("spectral_distance", "lower", paper="quality", paper_better=
 class Subject:
     """What a study is about: its variants, how one is trained, what the base must not have yet, and how what was trained paints.
 
-    `paper`: the metric that the variants' `quality` is, higher being better.
+    `paper`: the metric that the variants' `quality` is, higher being better. `trunk`: what may be trained before all variants, for them to go on from.
     """
 
     base: Any
@@ -63,7 +63,7 @@ class Subject:
     recipe: str
     paper: str
     settings: Callable[[Any], tuple[str, ...]] = lambda config: ()
-    budget: Mapping[str, Any] = field(default_factory=dict)
+    trunk: Variant | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +93,7 @@ def shortcut(info: BaseInfo) -> Subject:
             Variant("exponential", {"shortcut.power": 0.0}, {"quality": 13.88}),
             Variant("exponential, calibrated", {}, {"quality": 14.31}),
         ],
+        trunk=Variant("trunk", {"shortcut.rate": 0.0}),
     )
 
 
@@ -220,15 +221,11 @@ def main() -> None:
     (folder / "latents").mkdir(parents=True, exist_ok=True)
     budget = Budget(steps=options.steps) if options.steps is not None else Budget(minutes=20 if options.minutes is None else options.minutes)
 
+    if options.trunk is not None:
+        model = with_trunk(model, subject, options, folder)
+
     def train(config: Any, budget: Budget, directory: Path) -> tuple[Path, Any]:
-        run_folder = directory / "run"
-        run_folder.mkdir(exist_ok=True)
-        if not (run_folder / "latents").exists():
-            (run_folder / "latents").symlink_to(folder / "latents")  # the same clips for all
-        begun = any(run_folder.rglob("checkpoints"))
-        data = VideoData(clips=options.clips)
-        subject.train(run_folder, length=budget, device=CPU, resume=begun, model=model, data=data, config=config)
-        return with_results(model, run_folder, directory / "model"), config
+        return trained(subject, config, budget, directory, model, options.clips), config
 
     def evaluate(trained: tuple[Path, Any], scenes: Sequence[world.Scene]) -> dict[str, list[float]]:
         painter = muralist.load(str(trained[0]), recipe=subject.recipe)
@@ -254,12 +251,35 @@ def main() -> None:
         for o in outcomes
     ]
     judged = f"{options.scenes} held-out scenes at {options.size} x {options.num_frames}"
-    write(f"study-{options.name}", rows, note=f"{budget} a variant, {options.clips} clips of each size; {judged}")
+    before = "" if options.trunk is None else f"after {options.trunk:g} {'minutes' if options.steps is None else 'steps'} of one training for all, "
+    write(f"study-{options.name}", rows, note=f"{before}{budget} a variant, {options.clips} clips of each size; {judged}")
+
+
+def trained(subject: Subject, config: Any, length: Length, directory: Path, model: Path, clips: int) -> Path:
+    """The base together with what one variant has learned; the clips are the same for all of a study."""
+    run_folder, latents = _made(directory / "run"), directory.parent / "latents"
+    if not (run_folder / "latents").exists():
+        (run_folder / "latents").symlink_to(latents)
+    begun = any(run_folder.rglob("checkpoints"))
+    subject.train(run_folder, length=length, device=CPU, resume=begun, model=model, data=VideoData(clips=clips), config=config)
+    return with_results(model, run_folder, directory / "model")
+
+
+def with_trunk(model: Path, subject: Subject, options: argparse.Namespace, folder: Path) -> Path:
+    """The base after the training from which all variants go on, in `folder/trunk`."""
+    if subject.trunk is None:
+        raise SystemExit(f"--trunk: the variants of {options.name} have nothing in common to begin with")
+    length = Length(minutes=options.trunk) if options.steps is None else Length(steps=round(options.trunk))
+    done = folder / "trunk" / f"done-{length}"
+    if not done.exists():
+        trained(subject, changed(subject.base, subject.trunk.override), length, folder / "trunk", model, options.clips)
+        done.touch()
+    return folder / "trunk" / "model"
 
 
 def facts(model: Path, options: argparse.Namespace) -> dict[str, str]:
     """What results stand on besides configuration, budget and scenes."""
-    asked = {f"--{name}": str(getattr(options, name.replace("-", "_"))) for name in ("clips", "size", "num-frames")}
+    asked = {f"--{name}": str(getattr(options, name.replace("-", "_"))) for name in ("clips", "size", "num-frames", "trunk")}
     return {"--model": inspect_base(str(model)).fingerprint, "dtype": str(pick_dtype(CPU)), **asked}
 
 
@@ -313,6 +333,7 @@ def arguments() -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="of each variant; 20")
     length.add_argument("--steps", type=int, help="of each variant instead: fair on a machine that does other work beside")
+    parser.add_argument("--trunk", type=float, help="of a training before all variants, in the same unit (shortcut alone)")
     parser.add_argument("--clips", type=int, default=120)
     parser.add_argument("--scenes", type=int, default=6)
     parser.add_argument("--size", default="1920x1080")

@@ -41,8 +41,8 @@ class Efficiency:
     CUDA [performance notes, header and 1.4]: GEMM 0.80; attention 0.44 with the FA2-class kernels inside PyTorch (FA3: 0.73); decoders at
     public rates on an H200, 0.22 with 96 base channels (Wan2.1), 0.46 with 256 (Wan2.2).
     CPU: guesses between what `nn/decoder_conv` reports (a convolution runs at about the speed of a matrix product) and eager overheads.
-    CPU in bfloat16: two idle AMX cores, the embedded base at 3840x2160 x 29 (refinement 26 s, decoding 51 s beside the encoder); the other
-    shares are scaled alike.
+    CPU with AMX: two idle cores, the embedded base at 3840x2160 x 29 (refinement 26 s, decoding 51 s beside the encoder); the other
+    shares are scaled alike. Matrix units wait for everything else; a CPU that has bfloat16 in its vectors alone reaches what it does in float32.
     """
 
     linear: float
@@ -54,7 +54,7 @@ class Efficiency:
 EFFICIENCY = {
     "cuda": Efficiency(linear=0.80, attention=0.44, narrow_convolution=0.22, wide_convolution=0.46),
     "cpu": Efficiency(linear=0.80, attention=0.50, narrow_convolution=0.50, wide_convolution=0.70),
-    "cpu, bfloat16": Efficiency(linear=0.21, attention=0.13, narrow_convolution=0.17, wide_convolution=0.24),
+    "cpu, amx": Efficiency(linear=0.21, attention=0.13, narrow_convolution=0.17, wide_convolution=0.24),
 }
 
 
@@ -72,6 +72,7 @@ class Machine:
         dtype: working type of the models, such as 'bfloat16'.
         cores: CPU cores, for the video encoder.
         fp8: it multiplies 8-bit floats (`nn/fp8.py`).
+        amx: a CPU with matrix units, which `dtype` uses.
         assumed: the numbers are a preset, not measured here.
     """
 
@@ -84,6 +85,7 @@ class Machine:
     dtype: str
     cores: int
     fp8: bool = False
+    amx: bool = False
     assumed: bool = False
 
     @classmethod
@@ -104,6 +106,7 @@ class Machine:
             dtype=str(dtype).removeprefix("torch."),
             cores=_cores(),
             fp8=fp8.why_not(device, dtype) is None,
+            amx=not cuda and dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported(),
         )
 
     @classmethod
@@ -130,7 +133,7 @@ class Machine:
 
     @property
     def efficiency(self) -> Efficiency:
-        return EFFICIENCY[("cpu, bfloat16" if self.dtype == "bfloat16" else "cpu") if self.on_cpu else "cuda"]
+        return EFFICIENCY[("cpu, amx" if self.amx else "cpu") if self.on_cpu else "cuda"]
 
     def seconds(self, *, linear: float = 0, attention: float = 0, traffic: float = 0, read: float = 0) -> float:
         """Time of FLOPs in matrix products and in attention, of elementwise traffic and of reading weights from disk (both in bytes)."""

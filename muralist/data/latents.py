@@ -39,7 +39,7 @@ Shard = tuple[dict[str, torch.Tensor], dict[str, str]]  # tensors and the header
 WORLD = World()
 FORMAT = 3  # of a shard: raise it when one holds other tensors
 SHARD = 20  # videos: a minute or two of one core
-GUIDES = 2  # of a shard's guides: raise it when they are made otherwise
+GUIDES = {"bicubic": 2, "learned": 3}  # of a shard's guides by what enlarges them last: raise it when they are made otherwise
 AROUND = 64  # pixels beside a crop that are encoded for its guide: it is then the whole frame's to 0.3 % (of its deviation)
 LATER = {"aimed": 0.0, "guide_rest": "bicubic"}  # fields of configurations that are younger than some shards, and what those were made with
 
@@ -124,7 +124,7 @@ def stamp(vae: AutoencoderKLWan, config: PoolConfig | PairConfig, source: Source
     guides = isinstance(config, PoolConfig) and config.guide_scale is not None
     fields = {name: value for name, value in asdict(config).items() if name not in ("name", "count") and (name, value) not in LATER.items()}
     if guides:
-        fields |= {"guides": GUIDES, "around": AROUND}
+        fields |= {"guides": GUIDES[config.guide_rest], "around": AROUND}
     if upsampler is not None:
         fields |= {"upsampler": _digest(upsampler.state_dict())}
     return {"encoder": digest_of(vae, decoder=guides), "config": json.dumps(fields | source.identity | {"format": FORMAT}, sort_keys=True)}

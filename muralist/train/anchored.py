@@ -46,17 +46,20 @@ def train_anchored(
     config: AnchoredConfig | None = None,
     report: Report = print,
 ) -> Path:
-    """Writes `folder/adapters/anchored`, `folder/parts/injector` and `folder/parts/step_size`; copies in the model's folder put them to use."""
+    """Writes `folder/adapters/anchored`, `folder/parts/injector` and `folder/parts/step_size`; copies in the model's folder put them to use.
+
+    A base that has any of them already goes on from it.
+    """
     begin(folder, resume=resume)
     trainee = Trainee(model, device)
-    width = trainee.info.width
-    config = config or AnchoredConfig(injector=InjectorConfig(channels=trainee.info.geometry.channels, dim=width))
+    info = trainee.info
+    config = config or AnchoredConfig(injector=info.injector or InjectorConfig(channels=info.geometry.channels, dim=info.width))
     data = (data or VideoData()).settled()
     wanted = [trainee.guided_pool(ANCHORED, height, data, config.damage) for height in data.heights]
     pools = trainee.encoded(wanted, data, folder, report)
     give_adapter(trainee, ANCHORED)
-    added = _add_parts(trainee, config, width, device)
-    flow = FlowConfig(prediction=trainee.info.prediction, shift=trainee.info.defaults.flow_shift)
+    added = _added(trainee, config, device, report)
+    flow = FlowConfig(prediction=info.prediction, shift=info.defaults.flow_shift)
     objective = Anchored(trainee, trainee.transformer, trainee.embed, Crops(pools, batch=BATCH), flow, device, shortcut=config.shortcut)
     adapter = fit_adapter(trainee, ANCHORED, objective, folder, length, resume, trainee.origin(data), report)
     for kind, (record, network) in added.items():
@@ -64,14 +67,20 @@ def train_anchored(
     return adapter
 
 
-def _add_parts(trainee: Trainee, config: AnchoredConfig, width: int, device: torch.device) -> dict[str, tuple[dict, torch.nn.Module]]:
-    """The step-size embedding, and the injector if there is one, in the transformer and trained with it."""
+def _added(trainee: Trainee, config: AnchoredConfig, device: torch.device, report: Report) -> dict[str, tuple[dict, torch.nn.Module]]:
+    """The step-size embedding, and the injector if there is one, in the transformer and trained with it: the base's own, else new ones."""
     torch.manual_seed(0)
-    trainee.transformer.step_size = StepSizeEmbedding(width).to(device)
-    added = {STEP_SIZE: ({"dim": width}, trainee.transformer.step_size)}
+    transformer, info = trainee.transformer, trainee.info
+    if STEP_SIZE not in info.parts:
+        transformer.step_size = StepSizeEmbedding(info.width)
+    if info.injector is not None and info.injector != config.injector:
+        report(f"the base's own injector {'is left out' if config.injector is None else 'is of another configuration: a new one takes its place'}")
+        del transformer.injector
+    if config.injector is not None and not hasattr(transformer, "injector"):
+        transformer.injector = AnchorInjector(config.injector)
+    added = {STEP_SIZE: ({"dim": info.width}, transformer.step_size.to(device).requires_grad_(True))}
     if config.injector is not None:
-        trainee.transformer.injector = AnchorInjector(config.injector).to(device)
-        added[INJECTOR] = (asdict(config.injector), trainee.transformer.injector)
+        added[INJECTOR] = (asdict(config.injector), transformer.injector.to(device).requires_grad_(True))
     return added
 
 

@@ -82,7 +82,8 @@ def _teach(
     report: Report,
 ) -> None:
     """Train one expert alone, in `folder/name`, where its checkpoints and its curve are."""
-    state.require_origin(folder / name / CHECKPOINTS, trainee.origin(data))
+    origin = trainee.origin(data) | trainee.standing_on(f"adapter {ADAPTER}")
+    state.require_origin(folder / name / CHECKPOINTS, origin)
     pools = trainee.encoded([trainee.crop_pool(height, data) for height in data.heights], data, folder, report)
     attached.requires_grad_(False)
     for experts in attached:
@@ -93,6 +94,5 @@ def _teach(
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Crops(pools), config, trainee.base.device)
     report(f"expert {name}: noise levels {low:g} to {high:g}")
     schedule = Schedule(length=length, learning_rate=1e-3, weight_decay=0.0)
-    origin = trainee.origin(data) | trainee.standing_on(f"adapter {ADAPTER}")
     fit(objective, schedule, folder / name, resume=resume, origin=origin, report=report)
     draw_curve(folder / name)

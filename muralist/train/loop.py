@@ -194,7 +194,7 @@ def _restore(folder, parameters, average, optimizers, origin: Mapping[str, str])
     tensors, numbers = newest
     if {name: p.shape for name, p in parameters.items()} != {n.removeprefix("weights."): t.shape for n, t in tensors.items() if n.startswith("weights.")}:
         raise UserError("these checkpoints are of another training", where=str(folder / CHECKPOINTS), fix="name the --output of this one")
-    state.require_origin(folder / CHECKPOINTS, origin)
+    state.require_whole_origin(folder / CHECKPOINTS, numbers, origin)
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(tensors[f"weights.{name}"])

@@ -55,6 +55,7 @@ TEXT_CONFIG = dict(vocab_size=64, d_model=128, d_kv=32, d_ff=256, num_layers=2, 
 FURTHER_VAE = ReconstructionConfig(
     heights=FURTHER_HEIGHTS, side=128, lengths=(17, 29), batch_clip=2, single_share=0.0, band=0.04, band_from=0.0, learning_rate=2e-4
 )
+FURTHER_DECODER = replace(FURTHER_VAE, learning_rate=4e-4)  # its latents stay where they are: it can be moved more
 TAUGHT_VAE = ReconstructionConfig(side=128, batch_clip=3, single_share=0.0, taught=0.4)  # crops through which what moves fast is seen to go
 
 
@@ -143,7 +144,7 @@ def train_decoder(
     What was trained on those latents goes on working. `init`: a model folder whose decoder it starts from instead of a fresh one.
     """
     old = load_vae(vae)
-    new, config = (new_vae(), ReconstructionConfig()) if init is None else (load_vae(init / "vae"), FURTHER_VAE)
+    new, config = (new_vae(), ReconstructionConfig()) if init is None else (load_vae(init / "vae"), FURTHER_DECODER)
     for part in ("encoder", "quant_conv"):
         try:
             getattr(new, part).load_state_dict(getattr(old, part).state_dict())

@@ -7,8 +7,9 @@ keyed by the step number, hence a checkpoint needs no generator state.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,10 +54,25 @@ def load_newest(folder: Path) -> tuple[dict[str, torch.Tensor], dict] | None:
 
 
 def require_origin(folder: Path, origin: Mapping[str, str]) -> None:
-    """Raise UserError if the newest checkpoint in `folder` stands on something else, by the name of the first that differs. Tensors are not read."""
+    """Raise UserError if the newest checkpoint in `folder` stands on something else, by the name of the first that differs. Tensors are not read.
+
+    What `origin` does not name is not compared: early in a training not all of it is known.
+    """
     steps = _complete(folder)
-    stored = atomic.read_manifest(folder / f"step-{steps[-1]}")["info"].get("origin", {}) if steps else {}
-    if other := [name for name, value in stored.items() if origin.get(name, value) != value]:
+    if steps:
+        _compare(folder, atomic.read_manifest(folder / f"step-{steps[-1]}")["info"], lambda name, value: origin.get(name, value) == value)
+
+
+def require_whole_origin(folder: Path, numbers: Mapping[str, Any], origin: Mapping[str, str]) -> None:
+    """Raise UserError unless a checkpoint's `numbers` name what `origin` does, nothing else, and the same of all."""
+    _compare(folder, numbers, lambda name, value: origin.get(name) == value)
+    if unsaid := [name for name in origin if name not in numbers.get("origin", {})]:
+        fix = "name another --output, or resume with the version that began it"
+        raise UserError(f"these checkpoints do not say on which {unsaid[0]} they stand", where=str(folder), fix=fix)
+
+
+def _compare(folder: Path, numbers: Mapping[str, Any], agrees: Callable[[str, str], bool]) -> None:
+    if other := [name for name, value in numbers.get("origin", {}).items() if not agrees(name, value)]:
         raise UserError(f"these checkpoints stand on another {other[0]}", where=str(folder), fix="resume with the same one, or name another --output")
 
 

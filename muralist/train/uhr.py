@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from muralist.base_info import UPSAMPLER
+from muralist.base_info import UPSAMPLER, inspect_base
 from muralist.data.degrade import AnchorDamage
 from muralist.data.latents import PoolConfig
 from muralist.stages.upsample import LATENT_SCALE, LEARNED_SCALE
@@ -52,12 +52,13 @@ def train_uhr(folder: Path, *, length: Length, device: torch.device, resume: boo
     A base that has the adapter already goes on from it.
     """
     begin(folder, resume=resume)
+    info = inspect_base(str(model))
+    if UPSAMPLER in info.parts:
+        check_upsampler(info)
     trainee = Trainee(model, device)
     data, defaults = (data or VideoData()).settled(), trainee.info.defaults
     origin = trainee.origin(data) | trainee.path_origin | trainee.standing_on(f"part {UPSAMPLER}")
     state.require_origin(folder / CHECKPOINTS, origin)
-    if UPSAMPLER in trainee.info.parts:
-        check_upsampler(trainee.info)
     pools = trainee.encoded(_wanted(trainee, data), data, folder, report)
     give_adapter(trainee, ADAPTER)
     config = FlowConfig(prediction=trainee.info.prediction, shift=defaults.flow_shift)

@@ -233,7 +233,7 @@ RAGGED = WindowAttention((3, 4, 6))  # at most 8 shapes of windows, and other on
 GRAFTS = {
     "full": Graft(token_chunk=150),
     "windows": Graft(attention=RAGGED, token_chunk=150),
-    "guided": Graft(attention=GuidedWindows(RAGGED), token_chunk=50),  # less than the proxy's 64 tokens: all chunks are slices and share graphs
+    "guided": Graft(attention=GuidedWindows(RAGGED), token_chunk=150),
 }
 
 

@@ -358,5 +358,22 @@ def test_machines():
     here = Machine.measure("cpu", Path("not/there/yet"))
     assert here.on_cpu and not here.assumed and here.limit == here.memory_bytes > 0 and here.disk_free > 0
     assert here.matmul_flops > 1e8 and here.copy_bytes_per_s > 1e7
-    exact, half = (replace(here, dtype=dtype, matmul_flops=1e12) for dtype in ("float32", "bfloat16"))
-    assert half.seconds(linear=1e12, attention=1e12) > 2 * exact.seconds(linear=1e12, attention=1e12), "matrix units wait for everything else"
+
+
+def test_matrix_units_wait_for_everything_else_and_vectors_do_not():
+    """What a plan counts on is a share of the rate of products, which matrix units alone lift far above all other work."""
+    vectors, units = (replace(ROOMY, device_bytes=None, dtype="bfloat16", matmul_flops=1e12, amx=amx) for amx in (False, True))
+    exact = replace(vectors, dtype="float32")
+    for work in ("linear", "attention"):
+        assert units.seconds(**{work: 1e12}) > 2 * vectors.seconds(**{work: 1e12}) == 2 * exact.seconds(**{work: 1e12})
+    for channels in (16, 256):
+        assert units.convolution_seconds(1e12, channels=channels) > 2 * vectors.convolution_seconds(1e12, channels=channels)
+        assert vectors.convolution_seconds(1e12, channels=channels) == exact.convolution_seconds(1e12, channels=channels)
+
+
+@pytest.mark.parametrize(("units", "bfloat16", "used"), [(True, True, True), (False, True, False), (True, False, False)])
+def test_matrix_units_are_seen_where_the_cpu_has_them(units, bfloat16, used, monkeypatch):
+    monkeypatch.setattr("muralist.cost.machine._matmul_rate", lambda *about: 1e12)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: units)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: bfloat16)
+    assert Machine.measure("cpu").amx is used

@@ -122,6 +122,16 @@ def test_checkpoints_of_another_training_are_refused(tmp_path):
         fit(other, schedule(5), tmp_path, resume=True, report=lambda line: None)
 
 
+@pytest.mark.parametrize(
+    ("later", "told"), [({}, "stand on another base"), ({"base": "b", "adapter": "c"}, "do not say on which adapter"), ({"base": "c"}, "base")]
+)
+def test_checkpoints_name_all_that_they_stand_on_and_nothing_else(later, told, tmp_path):
+    fit(Line(), schedule(2), tmp_path, resume=False, origin={"base": "b"}, report=lambda line: None)
+    with pytest.raises(UserError, match=told):
+        fit(Line(), schedule(5), tmp_path, resume=True, origin=later, report=lambda line: None)
+    fit(Line(), schedule(3), tmp_path, resume=True, origin={"base": "b"}, report=lambda line: None)
+
+
 def test_the_curve_of_a_killed_and_resumed_training_runs_forwards(tmp_path):
     fit(Line(), schedule(110), tmp_path, resume=False, report=lambda line: None)
     with open(tmp_path / "curve.csv", "ab") as file:  # what a process wrote after its last checkpoint, the last line half

@@ -24,7 +24,7 @@ from muralist.stages import prompt
 from muralist.stages.prompt import encode_prompt
 from muralist.store import prompt_cache, weights
 from muralist.store.parts import load_part, save_part
-from muralist.train.anchored import train_anchored
+from muralist.train.anchored import AnchoredConfig, train_anchored
 from muralist.train.branched import SINGLE_SHARE, BranchedConfig, Whole, train_branched
 from muralist.train.experts import LESSONS, train_experts
 from muralist.train.loop import Length
@@ -54,7 +54,7 @@ def test_an_adapter_is_trained_and_serves(data, tiny_base, videos, tmp_path, sma
     assert load_file(again / "pytorch_lora_weights.safetensors").keys() == found.keys()
 
 
-def test_guides_are_made_by_the_upsampler_where_there_is_one_and_resumed_with_it_alone(tiny22, tiny21, tmp_path, small_shards):
+def test_guides_are_made_by_the_upsampler_where_there_is_one_and_resumed_with_it_alone(tiny22, tiny21, tmp_path, small_shards, monkeypatch):
     model, data = shutil.copytree(tiny22, tmp_path / "model"), VideoData(heights=(96,), clips=2)
     part, encoded = model / "parts" / "latent_upsampler", tmp_path / "run" / "latents"
 
@@ -76,6 +76,7 @@ def test_guides_are_made_by_the_upsampler_where_there_is_one_and_resumed_with_it
     assert sorted(path.stat().st_mtime_ns for path in encoded.iterdir()) == before, "encoded before it was refused"
     shutil.rmtree(part)
     shutil.copytree(tiny21 / "parts" / "latent_upsampler", part)
+    monkeypatch.setattr("muralist.train.uhr.Trainee", lambda *about: pytest.fail("weights were loaded before it was refused"))
     with pytest.raises(UserError, match="latents of 16 channels"):
         train("another")
     assert not (tmp_path / "another" / "latents").exists()
@@ -217,6 +218,22 @@ def test_anchored_synthesis_is_trained_and_serves(source, tiny22, videos, tmp_pa
     command = ("generate", "a red ball", "--recipe", "pixelwizard", "--model", model, "-o", tmp_path / "a.mp4", "--size", "160x96", "--num-frames", 5)
     answer = muralist(*command)
     assert answer.code == 0, answer.err
+
+
+@pytest.mark.parametrize("gate", ["the base's own", "none"])
+def test_anchored_synthesis_goes_on_from_what_the_base_has(gate, tiny22, tmp_path, small_shards, monkeypatch):
+    trained, said = [], []
+    monkeypatch.setattr("muralist.train.anchored.fit_adapter", lambda trainee, *about: trained.append(trainee.transformer))
+    config = AnchoredConfig(injector=replace(inspect_base(str(tiny22)).injector, gate="none")) if gate == "none" else None
+    data = VideoData(heights=(96,), clips=2)
+    train_anchored(tmp_path / "run", length=Length(steps=1), device=CPU, resume=False, model=tiny22, data=data, config=config, report=said.append)
+    for kind, projection in (("injector", "features.0.weight"), ("step_size", "linear_1.weight")):
+        (_, before), (_, after) = (load_part(folder / "parts" / kind, kind) for folder in (tiny22, tmp_path / "run"))
+        assert all(p.requires_grad for p in getattr(trained[0], kind).parameters()), f"{kind} would stay as it is"
+        anew = kind == "injector" and gate == "none"
+        assert torch.equal(before[projection].half(), after[projection]) is not anew
+        assert after.keys() == before.keys() or anew
+    assert any("a new one takes its place" in text for text in said) is (gate == "none")
 
 
 def test_an_anchor_is_cut_where_its_crop_lies():

@@ -51,6 +51,20 @@ def test_reconstruction_gives_gradients_to_every_trained_parameter(progress):
     assert missing == []
 
 
+def test_where_bfloat16_is_quicker_the_vae_computes_in_it_and_the_loss_does_not(monkeypatch):
+    """The same loss, to what such numbers round, and gradients in the weights' own type."""
+    losses, types, vae = {}, {}, new_vae()
+    vae.decoder.conv_out.register_forward_hook(lambda module, given, made: types.__setitem__("convolutions", made.dtype))
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(reconstruction, "pick_dtype", lambda device, dtype=dtype: dtype)
+        objective = Reconstruction(vae, ReconstructionConfig(side=32, batch_clip=1, single_share=0.0), torch.device("cpu"))
+        loss, _ = objective.loss(1, 0.9)
+        loss.backward()
+        assert types["convolutions"] is dtype and loss.dtype is torch.float32 and vae.decoder.conv_out.weight.grad.dtype is torch.float32
+        losses[dtype] = loss.item()
+    assert losses[torch.float32] != losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.02)
+
+
 def test_a_vae_that_goes_on_is_held_to_its_earlier_latents_at_the_bases_own_scale_and_where_nothing_moves(monkeypatch):
     config = ReconstructionConfig(side=32, batch_clip=2, lengths=(5,), single_share=0.0)
     vae, same, other = new_vae(0), new_vae(0), new_vae(1)

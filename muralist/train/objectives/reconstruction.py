@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from einops import rearrange
 
+from muralist.base import pick_dtype
 from muralist.data.shapes import REACH
 from muralist.data.world import Crop, Scene, object_on, render_clip, sample_scene
 from muralist.nn.single_frame import single_frame_convolutions
@@ -80,15 +81,16 @@ class Reconstruction:
         video = video.to(self.device)
         generator = torch.Generator().manual_seed(c.seed * 1_000_003 + step)
         with single_frame_convolutions() if single else nullcontext():
-            with torch.set_grad_enabled(any(p.requires_grad for p in self.module.encoder.parameters())):
-                mean = self.module.encode(video).latent_dist.mean
+            with torch.set_grad_enabled(any(p.requires_grad for p in self.module.encoder.parameters())), self._quick():
+                mean = self.module.encode(video).latent_dist.mean.float()
             earlier = self._earlier(video)
             taught = earlier is not None and progress < c.taught
             z, target = earlier if taught else mean, video
             if step % c.scale_every == 0:
                 z, target = _halved(z), _halved(video)
             z = z + c.latent_noise * torch.randn(z.shape, generator=generator).to(z.device)
-            rebuilt = self.module.decode(z).sample
+            with self._quick():
+                rebuilt = self.module.decode(z).sample.float()
         error, moves = rebuilt - target, ~still(video, tuple(mean.shape[2:]))
         counts = 1 + (c.moving - 1) * _over_pixels(moves, error.shape[2:])
         # the mean of the posterior is held near zero mean and unit variance, so that noise of a fixed size means the same everywhere
@@ -109,12 +111,16 @@ class Reconstruction:
             metrics["drift"] = drift.detach().mean().sqrt().item()
         return sum(terms.values()), metrics
 
+    def _quick(self) -> torch.autocast:
+        """Convolutions are computed in bfloat16 where that is quicker, losses are not."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=pick_dtype(self.device) is torch.bfloat16)
+
     def _earlier(self, video: torch.Tensor) -> torch.Tensor | None:
         """What the earlier VAE makes of it."""
         if self.earlier is None:
             return None
-        with torch.no_grad():
-            return self.earlier.encode(video).latent_dist.mean
+        with torch.no_grad(), self._quick():
+            return self.earlier.encode(video).latent_dist.mean.float()
 
 
 def _batch(rng: np.random.Generator, choice: tuple[int, ...], count: int, frames: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
