@@ -16,6 +16,9 @@ from muralist.cli._options import Debug, Device, canonical
 from muralist.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
+    from muralist.nn.kernels import Kernels
     from muralist.train.loop import Length
     from muralist.train.trainee import VideoData
 
@@ -26,7 +29,7 @@ class Training:
 
     `module`, `function`: imported when it is asked for. `needs`, `place`: which earlier result it starts from (the function's argument) and where
     that usually lies. `init`: it can go on from a model's weights. `serves`: where in a model's folder its result is put to use. `data`: it
-    takes footage; `whole`: whole clips of it, at the base's own size.
+    takes footage; `whole`: whole clips of it, at the base's own size. `blocks`: a transformer's blocks are at work, which can be compiled.
     """
 
     module: str
@@ -37,17 +40,18 @@ class Training:
     serves: str = ""
     data: bool = False
     whole: bool = False
+    blocks: bool = True
 
 
 MODEL = "runs/miniature-base/model"
 TRAININGS = {
-    "features": Training("muralist.train.features", "train_features", init=False),
-    "miniature-vae": Training("muralist.train.miniature", "train_vae"),
-    "miniature-decoder": Training("muralist.train.miniature", "train_decoder", "vae", "runs/miniature-vae/vae"),
+    "features": Training("muralist.train.features", "train_features", init=False, blocks=False),
+    "miniature-vae": Training("muralist.train.miniature", "train_vae", blocks=False),
+    "miniature-decoder": Training("muralist.train.miniature", "train_decoder", "vae", "runs/miniature-vae/vae", blocks=False),
     "miniature-base": Training("muralist.train.miniature", "train_base", "vae", "runs/miniature-vae/vae"),
     "uhr": Training("muralist.train.uhr", "train_uhr", "model", MODEL, init=False, serves="adapters/uhr", data=True),
     "latent-upsampler": Training(
-        "muralist.train.latent_upsampler", "train_latent_upsampler", "model", MODEL, init=False, serves="parts/latent_upsampler", data=True
+        "muralist.train.latent_upsampler", "train_latent_upsampler", "model", MODEL, init=False, serves="parts/latent_upsampler", data=True, blocks=False
     ),
     "proxy": Training("muralist.train.long", "train_proxy", "model", MODEL, init=False, serves="adapters/proxy", data=True, whole=True),
     "detail": Training("muralist.train.long", "train_detail", "model", MODEL, init=False, serves="adapters/detail", data=True, whole=True),
@@ -81,6 +85,9 @@ def command(
         int | None, typer.Option("--clips", help="Clips of each size to train on; they are encoded first, beside the length. [default: 200 or 400]")
     ] = None,
     init: Annotated[str | None, typer.Option("--init", help="A model whose weights the VAE or the base starts from, such as miniature.")] = None,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile the transformer's blocks: a minute at the start, then quicker steps (a C++ compiler, or triton).")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output directory; without it, a directory with checkpoints is refused.")
     ] = False,
@@ -100,10 +107,12 @@ def command(
     keep_freed_blocks()  # by the command, whose process it is
     training = TRAININGS[name]
     target, folder = pick_device(device), _folder(output or f"runs/{name}")
+    kernels = _kernels(training, compile_, target)
     earlier = _earlier(training, start) | _initial(training, init) | _videos(training, data, height, min_score, clips)
     begin(folder, resume=resume)
     try:
-        result = getattr(importlib.import_module(training.module), training.function)(folder, length=length, device=target, resume=resume, **earlier)
+        with kernels.at_work():
+            result = getattr(importlib.import_module(training.module), training.function)(folder, length=length, device=target, resume=resume, **earlier)
     except (MemoryError, RuntimeError) as error:
         if not ran_out(error):
             raise
@@ -111,16 +120,30 @@ def command(
         raise UserError("the memory does not suffice for this training", where="memory", fix=fix) from error
     except KeyboardInterrupt:
         typed = {"device": device, "from": start, "init": init, "data": data, "height": height, "min-score": min_score, "clips": clips, "output": folder}
-        raise Interrupted(f"; go on from the newest checkpoint with: {_again(name, length, typed)}") from None
+        raise Interrupted(f"; go on from the newest checkpoint with: {_again(name, length, typed, *(['--compile'] if compile_ else []))}") from None
     print(f"done: {result}" + (f"; a model uses it once it is copied to MODEL/{training.serves}" if training.serves else ""))
     return 0
 
 
-def _again(name: str, length: Length, typed: Mapping[str, object]) -> str:
+def _again(name: str, length: Length, typed: Mapping[str, object], *flags: str) -> str:
     """The command that goes on with a training."""
     options = {"minutes": None if length.minutes is None else f"{length.minutes:g}", "steps": length.steps, **typed}
     words = itertools.chain.from_iterable((f"--{option}", str(value)) for option, value in options.items() if value is not None)
-    return shlex.join(["muralist", "train", name, *words, "--resume"])
+    return shlex.join(["muralist", "train", name, *words, *flags, "--resume"])
+
+
+def _kernels(training: Training, wanted: bool, device: torch.device) -> Kernels:
+    """How its blocks compute. Raises UserError where they are to be compiled and there are none, or nothing to compile them with."""
+    from muralist.nn import compiled
+    from muralist.nn.kernels import Kernels
+
+    if not wanted:
+        return Kernels()
+    if not training.blocks:
+        raise UserError("no transformer is at work in this training", where="compile", fix="leave it out")
+    if lacking := compiled.why_not(device):
+        raise UserError(f"nothing to compile with: {lacking}", where="compile", fix="install it, or leave --compile out")
+    return Kernels(compile="blocks")
 
 
 def _length(minutes: float | None, steps: int | None) -> Length:

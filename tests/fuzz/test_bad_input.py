@@ -95,7 +95,7 @@ COMMAND_LINES = [
     ["train", "uhr", "--from", "."], ["train", "latent-upsampler", "--from", "."], ["train", "miniature-base", "--from", "tests"],
     ["train", "miniature-vae", "--init", "/nowhere"],
     ["train"], ["train", "everything"], ["train", "miniature-vae", "--minutes", "nan"], ["train", "miniature-vae", "--minutes", "-1"],
-    ["train", "miniature-vae", "--steps", "0"], ["train", "miniature-vae", "--steps", "5", "--minutes", "1"],
+    ["train", "miniature-vae", "--compile"], ["train", "miniature-vae", "--steps", "0"], ["train", "miniature-vae", "--steps", "5", "--minutes", "1"],
     ["train", "miniature-vae", "--device", "tpu"], ["train", "miniature-vae", "--output", "/dev/null/x"],
 ]  # fmt: skip
 

@@ -10,9 +10,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from torch import nn
+from torch._dynamo.utils import counters
 
 from muralist.data.latents import LatentPool, PoolConfig, build_pool, decode, encode
 from muralist.errors import UserError
+from muralist.nn import compiled
+from muralist.nn.kernels import Kernels
 from muralist.nn.transformer import MuralTransformer
 from muralist.store.tensors import load_tensors, save_tensors
 from muralist.train import state
@@ -21,7 +24,7 @@ from muralist.train.latent_upsampler import train_latent_upsampler
 from muralist.train.loop import Length, Schedule, _Curve, draw_curve, fit
 from muralist.train.miniature import FURTHER, PHASES, Curriculum, TextToVideo, new_tokenizer, new_vae, train_base, train_decoder
 from muralist.train.objectives.flow import FOCUS, Batch, FlowConfig, FlowMatching
-from muralist.train.trainee import FRAMES, Trainee
+from muralist.train.trainee import FRAMES, Trainee, give_adapter
 from muralist.train.uhr import train_uhr
 from muralist.types import Grid
 from tests.shell import muralist
@@ -365,6 +368,42 @@ def test_steps_of_a_training_are_its_own_option_and_told_to_go_on(tmp_path, monk
     answer = muralist("train", "features", "--steps", 7, "-o", tmp_path / "run")
     assert answer.code == 130 and "--steps 7" in answer.err and "--minutes" not in answer.err and "is read as" not in answer.err
     assert "no such option" in muralist("train", "features", "--num-inference-steps", 7).error.lower()
+
+
+@pytest.mark.parametrize("typed", [(), ("--compile",)])
+def test_blocks_are_compiled_where_that_is_asked_for_and_again_after_a_stop(typed, tiny22, tmp_path, monkeypatch):
+    def stopped(folder, **options):
+        assert compiled._compiling is bool(typed)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("muralist.train.uhr.train_uhr", stopped)
+    monkeypatch.setattr(compiled, "why_not", lambda device: None)
+    answer = muralist("train", "uhr", "--from", tiny22, *typed, "-o", tmp_path / "run")
+    assert answer.code == 130 and ("--compile" in answer.err) is bool(typed) and not compiled._compiling
+    monkeypatch.setattr(compiled, "why_not", lambda device: "there is no C++ compiler (g++)")
+    answer = muralist("train", "uhr", "--from", tiny22, *typed, "-o", tmp_path / "run")
+    assert (answer.code == 2 and "no C++ compiler" in answer.error) if typed else answer.code == 130
+
+
+@pytest.mark.slow
+def test_a_compiled_step_of_a_training_is_the_plain_one(tiny22, monkeypatch):
+    """Of an adapter: the same loss and gradients. No stock block is trained, for nothing of it would be compiled."""
+    monkeypatch.setattr("muralist.train.objectives.flow.pick_dtype", lambda device: torch.float32)  # in which nothing is rounded that a graph would not round
+    steps = []
+    for how in ("off", "blocks"):
+        trainee = Trainee(tiny22, torch.device("cpu"))
+        give_adapter(trainee, "uhr")
+        trainee.learn_captions(["a red ball"])
+        batch = Batch(torch.randn(2, 48, 3, 4, 6, generator=torch.Generator().manual_seed(0)), ["a red ball"] * 2)
+        objective = FlowMatching(trainee, trainee.transformer, trainee.embed, lambda *_, batch=batch: batch, FlowConfig(), torch.device("cpu"))
+        counters.clear()
+        with Kernels(compile=how).at_work():
+            loss, _ = objective.loss(1, 0.5)
+            loss.backward()
+        assert (counters["stats"]["unique_graphs"] > 0) is (how == "blocks")
+        steps.append([loss.detach(), *(p.grad for p in trainee.parameters() if p.requires_grad)])
+    assert all(torch.allclose(plain, fast, rtol=1e-3, atol=1e-4 * plain.abs().max().item()) for plain, fast in zip(*steps))
+    assert sum(grad.abs().max() > 0 for grad in steps[0][1:]) >= 10
 
 
 def test_a_training_without_memory_says_what_a_training_can_do_about_it(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from torch import nn
 
 from muralist.base import pick_dtype
 from muralist.nn.attention import Within
+from muralist.nn.kernels import Kernels
 from muralist.nn.rope import RopeScale
 from muralist.nn.transformer import Graft
 from muralist.sampling import flow
@@ -60,7 +61,8 @@ class Source(Protocol):
 class FlowConfig:
     """sigma = shift u / (1 + (shift - 1) u), u uniform in (0, 1), then moved into (min, max); captions are dropped at rate `drop` for guidance.
 
-    `graft`: the transformer's configuration while it learns, but for the positions, which are the batch's.
+    `graft`: the transformer's configuration while it learns, but for the positions, which are the batch's. Its kernels are left to whoever starts the
+    training (`Kernels.at_work`), hence blocks are never the stock ones, which no compiler is asked for.
     """
 
     prediction: str = "sample"
@@ -68,7 +70,7 @@ class FlowConfig:
     min_sigma: float = 0.0
     max_sigma: float = 1.0
     drop: float = 0.1
-    graft: Graft = field(default_factory=Graft)
+    graft: Graft = field(default_factory=lambda: Graft(kernels=Kernels()))
     seed: int = 0
 
 
