@@ -45,13 +45,15 @@ def main() -> None:
     options = arguments()
     if options.settings and not options.label:
         raise SystemExit("--set: give the results a name of their own by --label")
+    if options.first and not options.keep:
+        raise SystemExit("--first: it paints a part of the work, into the folder of --keep")
     width, height = (int(v) for v in options.size.split("x"))
     recipe = options.recipe or ("direct" if (width, height) == (448, 256) else "cascade")
     pipe = muralist.load(options.model, recipe=recipe)
     sheet, rows, started = [], [], time.time()
     about = {"size": options.size, "recipe": recipe, "model": options.model, "num_frames": options.num_frames, "seed": options.seed}
     about |= {"settings": options.settings} if options.settings else {}
-    for number, scene in enumerate(scenes(options.count, options.seed)):
+    for number, scene in list(enumerate(scenes(options.count, options.seed)))[options.first :]:
         kept = options.keep and options.keep / f"{number:03d}"
         if kept and kept.is_dir():
             row, three = known(kept, about), torch.from_numpy(np.array(Image.open(kept / "small.png")))
@@ -63,6 +65,8 @@ def main() -> None:
         rows.append(row)
         sheet.append(three)
         print(row, f"{(time.time() - started) / len(rows):.1f} s a clip", flush=True)
+    if options.first:
+        return  # the rest of a job that is shared; whoever sees all of it judges
     means = [{"measure": name, "percent": value} for name, value in averages(rows, options.num_frames).items()]
     if all("proxy" in row for row in rows):
         means = [mean | {"its proxy": value} for mean, value in zip(means, averages([row["proxy"] for row in rows], options.num_frames).values())]
@@ -130,6 +134,7 @@ def small(frames: torch.Tensor) -> torch.Tensor:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=105)
+    parser.add_argument("--first", type=int, default=0, help="paint from this prompt on, into --keep alone: a part of the work for another core")
     parser.add_argument("--size", default="448x256")
     parser.add_argument("--recipe", help="another than the usual one of the size")
     parser.add_argument("--set", dest="settings", metavar="NAME=VALUE", action="append", default=[], help="a value of the recipe's configuration; often")
