@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from muralist.data.score_ground import CameraMove, fit_camera, fit_ground
+from muralist.data.score_ground import CameraMove, fit_camera, fit_ground, shows_ground
 from muralist.data.score_object import Found, find_objects, half_size, visible_ground
 from muralist.data.world import SHAPES, Scene
 from muralist.errors import UserError
@@ -86,7 +86,8 @@ def measure(video: torch.Tensor) -> Observation:
     ground = fit_ground(frames)
     found = find_objects(frames, ground)
     grey = half_size(frames.mean(-1))
-    camera = fit_camera(grey, visible_ground(found, grey.shape[1:])) if len(frames) > 1 else None
+    visible = visible_ground(found, grey.shape[1:]) * shows_ground(frames, ground)
+    camera = fit_camera(grey, visible) if len(frames) > 1 else None
     confidence = {"ground": ground.confidence, "camera": camera.confidence if camera else 0.0}
     seen = {i: hits[0] for i, hits in enumerate(found) if hits}
     num_objects = sorted(len(hits) for hits in found)[len(found) // 2]

@@ -19,6 +19,7 @@ from muralist.data.world import GROUNDS
 
 UNLIKE = 0.13  # median RGB distance beyond which no ground of the list explains the picture
 STILL_PAN, STILL_ZOOM = 0.10, 0.09  # frame heights, log of the scale: less than this over the clip is a camera at rest
+FOREIGN = -1.5  # log density of colours that are surely not the ground's
 RELIABLE = 0.25  # correlation of one frame with the next below which nothing can be said about the camera
 
 
@@ -83,6 +84,15 @@ def _distance(pixels: torch.Tensor, dark: tuple, light: tuple) -> torch.Tensor:
     dark, light = torch.tensor(dark), torch.tensor(light)
     tone, _ = along_and_off(pixels - dark, light - dark)
     return (pixels - torch.lerp(dark, light, tone.clamp(0, 1)[:, None])).norm(dim=1)
+
+
+def shows_ground(frames: torch.Tensor, ground: GroundModel) -> torch.Tensor:
+    """1 where `frames` [n, h, w, 3] have the ground's colours, next to it too, else 0: [n, h / 2, w / 2].
+
+    What reaches beyond an object's outline, a painted corner or a trail, moves with the object and would pass for a move of the camera.
+    """
+    foreign = (ground.log_density(frames) < FOREIGN).float()
+    return 1 - F.max_pool2d(foreign[:, None], kernel_size=4, stride=2, padding=1)[:, 0]
 
 
 @dataclass(frozen=True, slots=True)

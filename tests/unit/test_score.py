@@ -119,6 +119,20 @@ def test_an_unknown_camera_move_is_none():
     assert measure(clip(parse("a red ball stays still over rock, camera pans left", seed=3)).flip(0)).camera == "pans right"
 
 
+@pytest.mark.parametrize("ground", ["sand", "snow"])
+def test_what_is_painted_beyond_an_outline_is_no_move_of_the_camera(ground):
+    """Dark scraps at an object's corners, outside of what any shape of the list covers, fall with it."""
+    scene = Scene(colour="cyan", shape="cube", motion="falls", ground=ground, seed=1)
+    video = clip(scene)
+    for picture, frame in zip(video, SPAN):
+        x, y, reach = world.object_on(scene, SMALL, frame)
+        for across, down in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
+            rows, columns = (slice(max(int(at) - 10, 0), max(int(at) + 10, 0)) for at in (y + 0.95 * down * reach, x + 0.95 * across * reach))
+            picture[rows, columns] = torch.tensor([0.03, 0.2, 0.22])
+    seen = measure(video)
+    assert (seen.camera, seen.motion, seen.num_objects) == ("static", "falls", 1)
+
+
 def test_one_frame_has_no_motion():
     seen = measure(clip(parse("a cyan star falls over sand", seed=1), frames=range(1)))
     assert (seen.colour, seen.shape, seen.ground, seen.motion, seen.camera) == ("cyan", "star", "sand", None, None)
