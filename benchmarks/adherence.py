@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -45,8 +46,8 @@ def main() -> None:
     options = arguments()
     if options.settings and not options.label:
         raise SystemExit("--set: give the results a name of their own by --label")
-    if options.first and not options.keep:
-        raise SystemExit("--first: it paints a part of the work, into the folder of --keep")
+    if options.first < 0 or (options.first and not options.keep):
+        raise SystemExit("--first: from 0, and beyond it into the folder of --keep, of which it paints a part")
     width, height = (int(v) for v in options.size.split("x"))
     recipe = options.recipe or ("direct" if (width, height) == (448, 256) else "cascade")
     pipe = muralist.load(options.model, recipe=recipe)
@@ -115,13 +116,16 @@ def known(folder: Path, about: dict[str, Any]) -> dict[str, Any]:
 
 def keep(folder: Path, record: dict[str, Any], frames: torch.Tensor) -> None:
     """The scores, the middle frame as it is and three small ones; the folder is there when all of it is."""
-    pending = folder.with_suffix(".tmp")
+    pending = folder.with_suffix(f".{os.getpid()}.tmp")
     shutil.rmtree(pending, ignore_errors=True)
     pending.mkdir(parents=True)
     (pending / "score.json").write_text(json.dumps(record))
     Image.fromarray((frames[len(frames) // 2] * 255).round().byte().numpy()).save(pending / "middle.png")
     Image.fromarray(small(frames).numpy()).save(pending / "small.png")
-    pending.rename(folder)
+    if folder.is_dir():  # painted on another core meanwhile
+        shutil.rmtree(pending)
+    else:
+        pending.rename(folder)
 
 
 def small(frames: torch.Tensor) -> torch.Tensor:

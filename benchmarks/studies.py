@@ -266,20 +266,21 @@ def trained(subject: Subject, config: Any, length: Length, directory: Path, mode
 
 
 def with_trunk(model: Path, subject: Subject, options: argparse.Namespace, folder: Path) -> Path:
-    """The base after the training from which all variants go on, in `folder/trunk`."""
+    """The base after the training from which all variants go on, in a folder of its own for each length."""
     if subject.trunk is None:
         raise SystemExit(f"--trunk: the variants of {options.name} have nothing in common to begin with")
     length = Length(minutes=options.trunk) if options.steps is None else Length(steps=round(options.trunk))
-    done = folder / "trunk" / f"done-{length}"
-    if not done.exists():
-        trained(subject, changed(subject.base, subject.trunk.override), length, folder / "trunk", model, options.clips)
-        done.touch()
-    return folder / "trunk" / "model"
+    made = folder / f"trunk of {length}, {options.clips} clips"
+    if not (made / "done").exists():
+        trained(subject, changed(subject.base, subject.trunk.override), length, made, model, options.clips)
+        (made / "done").touch()
+    return made / "model"
 
 
 def facts(model: Path, options: argparse.Namespace) -> dict[str, str]:
     """What results stand on besides configuration, budget and scenes."""
-    asked = {f"--{name}": str(getattr(options, name.replace("-", "_"))) for name in ("clips", "size", "num-frames", "trunk")}
+    asked = {f"--{name}": str(getattr(options, name.replace("-", "_"))) for name in ("clips", "size", "num-frames")}
+    asked |= {} if options.trunk is None else {"--trunk": str(options.trunk)}
     return {"--model": inspect_base(str(model)).fingerprint, "dtype": str(pick_dtype(CPU)), **asked}
 
 

@@ -86,7 +86,8 @@ def command(
     ] = None,
     init: Annotated[str | None, typer.Option("--init", help="A model whose weights the VAE or the base starts from, such as miniature.")] = None,
     compile_: Annotated[
-        bool, typer.Option("--compile", help="Compile the transformer's blocks: a minute at the start, then quicker steps (a C++ compiler, or triton).")
+        bool,
+        typer.Option("--compile", help="Compile the transformer's blocks: quicker steps, after some time that is a part of --minutes; needs a C++ compiler."),
     ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in the output directory; without it, a directory with checkpoints is refused.")
@@ -106,8 +107,8 @@ def command(
 
     keep_freed_blocks()  # by the command, whose process it is
     training = TRAININGS[name]
-    target, folder = pick_device(device), _folder(output or f"runs/{name}")
-    kernels = _kernels(training, compile_, target)
+    target = pick_device(device)
+    kernels, folder = _kernels(training, compile_, target), _folder(output or f"runs/{name}")
     earlier = _earlier(training, start) | _initial(training, init) | _videos(training, data, height, min_score, clips)
     begin(folder, resume=resume)
     try:

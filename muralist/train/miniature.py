@@ -173,8 +173,8 @@ def _fit_vae(
 ) -> AutoencoderKLWan:
     objective = Reconstruction(_trainable(vae).to(device), config, device, None if earlier is None else earlier.to(device).requires_grad_(False))
     schedule = Schedule(length=length, learning_rate=config.learning_rate, decay=0.6)
-    clips = {"clips": json.dumps([config.heights, config.side, config.lengths])}
-    return fit(objective, schedule, folder, resume=resume, origin=origin | clips, report=report)
+    how = {"clips": json.dumps([config.heights, config.side, config.lengths]), "learning rate": str(config.learning_rate)}
+    return fit(objective, schedule, folder, resume=resume, origin=origin | how, report=report)
 
 
 def _origin(init: Path | None, part: str) -> dict[str, str]:
@@ -307,9 +307,9 @@ def train_base(
     `init`: a model folder whose transformer and text encoder it starts from instead of fresh ones; they are moved less, and see clips from the start.
     """
     begin(folder, resume=resume)
-    origin = _origin(init, "transformer")
-    state.require_origin(folder / CHECKPOINTS, origin)
     autoencoder = load_vae(vae).to(device).eval()
+    origin = _origin(init, "transformer") | {"--from": latents.digest_of(autoencoder)}
+    state.require_origin(folder / CHECKPOINTS, origin)
     made_for = _made_for(autoencoder)
     if made_for != (TRANSFORMER_CONFIG["in_channels"], VAE_CONFIG["scale_factor_spatial"], VAE_CONFIG["scale_factor_temporal"]):
         raise UserError(f"{vae} has (channels, space, time) {made_for}", where="from", fix=f"give a VAE of {LATENTS}, such as miniature-vae makes")

@@ -394,8 +394,12 @@ def test_a_compiled_step_of_a_training_is_the_plain_one(tiny22, monkeypatch):
         trainee = Trainee(tiny22, torch.device("cpu"))
         give_adapter(trainee, "uhr")
         trainee.learn_captions(["a red ball"])
+        torch.manual_seed(1)
+        for parameter in (p for p in trainee.parameters() if p.requires_grad):  # a fresh adapter's second matrices are zero and let no gradient through
+            torch.nn.init.normal_(parameter, std=0.1)
         batch = Batch(torch.randn(2, 48, 3, 4, 6, generator=torch.Generator().manual_seed(0)), ["a red ball"] * 2)
         objective = FlowMatching(trainee, trainee.transformer, trainee.embed, lambda *_, batch=batch: batch, FlowConfig(), torch.device("cpu"))
+        torch._dynamo.reset()
         counters.clear()
         with Kernels(compile=how).at_work():
             loss, _ = objective.loss(1, 0.5)
@@ -403,7 +407,7 @@ def test_a_compiled_step_of_a_training_is_the_plain_one(tiny22, monkeypatch):
         assert (counters["stats"]["unique_graphs"] > 0) is (how == "blocks")
         steps.append([loss.detach(), *(p.grad for p in trainee.parameters() if p.requires_grad)])
     assert all(torch.allclose(plain, fast, rtol=1e-3, atol=1e-4 * plain.abs().max().item()) for plain, fast in zip(*steps))
-    assert sum(grad.abs().max() > 0 for grad in steps[0][1:]) >= 10
+    assert all(grad.any() for grad in steps[0][1:]) and len(steps[0]) > 10
 
 
 def test_a_training_without_memory_says_what_a_training_can_do_about_it(tmp_path, monkeypatch):
