@@ -42,7 +42,7 @@ OPTIONS = {
     "compare": f"files {COMMON} --recipes --variant --prompts --seeds --output -o --metrics --reference --weights --json --debug",
     "bench": "what --only --quick --width --minutes --device --output -o --debug",
     "doctor": "--device --json --debug",
-    "train": "name --minutes --steps --device --from --init --data --height --min-score --clips --resume --output -o --debug",
+    "train": "name --minutes --steps --device --from --init --data --height --min-score --clips --compile --resume --output -o --debug",
     "import": "method file --model --output -o --revision --skip-unmatched --debug",
     "score": "folder --metric --debug",
     "psd": "prompts --model --revision --output -o --seeds --size --num-frames --negative-prompt --num-inference-steps --guidance-scale --flow-shift --cutoff "

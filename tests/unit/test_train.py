@@ -406,7 +406,8 @@ def test_a_compiled_step_of_a_training_is_the_plain_one(tiny22, monkeypatch):
             loss.backward()
         assert (counters["stats"]["unique_graphs"] > 0) is (how == "blocks")
         steps.append([loss.detach(), *(p.grad for p in trainee.parameters() if p.requires_grad)])
-    assert all(torch.allclose(plain, fast, rtol=1e-3, atol=1e-4 * plain.abs().max().item()) for plain, fast in zip(*steps))
+    off = [((plain - fast).norm() / plain.norm()).item() for plain, fast in zip(*steps)]
+    assert max(off) < 1e-3, off
     assert all(grad.any() for grad in steps[0][1:]) and len(steps[0]) > 10
 
 
