@@ -227,9 +227,9 @@ def main() -> None:
     def train(config: Any, budget: Budget, directory: Path) -> tuple[Path, Any]:
         return trained(subject, config, budget, directory, model, options.clips), config
 
-    def evaluate(trained: tuple[Path, Any], scenes: Sequence[world.Scene]) -> dict[str, list[float]]:
-        painter = muralist.load(str(trained[0]), recipe=subject.recipe)
-        judged = [judge(painter, scene, options, subject.settings(trained[1])) for scene in scenes]
+    def evaluate(made: tuple[Path, Any], scenes: Sequence[world.Scene]) -> dict[str, list[float]]:
+        painter = muralist.load(str(made[0]), recipe=subject.recipe)
+        judged = [judge(painter, scene, options, subject.settings(made[1])) for scene in scenes]
         return {name: [values[name] for values in judged] for name in judged[0]}
 
     study = Study(

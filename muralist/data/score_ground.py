@@ -19,7 +19,7 @@ from muralist.data.world import GROUNDS
 
 UNLIKE = 0.13  # median RGB distance beyond which no ground of the list explains the picture
 STILL_PAN, STILL_ZOOM = 0.10, 0.09  # frame heights, log of the scale: less than this over the clip is a camera at rest
-FOREIGN = -1.5  # log density of colours that are surely not the ground's
+STRANGE = -1.5  # log density of colours that neither an object nor the ground explains
 RELIABLE = 0.25  # correlation of one frame with the next below which nothing can be said about the camera
 
 
@@ -91,7 +91,7 @@ def shows_ground(frames: torch.Tensor, ground: GroundModel) -> torch.Tensor:
 
     What reaches beyond an object's outline, a painted corner or a trail, moves with the object and would pass for a move of the camera.
     """
-    foreign = (ground.log_density(frames) < FOREIGN).float()
+    foreign = (ground.log_density(frames) < STRANGE).float()
     return 1 - F.max_pool2d(foreign[:, None], kernel_size=4, stride=2, padding=1)[:, 0]
 
 

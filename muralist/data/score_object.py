@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from muralist.data.score_ground import GroundModel, along_and_off
+from muralist.data.score_ground import STRANGE, GroundModel, along_and_off
 from muralist.data.world import COLOURS, SHAPES
 
 NAMES = tuple(COLOURS)
@@ -29,7 +29,6 @@ SHARPEN = 1.0  # unsharp mask under which the rim of a camouflaged object is sou
 GAP = 200.0  # votes a gap in such a rim costs, times the square of the ideal vote
 NEUTRAL = 0.5  # body votes of a camouflaged object
 OFF = 0.08  # how far (RGB, standard deviation) an object's colours may lie off its nominal hue
-STRANGE = -1.5  # log density of colours that neither an object nor the ground explains
 RECOGNISED = 0.42  # share of the ideal object's votes below which something is not called an object
 FURTHER = 0.5  # the same for one more object beside another
 MOST = 4  # objects counted per frame
