@@ -53,7 +53,7 @@ def main() -> None:
     pipe = muralist.load(options.model, recipe=recipe)
     sheet, rows, started = [], [], time.time()
     about = {"size": options.size, "recipe": recipe, "model": options.model, "num_frames": options.num_frames, "seed": options.seed}
-    about |= {"settings": options.settings} if options.settings else {}
+    about |= {"weights": pipe.base.info.fingerprint, "dtype": str(pipe.base.dtype)} | ({"settings": options.settings} if options.settings else {})
     for number, scene in list(enumerate(scenes(options.count, options.seed)))[options.first :]:
         kept = options.keep and options.keep / f"{number:03d}"
         if kept and kept.is_dir():
@@ -122,10 +122,10 @@ def keep(folder: Path, record: dict[str, Any], frames: torch.Tensor) -> None:
     (pending / "score.json").write_text(json.dumps(record))
     Image.fromarray((frames[len(frames) // 2] * 255).round().byte().numpy()).save(pending / "middle.png")
     Image.fromarray(small(frames).numpy()).save(pending / "small.png")
-    if folder.is_dir():  # painted on another core meanwhile
-        shutil.rmtree(pending)
-    else:
+    try:
         pending.rename(folder)
+    except OSError:  # painted on another core meanwhile
+        shutil.rmtree(pending)
 
 
 def small(frames: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,7 @@ from muralist.compare.ablation import Budget, Measured, Study, Variant, changed,
 from muralist.data import world
 from muralist.nn.experts import EXPERTS, ExpertsConfig
 from muralist.nn.filters import RadialFilter
+from muralist.nn.kernels import Kernels
 from muralist.nn.kinds import InjectorConfig, hierarchical
 from muralist.store.parts import WEIGHTS, load_part, save_part
 from muralist.train.anchored import AnchoredConfig, train_anchored
@@ -93,7 +94,7 @@ def shortcut(info: BaseInfo) -> Subject:
             Variant("exponential", {"shortcut.power": 0.0}, {"quality": 13.88}),
             Variant("exponential, calibrated", {}, {"quality": 14.31}),
         ],
-        trunk=Variant("trunk", {"shortcut.rate": 0.0}),
+        trunk=Variant("trunk", {"shortcut.rate": 0.0, "learning_rate": 1e-3}),  # no large steps are lost yet
     )
 
 
@@ -216,8 +217,10 @@ def main() -> None:
     options = arguments()
     info = inspect_base(options.model)
     subject = SUBJECTS[options.name](info)
+    if options.trunk is not None and (subject.trunk is None or options.trunk <= 0 or (options.steps is not None and options.trunk < 1)):
+        raise SystemExit(f"--trunk: above 0, whole steps, and not for {options.name} if its variants have nothing in common to begin with")
     folder = (options.folder / options.name).absolute()
-    model = stripped(info.folder, folder / "base", subject.without)
+    model = stripped(info.folder, folder / f"base {info.fingerprint[:8]}", subject.without)
     (folder / "latents").mkdir(parents=True, exist_ok=True)
     budget = Budget(steps=options.steps) if options.steps is not None else Budget(minutes=20 if options.minutes is None else options.minutes)
 
@@ -225,7 +228,7 @@ def main() -> None:
         model = with_trunk(model, subject, options, folder)
 
     def train(config: Any, budget: Budget, directory: Path) -> tuple[Path, Any]:
-        return trained(subject, config, budget, directory, model, options.clips), config
+        return trained(subject, config, budget, directory, model, options.clips, options.compile), config
 
     def evaluate(made: tuple[Path, Any], scenes: Sequence[world.Scene]) -> dict[str, list[float]]:
         painter = muralist.load(str(made[0]), recipe=subject.recipe)
@@ -255,24 +258,23 @@ def main() -> None:
     write(f"study-{options.name}", rows, note=f"{before}{budget} a variant, {options.clips} clips of each size; {judged}")
 
 
-def trained(subject: Subject, config: Any, length: Length, directory: Path, model: Path, clips: int) -> Path:
+def trained(subject: Subject, config: Any, length: Length, directory: Path, model: Path, clips: int, compiled: bool) -> Path:
     """The base together with what one variant has learned; the clips are the same for all of a study."""
     run_folder, latents = _made(directory / "run"), directory.parent / "latents"
     if not (run_folder / "latents").exists():
         (run_folder / "latents").symlink_to(latents)
     begun = any(run_folder.rglob("checkpoints"))
-    subject.train(run_folder, length=length, device=CPU, resume=begun, model=model, data=VideoData(clips=clips), config=config)
+    with Kernels(compile="blocks" if compiled else "off").at_work():
+        subject.train(run_folder, length=length, device=CPU, resume=begun, model=model, data=VideoData(clips=clips), config=config)
     return with_results(model, run_folder, directory / "model")
 
 
 def with_trunk(model: Path, subject: Subject, options: argparse.Namespace, folder: Path) -> Path:
     """The base after the training from which all variants go on, in a folder of its own for each length."""
-    if subject.trunk is None:
-        raise SystemExit(f"--trunk: the variants of {options.name} have nothing in common to begin with")
     length = Length(minutes=options.trunk) if options.steps is None else Length(steps=round(options.trunk))
-    made = folder / f"trunk of {length}, {options.clips} clips"
+    made = folder / f"trunk of {length}, {options.clips} clips, {inspect_base(str(model)).fingerprint[:8]}"
     if not (made / "done").exists():
-        trained(subject, changed(subject.base, subject.trunk.override), length, made, model, options.clips)
+        trained(subject, changed(subject.base, subject.trunk.override), length, made, model, options.clips, options.compile)
         (made / "done").touch()
     return made / "model"
 
@@ -280,7 +282,7 @@ def with_trunk(model: Path, subject: Subject, options: argparse.Namespace, folde
 def facts(model: Path, options: argparse.Namespace) -> dict[str, str]:
     """What results stand on besides configuration, budget and scenes."""
     asked = {f"--{name}": str(getattr(options, name.replace("-", "_"))) for name in ("clips", "size", "num-frames")}
-    asked |= {} if options.trunk is None else {"--trunk": str(options.trunk)}
+    asked |= ({} if options.trunk is None else {"--trunk": str(options.trunk)}) | ({"--compile": ""} if options.compile else {})
     return {"--model": inspect_base(str(model)).fingerprint, "dtype": str(pick_dtype(CPU)), **asked}
 
 
@@ -335,6 +337,7 @@ def arguments() -> argparse.Namespace:
     length.add_argument("--minutes", type=float, help="of each variant; 20")
     length.add_argument("--steps", type=int, help="of each variant instead: fair on a machine that does other work beside")
     parser.add_argument("--trunk", type=float, help="of a training before all variants, in the same unit (shortcut alone)")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks: quicker steps")
     parser.add_argument("--clips", type=int, default=120)
     parser.add_argument("--scenes", type=int, default=6)
     parser.add_argument("--size", default="1920x1080")

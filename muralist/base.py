@@ -56,6 +56,11 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if multiplied else torch.float32
 
 
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """Where weights stay in float32, as in training: products in the type of `pick_dtype`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=pick_dtype(device) is torch.bfloat16)
+
+
 class Base:
     """The components of a checked model on one device, loaded when first asked for; `components`: those that are there already, by name."""
 

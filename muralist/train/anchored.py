@@ -24,15 +24,17 @@ from muralist.train.trainee import Crops, Trainee, VideoData, fit_adapter, give_
 
 ANCHORED = "anchored"  # the adapter
 BATCH = 8
+LEARNING_RATE = 3e-4  # at 1e-3, what large steps had learned was lost within 150 steps, their error ten times as large (seen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnchoredConfig:
-    """What an ablation may change: the injector (None: no anchor at all), how large steps are learned, and the damage that makes anchors."""
+    """What an ablation may change: the injector (None: no anchor at all), how large steps are learned, the damage that makes anchors, how fast all is."""
 
     injector: InjectorConfig | None
     shortcut: ShortcutConfig = field(default_factory=lambda: ShortcutConfig(guidance=3.0))
     damage: AnchorDamage = field(default_factory=AnchorDamage)
+    learning_rate: float = LEARNING_RATE
 
 
 def train_anchored(
@@ -61,7 +63,7 @@ def train_anchored(
     added = _added(trainee, config, device, report)
     flow = FlowConfig(prediction=info.prediction, shift=info.defaults.flow_shift)
     objective = Anchored(trainee, trainee.transformer, trainee.embed, Crops(pools, batch=BATCH), flow, device, shortcut=config.shortcut)
-    adapter = fit_adapter(trainee, ANCHORED, objective, folder, length, resume, trainee.origin(data), report)
+    adapter = fit_adapter(trainee, ANCHORED, objective, folder, length, resume, trainee.origin(data), report, config.learning_rate)
     for kind, (record, network) in added.items():
         save_part(folder / "parts" / kind, kind, record, {name: p.detach().half().cpu() for name, p in network.named_parameters()})
     return adapter

@@ -2,8 +2,8 @@
 
 Trained together on whole videos, as many frames of each size as fit a number of tokens, and on single frames of them: the compressed branches of
 every block, and a low-rank adapter on every projection. Where one object is and where none is, windows have to learn from their branches: that
-is seen in single frames, many times as many of which fit a step, and so these come first. The paper trains the whole model; its change fits
-an adapter here, so that one base serves all recipes. It does not start as `uhr`, which knows noise with a guide in it alone.
+is seen in single frames, many times as many of which fit a step, and so these come first while the branches are new. The paper trains the whole
+model; its change fits an adapter here, so that one base serves all recipes. It does not start as `uhr`, which knows noise with a guide in it alone.
 """
 
 from __future__ import annotations
@@ -23,18 +23,22 @@ from muralist.nn.kinds import BRANCHES, BranchesConfig, hierarchical
 from muralist.nn.transformer import Graft
 from muralist.store import weights
 from muralist.store.parts import save_part
-from muralist.train.loop import Length, Report, begin
+from muralist.train import state
+from muralist.train.loop import CHECKPOINTS, Length, Report, begin
 from muralist.train.objectives.flow import Batch, FlowConfig, FlowMatching
 from muralist.train.trainee import Trainee, VideoData, fit_adapter, give_adapter
 from muralist.types import Grid
 
 BRANCHED = "branched"  # the adapter
+NEW = "new"  # what branches stand on that the base does not have
 HEIGHTS = (512, 1088)  # of the world's renders
-TIMES = 7  # the tokens of a training video, and about those of a batch, in clips of the base's own size; the embedded base: 29 frames at 512, 9 at 1088
+TIMES = 7  # about the tokens of a batch and the most of a video, in clips of the base's own size
+LEAST = 17_000  # tokens, up to which videos of small bases go all the same: the embedded one's 29 frames at 1088, in which an object has a way to go
 SHIFT = 5.0  # of the noise levels, as in sampling
 CLIPS = 200  # of each height
 SINGLES = 4  # single frames of each height for each of its clips
-SINGLE_SHARE = (0.75, 0.35)  # of the batches in each half of the training
+SINGLE_SHARE = (0.75, 0.35)  # of the batches in each half of the training of new branches
+SINGLE_SHARE_ON = (0.15, 0.15)  # where the base's own go on: they know of one object, and its way is seen in clips alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,14 +73,17 @@ def train_branched(
     trainee, data = Trainee(model, device), (data or VideoData()).settled(HEIGHTS, CLIPS)
     branches, attention = (config or BranchedConfig()).of(trainee)
     whole = [_pool(trainee, height, data.clips, attention) for height in data.heights]
+    origin = trainee.origin(data) | {"frames": str([pool.frames for pool in whole])}
+    state.require_origin(folder / CHECKPOINTS, origin)
     pools = trainee.encoded([_singles(pool) for pool in whole] + whole, data, folder, report)
     give_adapter(trainee, BRANCHED)
     attached, stands_on = _attached(trainee, branches, report)
     attached = trainable(attached.to(device))
     flow = FlowConfig(prediction=trainee.info.prediction, shift=SHIFT, graft=Graft(attention=attention))
-    source = Whole(pools[: len(whole)], pools[len(whole) :], TIMES * math.prod(trainee.info.geometry.latent_shape(trainee.own_grid)[1:]))
+    share = SINGLE_SHARE if stands_on == NEW else SINGLE_SHARE_ON
+    source = Whole(pools[: len(whole)], pools[len(whole) :], TIMES * math.prod(trainee.info.geometry.latent_shape(trainee.own_grid)[1:]), share)
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, source, flow, device)
-    origin = trainee.origin(data) | {"singles": f"{SINGLES}, {SINGLE_SHARE}", BRANCHES: stands_on}
+    origin |= {"singles": f"{SINGLES}, {share}", BRANCHES: stands_on}
     adapter = fit_adapter(trainee, BRANCHED, objective, folder, length, resume, origin, report)
     save_part(folder / "parts" / BRANCHES, BRANCHES, asdict(branches), {name: p.detach().half().cpu() for name, p in attached.named_parameters()})
     return adapter
@@ -84,14 +91,18 @@ def train_branched(
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """Batches of whole pictures, of one size each: single frames of `frames` or videos of `clips`, as many as have about `latents` latents."""
+    """Batches of whole pictures, of one size each: single frames of `frames` or videos of `clips`, as many as have about `latents` latents, or one.
+
+    `single_share`: of single frames among the batches, in each half of the training.
+    """
 
     frames: tuple[LatentPool, ...]
     clips: tuple[LatentPool, ...]
     latents: int
+    single_share: tuple[float, float]
 
     def __call__(self, rng: np.random.Generator, progress: float) -> Batch:
-        pools = self.frames if rng.random() < SINGLE_SHARE[progress >= 0.5] else self.clips
+        pools = self.frames if rng.random() < self.single_share[progress >= 0.5] else self.clips
         pool = pools[rng.integers(len(pools))]
         count = max(1, round(self.latents / pool.z[0, 0].numel()))
         return Batch(*pool.take(rng.integers(len(pool.captions), size=count)))
@@ -109,14 +120,14 @@ def _attached(trainee: Trainee, branches: BranchesConfig, report: Report) -> tup
         if hasattr(block, "branches"):
             del block.branches
     torch.manual_seed(0)
-    return attach_branches(blocks, branches), "new"
+    return attach_branches(blocks, branches), NEW
 
 
 def _pool(trainee: Trainee, height: int, clips: int, attention: BranchedWindows) -> PoolConfig:
     """Whole videos of one height in the base's own proportions, as many frames as fit the tokens. Raises UserError for a height that cannot be trained at."""
     own, geometry = trainee.own_grid, trainee.info.geometry
     large = geometry.legal(Grid(num_frames=own.num_frames, height=height, width=round(height * own.width / own.height), fps=own.fps))
-    shape, budget = geometry.token_shape(large), TIMES * math.prod(geometry.token_shape(own))
+    shape, budget = geometry.token_shape(large), max(TIMES * math.prod(geometry.token_shape(own)), LEAST)
     try:
         attention.require_fit(shape)
     except UserError as error:

@@ -15,7 +15,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ class Objective(Protocol):
 
 
 WARMUP = 0.1  # of the length, at most: a short one would be over before `warmup` steps are
+SOONEST = 10  # steps, where the first ones take long, as compiling does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +72,7 @@ class Length:
 class Schedule:
     """How long and how fast. `decay` is the share of the length in which the rate falls.
 
-    The rate rises over `warmup` steps, or over WARMUP of the length where that is sooner.
+    The rate rises over `warmup` steps, or over WARMUP of the length where that is sooner, but over SOONEST steps at least.
     """
 
     length: Length
@@ -87,7 +88,7 @@ class Schedule:
 
     def rate(self, step: int, progress: float) -> float:
         falling = max((progress - (1 - self.decay)) / self.decay, 0.0)
-        rising = min(max((step + 1) / self.warmup, progress / WARMUP), 1.0)
+        rising = min(max((step + 1) / self.warmup, min(progress / WARMUP, (step + 1) / SOONEST)), 1.0)
         return self.learning_rate * rising * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * falling)))
 
 
@@ -117,8 +118,14 @@ def fit(objective: Objective, schedule: Schedule, folder: Path, *, resume: bool,
     parameters = {name: p for name, p in parameters.items() if p.requires_grad}
     optimizers = _optimizers(objective.module, schedule)
     average = {name: p.detach().clone() for name, p in parameters.items()}
-    step, seconds = _restore(folder, parameters, average, optimizers, origin or {}) if resume else (0, 0.0)
+    step, seconds = _restore(folder, parameters, average, optimizers, schedule, origin or {}) if resume else (0, 0.0)
     saved_at = seconds
+
+    def save() -> None:
+        facts = {"step": step, "seconds": seconds, "schedule": asdict(schedule), "origin": dict(origin or {})}
+        tensors = {f"weights.{n}": p for n, p in parameters.items()} | {f"average.{n}": p for n, p in average.items()}
+        state.save(folder / CHECKPOINTS, step, tensors | state.optimizer_tensors(optimizers), facts)
+
     curve = _Curve(folder, step)
     report(f"{sum(p.numel() for p in parameters.values()) / 1e6:.2f} M parameters, from step {step} ({seconds / 60:.1f} min)")
     with _held_interrupt() as interrupted:
@@ -126,23 +133,23 @@ def fit(objective: Objective, schedule: Schedule, folder: Path, *, resume: bool,
             started = time.monotonic()
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = schedule.rate(step, progress)
-            loss, metrics = objective.loss(step, progress)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"loss is {loss.item()} at step {step}; the newest checkpoint in {folder} is intact")
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(parameters.values(), schedule.clip)
-            if not torch.isfinite(norm):
-                raise FloatingPointError(f"a gradient is {norm.item()} at step {step}; the newest checkpoint in {folder} is intact")
+            try:
+                values = _gradients(objective, step, progress, parameters.values(), schedule.clip)
+            except Exception as error:
+                if not interrupted():
+                    raise
+                if seconds > saved_at:
+                    save()  # Ctrl-C also ended a compiler that the step had called; the weights are those of before it
+                raise KeyboardInterrupt from error
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             _update_average(average, parameters, min(schedule.ema, (1 + step) / (10 + step)))
             step, seconds = step + 1, seconds + time.monotonic() - started
-            if line := curve.add(step, seconds, {"loss": loss.item(), "grad_norm": norm.item(), **metrics}):
+            if line := curve.add(step, seconds, values):
                 report(line)
             if interrupted() or seconds - saved_at > schedule.save_every_minutes * 60 or schedule.length.progress(step, seconds) >= 1:
-                facts = {"step": step, "seconds": seconds, "schedule": asdict(schedule), "origin": dict(origin or {})}
-                _save(folder, parameters, average, optimizers, facts)
+                save()
                 saved_at = seconds
             if interrupted():
                 raise KeyboardInterrupt
@@ -150,6 +157,18 @@ def fit(objective: Objective, schedule: Schedule, folder: Path, *, resume: bool,
         for name, p in parameters.items():
             p.copy_(average[name])
     return objective.module
+
+
+def _gradients(objective: Objective, step: int, progress: float, parameters: Iterable[nn.Parameter], clip: float) -> dict[str, float]:
+    """Gradients of a step, clipped, in the parameters; what is told of it, by name."""
+    loss, metrics = objective.loss(step, progress)
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"loss is {loss.item()} at step {step}; the newest checkpoint is intact")
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(parameters, clip)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"a gradient is {norm.item()} at step {step}; the newest checkpoint is intact")
+    return {"loss": loss.item(), "grad_norm": norm.item(), **metrics}
 
 
 @contextmanager
@@ -182,12 +201,7 @@ def _update_average(average, parameters, decay: float) -> None:
     torch._foreach_lerp_([average[n] for n in names], [parameters[n].detach() for n in names], 1 - decay)
 
 
-def _save(folder, parameters, average, optimizers, facts) -> None:
-    tensors = {f"weights.{n}": p for n, p in parameters.items()} | {f"average.{n}": p for n, p in average.items()}
-    state.save(folder / CHECKPOINTS, facts["step"], tensors | state.optimizer_tensors(optimizers), facts)
-
-
-def _restore(folder, parameters, average, optimizers, origin: Mapping[str, str]) -> tuple[int, float]:
+def _restore(folder, parameters, average, optimizers, schedule: Schedule, origin: Mapping[str, str]) -> tuple[int, float]:
     newest = state.load_newest(folder / CHECKPOINTS)
     if newest is None:
         return 0, 0.0
@@ -195,6 +209,9 @@ def _restore(folder, parameters, average, optimizers, origin: Mapping[str, str])
     if {name: p.shape for name, p in parameters.items()} != {n.removeprefix("weights."): t.shape for n, t in tensors.items() if n.startswith("weights.")}:
         raise UserError("these checkpoints are of another training", where=str(folder / CHECKPOINTS), fix="name the --output of this one")
     state.require_whole_origin(folder / CHECKPOINTS, numbers, origin)
+    if (rate := numbers["schedule"]["learning_rate"]) != schedule.learning_rate:
+        what = f"these checkpoints were trained at a learning rate of {rate:g}, it is {schedule.learning_rate:g} now"
+        raise UserError(what, where=str(folder / CHECKPOINTS), fix="name another --output, or resume with the version that began it")
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(tensors[f"weights.{name}"])

@@ -173,7 +173,7 @@ def _fit_vae(
 ) -> AutoencoderKLWan:
     objective = Reconstruction(_trainable(vae).to(device), config, device, None if earlier is None else earlier.to(device).requires_grad_(False))
     schedule = Schedule(length=length, learning_rate=config.learning_rate, decay=0.6)
-    how = {"clips": json.dumps([config.heights, config.side, config.lengths]), "learning rate": str(config.learning_rate)}
+    how = {"clips": json.dumps([config.heights, config.side, config.lengths])}
     return fit(objective, schedule, folder, resume=resume, origin=origin | how, report=report)
 
 
@@ -314,10 +314,10 @@ def train_base(
     if made_for != (TRANSFORMER_CONFIG["in_channels"], VAE_CONFIG["scale_factor_spatial"], VAE_CONFIG["scale_factor_temporal"]):
         raise UserError(f"{vae} has (channels, space, time) {made_for}", where="from", fix=f"give a VAE of {LATENTS}, such as miniature-vae makes")
     model = (TextToVideo() if init is None else TextToVideo.of(init)).to(device)
-    pools = folder / "latents"
-    single = latents.build_pool(autoencoder, latents.PoolConfig(name="frames", count=frames, grid=GRID, frames=1, seed=1), pools, report)
-    whole = latents.build_pool(autoencoder, latents.PoolConfig(name="clips", count=clips, grid=GRID, seed=2), pools, report)
-    small = latents.build_pool(autoencoder, latents.PoolConfig(name="small", count=small_clips, grid=SMALL_GRID, seed=3), pools, report)
+    pools, first = folder / "latents", 1 if init is None else 101  # seeds: what goes on sees other scenes
+    single = latents.build_pool(autoencoder, latents.PoolConfig(name="frames", count=frames, grid=GRID, frames=1, seed=first), pools, report)
+    whole = latents.build_pool(autoencoder, latents.PoolConfig(name="clips", count=clips, grid=GRID, seed=first + 1), pools, report)
+    small = latents.build_pool(autoencoder, latents.PoolConfig(name="small", count=small_clips, grid=SMALL_GRID, seed=first + 2), pools, report)
     source = Curriculum(single, whole, small, PHASES if init is None else FURTHER)
     objective = FlowMatching(model, model.transformer, model.embed, source, FlowConfig(), device)
     schedule = Schedule(length=length, learning_rate=1.5e-3 if init is None else 5e-4, muon=True)

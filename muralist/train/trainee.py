@@ -36,6 +36,7 @@ AIMED = 0.5  # the share of crops that lie on the object where something tells o
 WORLD_HEIGHTS = (1088, 2176)
 CLIPS = 400  # encoded of each height
 RANK = 32  # of adapters
+LEARNING_RATE = 1e-3  # of adapters and of what is new beside them
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
 
@@ -209,10 +210,18 @@ def _copy_adapter(transformer: nn.Module, source: str, target: str) -> None:
 
 
 def fit_adapter(
-    trainee: Trainee, name: str, objective: FlowMatching, folder: Path, length: Length, resume: bool, origin: Mapping[str, str], report: Report
+    trainee: Trainee,
+    name: str,
+    objective: FlowMatching,
+    folder: Path,
+    length: Length,
+    resume: bool,
+    origin: Mapping[str, str],
+    report: Report,
+    learning_rate: float = LEARNING_RATE,
 ) -> Path:
     """Train the adapter, and what else is trainable, and write the adapter to `folder/adapters/name`, in bfloat16."""
-    fit(objective, Schedule(length=length, learning_rate=1e-3, weight_decay=0.0), folder, resume=resume, origin=origin, report=report)
+    fit(objective, Schedule(length=length, learning_rate=learning_rate, weight_decay=0.0), folder, resume=resume, origin=origin, report=report)
     for parameter_name, parameter in trainee.transformer.named_parameters():
         if f".{name}." in parameter_name:  # the adapter alone: parts beside it are stored by whoever made them
             parameter.data = parameter.data.to(torch.bfloat16)

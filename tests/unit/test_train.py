@@ -72,6 +72,34 @@ def test_ctrl_c_saves_the_step_it_meets(tmp_path):
     assert state.load_newest(tmp_path / "checkpoints")[1]["step"] == 8
 
 
+def test_ctrl_c_that_ends_a_compiler_within_a_step_saves_the_step_before(tmp_path):
+    """It goes to the whole group of processes, and a compiler that was called ends with an error of its own."""
+
+    class Compiling(Line):
+        def loss(self, step, progress):
+            if step == 7:
+                os.kill(os.getpid(), signal.SIGINT)
+                raise RuntimeError("C++ compile error")
+            return super().loss(step, progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(Compiling(), Schedule(length=Length(steps=20), save_every_minutes=60), tmp_path, resume=False, report=lambda line: None)
+    assert state.load_newest(tmp_path / "checkpoints")[1]["step"] == 7
+
+
+def test_a_training_does_not_go_on_at_another_learning_rate(tmp_path):
+    fit(Line(), schedule(5), tmp_path, resume=False, report=lambda line: None)
+    with pytest.raises(UserError, match=r"learning rate of 0.01, it is 0.001 now"):
+        fit(Line(), Schedule(length=Length(steps=9)), tmp_path, resume=True, report=lambda line: None)
+
+
+def test_long_first_steps_are_no_reason_to_start_at_the_full_rate():
+    """Where a step of minutes is one that compiles, a tenth of the length is over with it."""
+    slow = Schedule(length=Length(minutes=30))
+    assert [slow.rate(step, 0.2) / slow.learning_rate for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert slow.rate(0, 0.0) / slow.learning_rate == pytest.approx(0.01)
+
+
 def test_a_folder_with_a_training_is_refused_unless_it_is_to_go_on(tmp_path):
     fit(Line(), schedule(60), tmp_path, resume=False, report=lambda line: None)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -388,7 +416,7 @@ def test_blocks_are_compiled_where_that_is_asked_for_and_again_after_a_stop(type
 @pytest.mark.slow
 def test_a_compiled_step_of_a_training_is_the_plain_one(tiny22, monkeypatch):
     """Of an adapter: the same loss and gradients. No stock block is trained, for nothing of it would be compiled."""
-    monkeypatch.setattr("muralist.train.objectives.flow.pick_dtype", lambda device: torch.float32)  # in which nothing is rounded that a graph would not round
+    monkeypatch.setattr("muralist.base.pick_dtype", lambda device: torch.float32)  # in which nothing is rounded that a graph would not round
     steps = []
     for how in ("off", "blocks"):
         trainee = Trainee(tiny22, torch.device("cpu"))

@@ -24,10 +24,11 @@ from muralist.stages import prompt
 from muralist.stages.prompt import encode_prompt
 from muralist.store import prompt_cache, weights
 from muralist.store.parts import load_part, save_part
+from muralist.train import state
 from muralist.train.anchored import AnchoredConfig, train_anchored
-from muralist.train.branched import SINGLE_SHARE, BranchedConfig, Whole, train_branched
+from muralist.train.branched import SINGLE_SHARE, SINGLE_SHARE_ON, BranchedConfig, Whole, train_branched
 from muralist.train.experts import LESSONS, train_experts
-from muralist.train.loop import Length
+from muralist.train.loop import CHECKPOINTS, Length
 from muralist.train.objectives.flow import Batch, from_guide
 from muralist.train.trainee import Trainee, VideoData, cut_to
 from muralist.train.uhr import train_uhr
@@ -136,8 +137,19 @@ def test_a_base_with_branches_goes_on_from_them(tiny22, tmp_path, small_shards, 
         config, folder = BranchedConfig(branches=branches), tmp_path / str(number)
         ((objective, _, names),) = spied(monkeypatch, "trainee", train_branched, folder, model=tiny22, data=data, config=config)
         assert any(".branches." in name for name in names)
-        found.append(objective.transformer.blocks[0].branches["coarse"].q.lora_B.weight.any().item())
-    assert found == [True, False]
+        found.append((objective.transformer.blocks[0].branches["coarse"].q.lora_B.weight.any().item(), objective.source.single_share))
+    assert found == [(True, SINGLE_SHARE_ON), (False, SINGLE_SHARE)]
+
+
+def test_a_small_base_is_trained_on_whole_lengths_and_not_gone_on_with_others(tiny22, tmp_path, small_shards, monkeypatch):
+    """Seven clips' worth of its tokens would be one latent frame of these; what was begun on fewer frames is refused before anything is encoded."""
+    data, config = VideoData(heights=(192,), clips=2), BranchedConfig(branches=inspect_base(str(tiny22)).branches)
+    ((objective, origin, _),) = spied(monkeypatch, "trainee", train_branched, tmp_path / "run", model=tiny22, data=data, config=config)
+    assert objective.source.clips[0].z.shape[2] == 2, "all latent frames of the base's own length"
+    state.save(tmp_path / "run" / CHECKPOINTS, 7, {"a": torch.zeros(1)}, {"step": 7, "origin": origin | {"frames": "[1]"}})
+    monkeypatch.setattr(Trainee, "encoded", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(UserError, match="another frames"):
+        train_branched(tmp_path / "run", length=Length(steps=1), device=CPU, resume=True, model=tiny22, data=data, config=config, report=quiet)
 
 
 def test_a_training_does_not_go_on_on_other_branches(tiny22, tmp_path, small_shards):
@@ -161,7 +173,7 @@ def test_whole_pictures_are_single_frames_first_and_as_many_as_fit():
     def pool(name: str, *shape: int) -> LatentPool:
         return LatentPool(torch.zeros(5, 2, *shape), [name] * 5, None)
 
-    whole = Whole((pool("frame", 1, 4, 8), pool("large frame", 1, 8, 16)), (pool("clip", 3, 4, 8), pool("large clip", 3, 8, 16)), 128)
+    whole = Whole((pool("frame", 1, 4, 8), pool("large frame", 1, 8, 16)), (pool("clip", 3, 4, 8), pool("large clip", 3, 8, 16)), 128, SINGLE_SHARE)
     sizes, shares = {}, []
     for progress in (0.1, 0.9):
         batches = [whole(np.random.default_rng(seed), progress) for seed in range(400)]

@@ -102,7 +102,7 @@ def test_a_crop_in_sight_of_the_whole_starts_as_detail_and_knows_its_place(tiny2
 
 @torch.no_grad()
 def test_crops_of_a_batch_are_each_in_sight_of_their_own_whole(tiny22, tmp_path, small_shards, monkeypatch):
-    monkeypatch.setattr("muralist.train.objectives.flow.pick_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("muralist.base.pick_dtype", lambda device: torch.float32)
     ((objective, _, _),) = spied(monkeypatch, "trainee", train_detail_uhr, tmp_path / "run", model=tiny22, data=VideoData(heights=(96,), clips=2))
     batch = objective.source(np.random.default_rng(0), 0.0)
     sigma, text = torch.full((len(batch.x),), 0.5), objective.embed(batch.captions)

@@ -56,7 +56,7 @@ def test_where_bfloat16_is_quicker_the_vae_computes_in_it_and_the_loss_does_not(
     losses, types, vae = {}, {}, new_vae()
     vae.decoder.conv_out.register_forward_hook(lambda module, given, made: types.__setitem__("convolutions", made.dtype))
     for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(reconstruction, "pick_dtype", lambda device, dtype=dtype: dtype)
+        monkeypatch.setattr("muralist.base.pick_dtype", lambda device, dtype=dtype: dtype)
         objective = Reconstruction(vae, ReconstructionConfig(side=32, batch_clip=1, single_share=0.0), torch.device("cpu"))
         loss, _ = objective.loss(1, 0.9)
         loss.backward()

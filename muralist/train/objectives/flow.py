@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from muralist.base import pick_dtype
+from muralist.base import mixed_precision
 from muralist.nn.attention import Within
 from muralist.nn.kernels import Kernels
 from muralist.nn.rope import RopeScale
@@ -104,8 +104,7 @@ class FlowMatching:
 
     def _at(self, batch: Batch, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, **extra: torch.Tensor) -> torch.Tensor:
         """The network's answer in float32."""
-        # products are computed in bfloat16 where that is quicker, the loss is not
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=pick_dtype(self.device) is torch.bfloat16), warnings.catch_warnings():
+        with mixed_precision(self.device), warnings.catch_warnings():
             # weights of norms stay in float32 there: torch says that it takes two kernels instead of one
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
             return self._predict(batch, noisy, sigma, text, **extra).float()
