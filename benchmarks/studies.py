@@ -1,7 +1,7 @@
 """Training ablations of the papers on the embedded base: every variant is trained with one budget on the same clips and judged on the same scenes.
 
     python benchmarks/studies.py shortcut --minutes 20 --trunk 40      # PixelWizard, Table 9.3: what few steps need, from one training without them
-    python benchmarks/studies.py injector --minutes 20      # PixelWizard, Table 4: what the anchor's way in brings
+    python benchmarks/studies.py injector --minutes 20 --trunk 40      # PixelWizard, Table 4: the way in of anchors, after one training without them
     python benchmarks/studies.py branches --minutes 40      # UltraGen, Table 4: branches and windows
     python benchmarks/studies.py experts --minutes 20       # LUVE, Table 6: the frequency experts
 
@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from judged import paint_and_judge, seams
 import muralist
 from muralist.base import pick_dtype
 from muralist.base_info import BaseInfo, inspect_base
-from muralist.compare.ablation import Budget, Measured, Study, Variant, changed, held_out, run
+from muralist.compare.ablation import Budget, Measured, Outcome, Study, Variant, changed, held_out, pairs, run
 from muralist.data import world
 from muralist.nn.experts import EXPERTS, ExpertsConfig
 from muralist.nn.filters import RadialFilter
@@ -109,6 +110,7 @@ def injector(info: BaseInfo) -> Subject:
             Variant("no gate", {"injector.gate": "none"}, {"quality": 13.47}),
             Variant("full", {}, {"quality": 14.31}),
         ],
+        trunk=Variant("trunk", {"injector": None, "shortcut.rate": 0.0, "learning_rate": 1e-3}),  # each variant's way in is new after it
     )
 
 
@@ -255,7 +257,15 @@ def main() -> None:
     ]
     judged = f"{options.scenes} held-out scenes at {options.size} x {options.num_frames}"
     before = "" if options.trunk is None else f"after {options.trunk:g} {'minutes' if options.steps is None else 'steps'} of one training for all, "
-    write(f"study-{options.name}", rows, note=f"{before}{budget} a variant, {options.clips} clips of each size; {judged}")
+    note = f"{before}{budget} a variant, {options.clips} clips of each size; {judged}. {verdicts(study, outcomes)}"
+    write(f"study-{options.name}", rows, note, cases=[{"variant": o.variant.name, **o.values} for o in outcomes])
+
+
+def verdicts(study: Study, outcomes: Sequence[Outcome]) -> str:
+    """By measure: how many pairs that the paper tells apart come out as there; undecided within two standard errors of differences paired by scene."""
+    found = {m.name: Counter(pair.verdict for pair in pairs(study, outcomes) if pair.measure == m.name) for m in study.measures}
+    told = (f"{name} {', '.join(f'{count} {verdict}' for verdict, count in sorted(counts.items()))}" for name, counts in found.items() if counts)
+    return f"Of the paper's pairs, differences paired by scene: {'; '.join(told) or 'none'}"
 
 
 def trained(subject: Subject, config: Any, length: Length, directory: Path, model: Path, clips: int, compiled: bool) -> Path:
@@ -336,7 +346,7 @@ def arguments() -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, help="of each variant; 20")
     length.add_argument("--steps", type=int, help="of each variant instead: fair on a machine that does other work beside")
-    parser.add_argument("--trunk", type=float, help="of a training before all variants, in the same unit (shortcut alone)")
+    parser.add_argument("--trunk", type=float, help="of a training before all variants, in the same unit (shortcut and injector)")
     parser.add_argument("--compile", action="store_true", help="compile the blocks: quicker steps")
     parser.add_argument("--clips", type=int, default=120)
     parser.add_argument("--scenes", type=int, default=6)
