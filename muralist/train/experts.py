@@ -20,7 +20,7 @@ from muralist.store.parts import save_part
 from muralist.train import state
 from muralist.train.loop import CHECKPOINTS, Length, Report, Schedule, begin, draw_curve, fit
 from muralist.train.objectives.flow import FlowConfig, FlowMatching
-from muralist.train.trainee import Crops, Trainee, VideoData
+from muralist.train.trainee import LEARNING_RATE, Crops, Trainee, VideoData
 from muralist.train.uhr import ADAPTER
 
 
@@ -93,6 +93,6 @@ def _teach(
     config = FlowConfig(prediction=info.prediction, shift=info.defaults.flow_shift, min_sigma=low, max_sigma=high, graft=Graft(experts=(name,)))
     objective = FlowMatching(trainee, trainee.transformer, trainee.embed, Crops(pools), config, trainee.base.device)
     report(f"expert {name}: noise levels {low:g} to {high:g}")
-    schedule = Schedule(length=length, learning_rate=1e-3, weight_decay=0.0)
+    schedule = Schedule(length=length, learning_rate=LEARNING_RATE, weight_decay=0.0)
     fit(objective, schedule, folder / name, resume=resume, origin=origin, report=report)
     draw_curve(folder / name)
