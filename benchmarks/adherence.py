@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import write
+from judged import score_of
 from kept import LARGE, STRIDE
 from PIL import Image
 from safetensors.torch import load_file
@@ -31,7 +32,6 @@ from safetensors.torch import load_file
 import muralist
 from muralist.data import world
 from muralist.data.latents import decode
-from muralist.data.score import score
 
 ATTRIBUTES = ("colour", "shape", "ground", "motion", "camera")
 
@@ -95,7 +95,7 @@ def painted(
 
 
 def judged(frames: torch.Tensor, scene: world.Scene) -> dict[str, Any]:
-    result = score(frames if len(frames) > 1 else frames.expand(5, -1, -1, -1), scene)  # which looks at what changes
+    result = score_of(frames, scene)
     return {"prompt": world.caption(scene)} | {a: bool(getattr(result, a)) for a in ATTRIBUTES} | {"objects": result.num_objects}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ import muralist
 from muralist.data import world
 from muralist.data.score import Score, score
 from muralist.eval.diagnose.checks import Seams
+from muralist.eval.diagnose.finding import Finding
 from muralist.eval.diagnose.view import View
 from muralist.eval.metrics.spectrum import SpectralDistance
-from muralist.types import Grid
+from muralist.nn.windows import split_evenly
+from muralist.types import Geometry, Grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +36,24 @@ def paint_and_judge(pipe: muralist.Pipeline, scene: world.Scene, grid: Grid, set
     distance = SpectralDistance(len(frames))
     for frame, true in zip(frames, world.render(scene, grid)):
         distance.add(frame, true)
-    return Judged(frames, score(frames, scene), distance.result())
+    return Judged(frames, score_of(frames, scene), distance.result())
 
 
-def seams(frames: torch.Tensor) -> float:
-    """How far the strongest comb of lines stands out, by `diagnose`."""
-    check = Seams()
+def score_of(frames: torch.Tensor, scene: world.Scene) -> Score:
+    """Of a single frame too, in which nothing moves."""
+    return score(frames if len(frames) > 1 else frames.expand(5, -1, -1, -1), scene)  # which looks at what changes
+
+
+def seams(frames: torch.Tensor, borders: dict[str, list[int]] | None = None) -> Finding:
+    """The strongest comb of lines, or that of `borders` if there are any, by `diagnose`; its value: how many times the usual it stands out."""
+    check = Seams(borders)
     for index, frame in enumerate(frames):
         check.add(View(frame, index))
-    return check.results()[0].finding.value
+    return check.results()[-1].finding
+
+
+def window_borders(geometry: Geometry, grid: Grid, windows: int) -> dict[str, list[int]]:
+    """Where `windows` by `windows` of them meet, in pixels."""
+    _, rows, columns = geometry.token_shape(geometry.legal(grid))
+    starts = {axis: accumulate(split_evenly(tokens, windows)[:-1]) for axis, tokens in (("x", columns), ("y", rows))}
+    return {axis: [geometry.pixel_multiple * start for start in along] for axis, along in starts.items()}

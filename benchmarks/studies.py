@@ -3,12 +3,13 @@
     python benchmarks/studies.py shortcut --minutes 20 --trunk 40      # PixelWizard, Table 9.3: what few steps need, from one training without them
     python benchmarks/studies.py injector --minutes 20 --trunk 40      # PixelWizard, Table 4: the way in of anchors, after one training without them
     python benchmarks/studies.py branches --minutes 40      # UltraGen, Table 4: branches and windows
+    python benchmarks/studies.py branches --minutes 14 --heights 512 --size 896x512 --num-frames 1 --scenes 32     # the same of single pictures
     python benchmarks/studies.py experts --minutes 20       # LUVE, Table 6: the frequency experts
 
 Stopped at any time, the same command goes on with the variant that it was at. Results go to results/study-NAME.{json,md}; the runs stay in --folder.
-The metrics are not the papers': adherence is the share of colour, shape, motion and "one object" that `muralist.data.score` finds right, `one_object` that
-of one object alone, `seams` how far the strongest comb of lines stands out (`diagnose`), spectral distance (dB) is to a true render of the same caption.
-What can be compared is the order of the variants.
+The metrics are not the papers': adherence is the share of colour, shape, motion (not of single frames) and "one object" that `muralist.data.score` finds
+right, `one_object` that of one object alone, `seams` how far the strongest comb of lines stands out (`diagnose`; of `branches` the borders of the windows
+that all variants have), spectral distance (dB) is to a true render of the same caption. What can be compared is the order of the variants.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 from common import write
-from judged import paint_and_judge, seams
+from judged import paint_and_judge, seams, window_borders
 
 import muralist
 from muralist.base import pick_dtype
@@ -56,6 +57,7 @@ class Subject:
     """What a study is about: its variants, how one is trained, what the base must not have yet, and how what was trained paints.
 
     `paper`: the metric that the variants' `quality` is, higher being better. `trunk`: what may be trained before all variants, for them to go on from.
+    `windows`: along each side, of those at whose borders seams are looked for; None: anywhere.
     """
 
     base: Any
@@ -66,6 +68,7 @@ class Subject:
     paper: str
     settings: Callable[[Any], tuple[str, ...]] = lambda config: ()
     trunk: Variant | None = None
+    windows: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,8 +118,10 @@ def injector(info: BaseInfo) -> Subject:
 
 
 def branches(info: BaseInfo) -> Subject:
+    known = hierarchical(info.width, info.transformer_config["num_layers"])
     return Subject(
-        base=BranchedConfig(branches=hierarchical(info.width, info.transformer_config["num_layers"])),
+        base=BranchedConfig(branches=known, travel=False),  # as in the paper
+        windows=known.windows,
         train=train_branched,
         without=("adapters/branched", "parts/branches"),
         recipe="ultragen",
@@ -158,7 +163,7 @@ SUBJECTS: dict[str, Callable[[BaseInfo], Subject]] = {"shortcut": shortcut, "inj
 
 def branch_settings(config: BranchedConfig) -> list[str]:
     names = list_of(config.names or tuple(config.branches.branches))
-    return [f"refine.attention.odd={config.odd}", f"refine.attention.branches={names}"]
+    return [f"refine.attention.odd={config.odd}", f"refine.attention.branches={names}", f"refine.attention.travel={str(config.travel).lower()}"]
 
 
 FROM_NOISE = ("proxy=null", "upsample=null", "refine.skip_steps=0", 'refine.attention={"kind": "FullAttention"}')
@@ -230,11 +235,11 @@ def main() -> None:
         model = with_trunk(model, subject, options, folder)
 
     def train(config: Any, budget: Budget, directory: Path) -> tuple[Path, Any]:
-        return trained(subject, config, budget, directory, model, options.clips, options.compile), config
+        return trained(subject, config, budget, directory, model, options), config
 
     def evaluate(made: tuple[Path, Any], scenes: Sequence[world.Scene]) -> dict[str, list[float]]:
         painter = muralist.load(str(made[0]), recipe=subject.recipe)
-        judged = [judge(painter, scene, options, subject.settings(made[1])) for scene in scenes]
+        judged = [judge(painter, scene, options, subject.settings(made[1]), subject.windows) for scene in scenes]
         return {name: [values[name] for values in judged] for name in judged[0]}
 
     study = Study(
@@ -257,7 +262,8 @@ def main() -> None:
     ]
     judged = f"{options.scenes} held-out scenes at {options.size} x {options.num_frames}"
     before = "" if options.trunk is None else f"after {options.trunk:g} {'minutes' if options.steps is None else 'steps'} of one training for all, "
-    note = f"{before}{budget} a variant, {options.clips} clips of each size; {judged}. {verdicts(study, outcomes)}"
+    clips = f"{options.clips} clips" + ("" if options.heights is None else f" ({', '.join(map(str, options.heights))} rows)")
+    note = f"{before}{budget} a variant, {clips} of each size; {judged}. {verdicts(study, outcomes)}"
     write(f"study-{options.name}", rows, note, cases=[{"variant": o.variant.name, **o.values} for o in outcomes])
 
 
@@ -268,23 +274,25 @@ def verdicts(study: Study, outcomes: Sequence[Outcome]) -> str:
     return f"Of the paper's pairs, differences paired by scene: {'; '.join(told) or 'none'}"
 
 
-def trained(subject: Subject, config: Any, length: Length, directory: Path, model: Path, clips: int, compiled: bool) -> Path:
+def trained(subject: Subject, config: Any, length: Length, directory: Path, model: Path, options: argparse.Namespace) -> Path:
     """The base together with what one variant has learned; the clips are the same for all of a study."""
     run_folder, latents = _made(directory / "run"), directory.parent / "latents"
     if not (run_folder / "latents").exists():
         (run_folder / "latents").symlink_to(latents)
     begun = any(run_folder.rglob("checkpoints"))
-    with Kernels(compile="blocks" if compiled else "off").at_work():
-        subject.train(run_folder, length=length, device=CPU, resume=begun, model=model, data=VideoData(clips=clips), config=config)
+    data = VideoData(clips=options.clips, heights=options.heights and tuple(options.heights))
+    with Kernels(compile="blocks" if options.compile else "off").at_work():
+        subject.train(run_folder, length=length, device=CPU, resume=begun, model=model, data=data, config=config)
     return with_results(model, run_folder, directory / "model")
 
 
 def with_trunk(model: Path, subject: Subject, options: argparse.Namespace, folder: Path) -> Path:
     """The base after the training from which all variants go on, in a folder of its own for each length."""
     length = Length(minutes=options.trunk) if options.steps is None else Length(steps=round(options.trunk))
-    made = folder / f"trunk of {length}, {options.clips} clips, {inspect_base(str(model)).fingerprint[:8]}"
+    clips = f"{options.clips} clips" + ("" if options.heights is None else f" of {options.heights}")
+    made = folder / f"trunk of {length}, {clips}, {inspect_base(str(model)).fingerprint[:8]}"
     if not (made / "done").exists():
-        trained(subject, changed(subject.base, subject.trunk.override), length, made, model, options.clips, options.compile)
+        trained(subject, changed(subject.base, subject.trunk.override), length, made, model, options)
         (made / "done").touch()
     return made / "model"
 
@@ -292,6 +300,7 @@ def with_trunk(model: Path, subject: Subject, options: argparse.Namespace, folde
 def facts(model: Path, options: argparse.Namespace) -> dict[str, str]:
     """What results stand on besides configuration, budget and scenes."""
     asked = {f"--{name}": str(getattr(options, name.replace("-", "_"))) for name in ("clips", "size", "num-frames")}
+    asked |= {} if options.heights is None else {"--heights": str(options.heights)}
     asked |= ({} if options.trunk is None else {"--trunk": str(options.trunk)}) | ({"--compile": ""} if options.compile else {})
     return {"--model": inspect_base(str(model)).fingerprint, "dtype": str(pick_dtype(CPU)), **asked}
 
@@ -322,14 +331,15 @@ def with_results(model: Path, results: Path, folder: Path) -> Path:
     return folder
 
 
-def judge(painter: muralist.Pipeline, scene: world.Scene, options: argparse.Namespace, settings: tuple[str, ...]) -> dict[str, float]:
+def judge(painter: muralist.Pipeline, scene: world.Scene, options: argparse.Namespace, settings: tuple[str, ...], windows: int | None) -> dict[str, float]:
     width, height = (int(side) for side in options.size.split("x"))
-    found = paint_and_judge(painter, scene, Grid(num_frames=options.num_frames, height=height, width=width), settings)
-    right = (found.score.colour, found.score.shape, found.score.motion, found.score.num_objects == 1)
+    grid = Grid(num_frames=options.num_frames, height=height, width=width)
+    found = paint_and_judge(painter, scene, grid, settings)
+    right = (found.score.colour, found.score.shape, *((found.score.motion,) if options.num_frames > 1 else ()), found.score.num_objects == 1)
     return {
         "adherence": sum(map(bool, right)) / len(right),
         "one_object": float(right[-1]),
-        "seams": seams(found.frames),
+        "seams": seams(found.frames, windows and window_borders(painter.base.info.geometry, grid, windows)).value,
         "spectral_distance": found.distance["spectral_distance"],
     }
 
@@ -349,6 +359,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trunk", type=float, help="of a training before all variants, in the same unit (shortcut and injector)")
     parser.add_argument("--compile", action="store_true", help="compile the blocks: quicker steps")
     parser.add_argument("--clips", type=int, default=120)
+    parser.add_argument("--heights", type=int, nargs="+", help="rows of the renders that all learn from; the training's own")
     parser.add_argument("--scenes", type=int, default=6)
     parser.add_argument("--size", default="1920x1080")
     parser.add_argument("--num-frames", type=int, default=29)  # in fewer, scenes do not move far enough to be judged

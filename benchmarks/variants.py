@@ -145,7 +145,7 @@ def painted(pipe: muralist.Pipeline, scene: world.Scene, grid: Grid, settings: t
     right = {name: float(bool(getattr(found.score, name))) for name in ATTRIBUTES if name != "camera"}  # the prompts say nothing of one
     right["one object"] = float(found.score.num_objects == 1)
     seconds = {f"{stage}_s": sum(report.seconds for report in observer.reports if report.stage == stage) for stage in ("refine", "upsample")}
-    about = {"dynamic": moved[DYNAMIC], "speed": moved[f"{DYNAMIC}.speed"], "seams": seams(found.frames)}
+    about = {"dynamic": moved[DYNAMIC], "speed": moved[f"{DYNAMIC}.speed"], "seams": seams(found.frames).value}
     return seconds | right | found.distance | about, small(found.frames)[:, 448:896]
 
 

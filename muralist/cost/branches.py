@@ -12,9 +12,9 @@ from muralist.nn.windows import Shape, split_evenly
 RESTORING = {"separable": lambda d: 27 * d + d * d, "depthwise": lambda d: 27 * d, "dense": lambda d: 27 * d * d}  # multiply-adds a token
 
 
-def window_pairs(token_shape: Shape, counts: Shape) -> int:
-    """Query-key pairs in even windows, so many along each axis."""
-    return math.prod(sum(piece**2 for piece in split_evenly(side, count)) for side, count in zip(token_shape, counts))
+def window_pairs(token_shape: Shape, counts: Shape, step: int = 0) -> int:
+    """Query-key pairs in even windows, so many along each axis; `step`: of the denoising, for windows that travel."""
+    return math.prod(sum(piece**2 for piece in split_evenly(side, count, step)) for side, count in zip(token_shape, counts))
 
 
 def pooled_shape(config: BranchConfig, token_shape: Shape) -> Shape:
@@ -33,7 +33,7 @@ def _at_work(attention: BranchedWindows, config: BranchesConfig | None, layers: 
 
 def pairs(attention: BranchedWindows, config: BranchesConfig | None, token_shape: Shape, layers: int) -> int:
     """Query-key pairs among the pooled tokens of all blocks."""
-    return sum(window_pairs(pooled_shape(branch, token_shape), (1, count, count)) for branch, count in _at_work(attention, config, layers))
+    return sum(window_pairs(pooled_shape(branch, token_shape), (1, count, count), attention.step) for branch, count in _at_work(attention, config, layers))
 
 
 def pieces(attention: BranchedWindows, config: BranchesConfig | None, token_shape: Shape) -> Iterator[tuple[int, int]]:

@@ -6,6 +6,8 @@ Attention is local in K x K windows (K + 1 in odd blocks), beside it windows twi
 K-th of them along each side, fused by weights that follow the noise level. 30 steps and shift 5 are the paper's, guidance is the base's own
 (5 for Wan, as in the paper). At K = 4 the attention map
 costs a twelfth of the full one where all blocks have K windows (equation 13), a fifteenth as they alternate.
+Windows stand elsewhere at every step here, in sampling and in training, which is ours: where they stand still, as in the paper, objects are cut along their
+borders (seen; `refine.attention.travel` = false).
 New branches change the windows by a tenth each, but for the view of the whole above a noise level of 0.6: it leads there (`nn/branches.py`), since
 windows alone paint an object each. Above its own size the embedded base's velocity is then within 0.11 to 0.31 of that with full attention (relative
 norm), with windows alone within 0.13 to 0.36 (`benchmarks/fresh_branches.py`): that is where training starts from.
@@ -18,6 +20,7 @@ Ablations of Table 4 are other values of this configuration (`--set NAME=VALUE`,
 | hierarchical attention | `refine.attention.branches` = ("whole",) |
 | cross-window attention | `refine.attention.odd` = same |
 | the windows' own scheme: Swin's | `refine.attention.odd` = shifted |
+| travel (with the windows of the paper) | `refine.attention.travel` = false |
 | domain-aware LoRA | trained without: `BranchesConfig.rank` = 0 |
 
 Where paper and release differ (the release's values are those of an imported part): alpha weighs the global branch (release: the local one),

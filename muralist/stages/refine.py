@@ -137,8 +137,10 @@ class Refine:
         self.require_fit(token_shape)
         if isinstance(self.attention, FullAttention):
             return Graft(token_chunk=self.token_chunk, experts=self.experts)
-        if isinstance(self.attention, BranchedWindows | CloseRemote):
+        if isinstance(self.attention, CloseRemote):
             return Graft(attention=self.attention, token_chunk=self.token_chunk, experts=self.experts)
+        if isinstance(self.attention, BranchedWindows):
+            return Graft(attention=self.attention.at(step if self.cache is None else 0), token_chunk=self.token_chunk, experts=self.experts)
         windows = WindowAttention(size=window_size(self.attention, token_shape), shift=self.attention.shift)
         windows = traveled(windows, step) if self.attention.travel and self.cache is None else windows
         attention = _guided(self.attention, windows) if isinstance(self.attention, ProxyWindows) else windows

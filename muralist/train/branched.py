@@ -21,6 +21,7 @@ from muralist.nn.attention import BranchedWindows
 from muralist.nn.branches import attach_branches, trainable
 from muralist.nn.kinds import BRANCHES, BranchesConfig, hierarchical
 from muralist.nn.transformer import Graft
+from muralist.nn.windows import TRAVEL
 from muralist.store import weights
 from muralist.store.parts import save_part
 from muralist.train import state
@@ -43,18 +44,20 @@ SINGLE_SHARE_ON = (0.15, 0.15)  # where the base's own go on: they know of one o
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BranchedConfig:
-    """What an ablation may change: the branches (None: the paper's two), what odd blocks do, and which of the branches are at work (all)."""
+    """What an ablation may change: the branches (None: the paper's two), which of them are at work (all), what odd blocks do, and if windows travel."""
 
     branches: BranchesConfig | None = None
     odd: str = "more"
     names: tuple[str, ...] | None = None
+    travel: bool = True
 
     def of(self, trainee: Trainee) -> tuple[BranchesConfig, BranchedWindows]:
         """For one base: its branches, and the attention in which they are trained."""
         layers = len(trainee.transformer.blocks)
         branches = self.branches or hierarchical(trainee.info.width, layers)
         plain = tuple(sorted(set(range(layers)) - set(branches.blocks)))
-        return branches, BranchedWindows(branches.windows, self.odd, tuple(branches.branches) if self.names is None else self.names, plain)
+        names = tuple(branches.branches) if self.names is None else self.names
+        return branches, BranchedWindows(branches.windows, self.odd, names, plain, self.travel)
 
 
 def train_branched(
@@ -82,8 +85,8 @@ def train_branched(
     flow = FlowConfig(prediction=trainee.info.prediction, shift=SHIFT, graft=Graft(attention=attention))
     share = SINGLE_SHARE if stands_on == NEW else SINGLE_SHARE_ON
     source = Whole(pools[: len(whole)], pools[len(whole) :], TIMES * math.prod(trainee.info.geometry.latent_shape(trainee.own_grid)[1:]), share)
-    objective = FlowMatching(trainee, trainee.transformer, trainee.embed, source, flow, device)
-    origin |= {"singles": f"{SINGLES}, {share}", BRANCHES: stands_on}
+    objective = InBranchedWindows(trainee, trainee.transformer, trainee.embed, source, flow, device)
+    origin |= {"singles": f"{SINGLES}, {share}", "windows": repr(attention), BRANCHES: stands_on}
     adapter = fit_adapter(trainee, BRANCHED, objective, folder, length, resume, origin, report)
     save_part(folder / "parts" / BRANCHES, BRANCHES, asdict(branches), {name: p.detach().half().cpu() for name, p in attached.named_parameters()})
     return adapter
@@ -91,7 +94,8 @@ def train_branched(
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """Batches of whole pictures, of one size each: single frames of `frames` or videos of `clips`, as many as have about `latents` latents, or one.
+    """Batches of whole pictures, of one size each: single frames of `frames` or videos of `clips`, as many as have about `latents` latents, or one;
+    and one of the steps at which windows stand elsewhere.
 
     `single_share`: of single frames among the batches, in each half of the training.
     """
@@ -105,7 +109,15 @@ class Whole:
         pools = self.frames if rng.random() < self.single_share[progress >= 0.5] else self.clips
         pool = pools[rng.integers(len(pools))]
         count = max(1, round(self.latents / pool.z[0, 0].numel()))
-        return Batch(*pool.take(rng.integers(len(pool.captions), size=count)))
+        return Batch(*pool.take(rng.integers(len(pool.captions), size=count)), step=int(rng.integers(len(TRAVEL))))
+
+
+class InBranchedWindows(FlowMatching):
+    """Flow matching in windows that stand where they do at the batch's step of sampling."""
+
+    def _graft(self, batch: Batch) -> Graft:
+        graft = super()._graft(batch)
+        return replace(graft, attention=graft.attention.at(batch.step))
 
 
 def _attached(trainee: Trainee, branches: BranchesConfig, report: Report) -> tuple[torch.nn.ModuleDict, str]:

@@ -88,7 +88,7 @@ def test_flops_of_close_and_remote_windows_are_those_counted(shape):
 
 
 SHAPES, PROJECTING, RESTORING = ((2, 8, 12), (3, 9, 13)), ("once", "each"), ("separable", "depthwise", "dense")
-CHANGES = ({}, {"odd": "same"}, {"odd": "shifted"}, {"branches": ("coarse",)}, {"plain": (0, 3)})
+CHANGES = ({}, {"odd": "same"}, {"odd": "shifted"}, {"branches": ("coarse",)}, {"plain": (0, 3)}, {"step": 1}, {"odd": "shifted", "step": 3})
 # Each shape and each projecting with each change and each restoring, and with each other, instead of all 60 combinations
 PAIRS = [
     (change, restoring, SHAPES[(c + r) % 2], PROJECTING[(c // 2 + r + r // 2) % 2]) for c, change in enumerate(CHANGES) for r, restoring in enumerate(RESTORING)
@@ -104,6 +104,16 @@ def test_flops_are_those_counted(change, restoring, shape, projecting):
         forward(made, shape, attention=attention)
     said = 2 * cost.forward(cost.Dimensions.of(SMALL), Graft(attention=attention), shape, 5, config).flops
     assert 0.98 <= counted.get_total_flops() / said <= 1.02
+
+
+@pytest.mark.parametrize("odd", ["more", "shifted", "same"])
+@pytest.mark.parametrize("step", range(4))
+def test_pairs_are_those_of_the_windows_at_each_step(odd, step):
+    """Attention is a small part of a small model's FLOPs: counted alone, and exactly."""
+    shape, attention = (2, 13, 22), BranchedWindows(4, odd).at(step)
+    cuts = attention.partitions(shape)
+    each = [sum(group.num_windows * group.tokens_per_window**2 for group in cut.groups) for cut in cuts]
+    assert cost.pairs(attention, shape, 3) == sum(each[layer % len(each)] for layer in range(3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

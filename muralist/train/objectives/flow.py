@@ -35,7 +35,7 @@ class Batch:
     `first` and `stride` are the latent frames' places in the full clip, `spacing` the distance of neighbouring tokens in a frame, in tokens of the
     base's own size; `shift` multiplies that of the noise levels. `proxy` [B, C, F', h', w'], for objectives that use it, is the same clip on a
     coarse grid; `within`: where each clip lies in what its proxy shows, if that is more. `guide`, of the shape of `x`: what replaces the first
-    `skip_share` of a schedule's steps (`from_guide`).
+    `skip_share` of a schedule's steps (`from_guide`). `step`: one of sampling, for windows that travel.
     """
 
     x: torch.Tensor
@@ -49,6 +49,7 @@ class Batch:
     within: Sequence[Within] | None = None
     guide: torch.Tensor | None = None
     skip_share: float = 0.0
+    step: int = 0
 
 
 class Source(Protocol):
@@ -110,10 +111,13 @@ class FlowMatching:
             return self._predict(batch, noisy, sigma, text, **extra).float()
 
     def _predict(self, batch: Batch, noisy: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor, **extra: torch.Tensor) -> torch.Tensor:
+        self.transformer.configure(self._graft(batch))
+        return self.transformer(noisy, 1000 * sigma, text, return_dict=False, attention_kwargs=extra)[0]
+
+    def _graft(self, batch: Batch) -> Graft:
         between = (batch.spacing - 1) / 2  # a coarse token stands in the middle of the tokens that it covers
         rope = RopeScale(t=float(batch.stride), y=batch.spacing, x=batch.spacing, offset=(float(batch.first), between, between))
-        self.transformer.configure(replace(self.config.graft, rope=rope))
-        return self.transformer(noisy, 1000 * sigma, text, return_dict=False, attention_kwargs=extra)[0]
+        return replace(self.config.graft, rope=rope)
 
     def _errors(self, batch: Batch, output: torch.Tensor, wanted: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """Mean square error of the velocity that each output stands for, [B]; `level`: noise levels, [B, 1, 1, 1, 1]."""
