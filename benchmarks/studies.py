@@ -8,8 +8,9 @@
 
 Stopped at any time, the same command goes on with the variant that it was at. Results go to results/study-NAME.{json,md}; the runs stay in --folder.
 The metrics are not the papers': adherence is the share of colour, shape, motion (not of single frames) and "one object" that `muralist.data.score` finds
-right, `one_object` that of one object alone, `seams` how far the strongest comb of lines stands out (`diagnose`; of `branches` the borders of the windows
-that all variants have), spectral distance (dB) is to a true render of the same caption. What can be compared is the order of the variants.
+right, `one_object` that of one object alone, `seams` how far the strongest comb of lines stands out (`diagnose`; of `branches` the lines where K x K windows
+meet, from which Swin's stray by a token where K does not divide), spectral distance (dB) is to a true render of the same caption. What can be compared is the
+order of the variants.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Subject:
     variants: Sequence[Variant]
     train: Callable[..., Path]
     without: Sequence[str]
-    recipe: str
+    recipe: Callable[[Any], str]
     paper: str
     settings: Callable[[Any], tuple[str, ...]] = lambda config: ()
     trunk: Variant | None = None
@@ -83,7 +84,7 @@ def anchored(info: BaseInfo, **about: Any) -> Subject:
     """What the studies of the anchor and its few steps share."""
     full = AnchoredConfig(injector=InjectorConfig(channels=info.geometry.channels, dim=info.width))
     without = ("adapters/anchored", "parts/injector", "parts/step_size")
-    return Subject(base=full, train=train_anchored, without=without, recipe="pixelwizard", **about)
+    return Subject(base=full, train=train_anchored, without=without, **{"recipe": lambda config: "pixelwizard"} | about)
 
 
 def shortcut(info: BaseInfo) -> Subject:
@@ -106,7 +107,8 @@ def injector(info: BaseInfo) -> Subject:
     return anchored(
         info,
         paper="Tech. of Table 4",
-        settings=lambda config: ("proxy=null", "refine.anchor=none") if config.injector is None else (),
+        recipe=lambda config: "direct" if config.injector is None else "pixelwizard",  # which asks for an injector
+        settings=lambda config: WITHOUT_ANCHOR if config.injector is None else (),
         variants=[
             Variant("no anchor", {"injector": None}),
             Variant("added without an injector", {"injector.refined": False, "injector.gate": "none"}, {"quality": 12.51}),
@@ -118,13 +120,13 @@ def injector(info: BaseInfo) -> Subject:
 
 
 def branches(info: BaseInfo) -> Subject:
-    known = hierarchical(info.width, info.transformer_config["num_layers"])
+    known = hierarchical(info.width, info.transformer_config["num_layers"], travel=False)  # as in the paper
     return Subject(
-        base=BranchedConfig(branches=known, travel=False),  # as in the paper
+        base=BranchedConfig(branches=known),
         windows=known.windows,
         train=train_branched,
         without=("adapters/branched", "parts/branches"),
-        recipe="ultragen",
+        recipe=lambda config: "ultragen",
         paper="VBench average of Table 4",
         settings=lambda config: tuple(branch_settings(config)),
         variants=[
@@ -143,7 +145,7 @@ def experts(info: BaseInfo) -> Subject:
         base=Expertise(),
         train=train_lessons,
         without=("parts/experts",),
-        recipe="luve",
+        recipe=lambda config: "luve",
         paper="-FID-patch of Table 6",
         settings=expert_settings,
         variants=[
@@ -158,12 +160,17 @@ def experts(info: BaseInfo) -> Subject:
     )
 
 
+WITHOUT_ANCHOR = (  # `pixelwizard` but for it
+    'refine.steps={"kind": "ShortcutSteps"}', "refine.adapter=anchored", 'refine.attention={"kind": "Windows", "tokens": 1024}',
+    "refine.num_inference_steps=4", "refine.guidance_scale=1", "refine.flow_shift=5.5",
+)  # fmt: skip
+
 SUBJECTS: dict[str, Callable[[BaseInfo], Subject]] = {"shortcut": shortcut, "injector": injector, "branches": branches, "experts": experts}
 
 
 def branch_settings(config: BranchedConfig) -> list[str]:
     names = list_of(config.names or tuple(config.branches.branches))
-    return [f"refine.attention.odd={config.odd}", f"refine.attention.branches={names}", f"refine.attention.travel={str(config.travel).lower()}"]
+    return [f"refine.attention.odd={config.odd}", f"refine.attention.branches={names}", f"refine.attention.travel={str(config.branches.travel).lower()}"]
 
 
 FROM_NOISE = ("proxy=null", "upsample=null", "refine.skip_steps=0", 'refine.attention={"kind": "FullAttention"}')
@@ -238,7 +245,7 @@ def main() -> None:
         return trained(subject, config, budget, directory, model, options), config
 
     def evaluate(made: tuple[Path, Any], scenes: Sequence[world.Scene]) -> dict[str, list[float]]:
-        painter = muralist.load(str(made[0]), recipe=subject.recipe)
+        painter = muralist.load(str(made[0]), recipe=subject.recipe(made[1]))
         judged = [judge(painter, scene, options, subject.settings(made[1]), subject.windows) for scene in scenes]
         return {name: [values[name] for values in judged] for name in judged[0]}
 

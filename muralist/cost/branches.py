@@ -12,9 +12,9 @@ from muralist.nn.windows import Shape, split_evenly
 RESTORING = {"separable": lambda d: 27 * d + d * d, "depthwise": lambda d: 27 * d, "dense": lambda d: 27 * d * d}  # multiply-adds a token
 
 
-def window_pairs(token_shape: Shape, counts: Shape, step: int = 0) -> int:
-    """Query-key pairs in even windows, so many along each axis; `step`: of the denoising, for windows that travel."""
-    return math.prod(sum(piece**2 for piece in split_evenly(side, count, step)) for side, count in zip(token_shape, counts))
+def window_pairs(token_shape: Shape, counts: Shape, place: int = 0, shifted: bool = False) -> int:
+    """Query-key pairs in even windows, so many along each axis, that stand as `split_evenly` says."""
+    return math.prod(sum(piece**2 for piece in split_evenly(side, count, place, shifted)) for side, count in zip(token_shape, counts))
 
 
 def pooled_shape(config: BranchConfig, token_shape: Shape) -> Shape:
@@ -23,17 +23,20 @@ def pooled_shape(config: BranchConfig, token_shape: Shape) -> Shape:
     return (frames, -(-rows // config.stride), -(-columns // config.stride))
 
 
-def _at_work(attention: BranchedWindows, config: BranchesConfig | None, layers: int) -> Iterator[tuple[BranchConfig, int]]:
-    """Every branch of every block, with its number of windows along a side."""
+def _at_work(attention: BranchedWindows, config: BranchesConfig | None, layers: int) -> Iterator[tuple[BranchConfig, bool]]:
+    """Every branch of every block, and if it has one window more along each side."""
     for layer in range(layers):
         for name in attention.branches if layer not in attention.plain else ():
             branch = config.branches[name]
-            yield branch, branch.windows + (branch.alternate and attention.odd != "same" and layer % 2)
+            yield branch, branch.alternate and attention.odd != "same" and layer % 2 == 1
 
 
 def pairs(attention: BranchedWindows, config: BranchesConfig | None, token_shape: Shape, layers: int) -> int:
     """Query-key pairs among the pooled tokens of all blocks."""
-    return sum(window_pairs(pooled_shape(branch, token_shape), (1, count, count), attention.step) for branch, count in _at_work(attention, config, layers))
+    return sum(
+        window_pairs(pooled_shape(branch, token_shape), (1, branch.windows + more, branch.windows + more), attention.place, more)
+        for branch, more in _at_work(attention, config, layers)
+    )
 
 
 def pieces(attention: BranchedWindows, config: BranchesConfig | None, token_shape: Shape) -> Iterator[tuple[int, int]]:

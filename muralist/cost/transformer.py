@@ -112,8 +112,7 @@ def _branched_pairs(attention: BranchedWindows, token_shape: Shape) -> tuple[int
     """Those of the windows; the branches' are in `cost/branches.py`."""
     if attention.odd == "shifted":
         return _window_pairs(attention.swin(token_shape), token_shape)
-    counts = (attention.windows, attention.windows + (attention.odd == "more"))
-    return tuple(branching.window_pairs(token_shape, (1, count, count), attention.step) for count in counts)
+    return tuple(branching.window_pairs(token_shape, (1, count, count), attention.place, shifted) for count, shifted in attention.kinds)
 
 
 def _close_remote_pairs(attention: CloseRemote, token_shape: Shape) -> tuple[int, ...]:

@@ -183,16 +183,16 @@ class Blocks:
     rope: RotaryTable
 
     @classmethod
-    def of(cls, cut: Partition, config: BranchConfig, head_dim: int, *, odd: bool, step: int = 0) -> Blocks:
-        """For the tokens of `cut`, on its device; `odd`: of a block with an odd number; `step`: of the denoising (`split_evenly`)."""
+    def of(cls, cut: Partition, config: BranchConfig, head_dim: int, *, odd: bool, place: int = 0) -> Blocks:
+        """For the tokens of `cut`, on its device; `odd`: of a block with an odd number; `place`: where windows stand (`split_evenly`)."""
         frames, rows, columns = cut.token_shape
         side, device = config.stride, cut.order.device
         shape = (frames, -(-rows // side), -(-columns // side))
         f, y, x = cut.order // (rows * columns), cut.order // columns % rows, cut.order % columns
         cell = (f * shape[1] + y // side) * shape[2] + x // side
         gain = side**2 / (_length(y, side, rows) * _length(x, side, columns))
-        count = config.windows + (odd and config.alternate)
-        windows = partition_evenly(shape, (1, count, count), step).to(device)
+        more = odd and config.alternate
+        windows = partition_evenly(shape, (1, config.windows + more, config.windows + more), place, more).to(device)
         return cls(cut.token_shape, shape, cell, y % side * side + x % side, gain, windows, rotary_table(RopeScale(), shape, head_dim, device))
 
 

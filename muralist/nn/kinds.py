@@ -113,7 +113,8 @@ class BranchesConfig:
     `windows`: the number of local windows along a side, beside which they were trained. `rank`: of their low-rank changes to the projections
     of q, k and v, 0: none. `restoring`: what follows the bilinear enlargement, a 3 x 3 x 3 convolution for each channel and one across channels
     (separable), the first alone, or a dense one. `projecting`: pooled tokens are projected (each), or projected tokens pooled (once).
-    `of_branch`: the fusion weight is that of the branch, else of what stands beside it.
+    `of_branch`: the fusion weight is that of the branch, else of what stands beside it. `travel`: windows stand elsewhere at every step of sampling,
+    and did in training.
     """
 
     dim: int
@@ -124,6 +125,7 @@ class BranchesConfig:
     restoring: Restoring = "separable"
     projecting: Projecting = "each"
     of_branch: bool = True
+    travel: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (("restoring", self.restoring, Restoring), ("projecting", self.projecting, Projecting)):
@@ -131,7 +133,7 @@ class BranchesConfig:
                 raise UserError(f"{name} {value!r:.40}", where="branches", fix=f"use one of {', '.join(typing.get_args(known))}")
         for name, value, least in (("dim", self.dim, 1), ("rank", self.rank, 0), ("windows", self.windows, 1), *(("blocks", n, 0) for n in self.blocks)):
             require_whole(f"branches.{name}", value, least, LARGEST)
-        require_flags("branches", of_branch=self.of_branch)
+        require_flags("branches", of_branch=self.of_branch, travel=self.travel)
         if not self.blocks or len(set(self.blocks)) != len(self.blocks):
             raise UserError(f"blocks {self.blocks}", where="branches", fix="name different blocks, from 0")
         if not self.branches or any(not re.fullmatch(r"[a-z_]+", name) for name in self.branches):
@@ -169,7 +171,7 @@ class BranchesConfig:
             raise UserError(f"the branches' configuration lacks or misnames {error}", where="part", fix="restore its config.json") from None
 
 
-def hierarchical(dim: int, blocks: int, windows: int = 4, **rest: Any) -> BranchesConfig:
+def hierarchical(dim: int, blocks: int, windows: int = 4, *, travel: bool = True, **rest: Any) -> BranchesConfig:
     """The two branches beside K x K local windows (Hu et al., arXiv 2510.18775, sections 4.2 and 4.3), for a base with so many blocks.
 
     `coarse`: half as many windows on half the tokens along a side; `whole`: one window on a K-th of them.
@@ -180,4 +182,4 @@ def hierarchical(dim: int, blocks: int, windows: int = 4, **rest: Any) -> Branch
     if windows % 2:
         raise UserError(f"K = {windows}", where="windows", fix="use an even number: half as many windows are needed too")
     branches = {"coarse": BranchConfig(stride=2, windows=windows // 2, alternate=True), "whole": BranchConfig(stride=windows)}
-    return BranchesConfig(dim=dim, blocks=tuple(range(blocks)), branches=branches, windows=windows, **rest)
+    return BranchesConfig(dim=dim, blocks=tuple(range(blocks)), branches=branches, windows=windows, travel=travel, **rest)

@@ -333,7 +333,7 @@ class MuralTransformer(WanTransformer3DModel):
         if config is None or not set(attention.branches) <= set(config.branches):
             raise ValueError(f"this transformer lacks some of the branches {', '.join(attention.branches)}")
         odd = odd and attention.odd != "same"
-        how = {"head_dim": self.config.attention_head_dim, "odd": odd, "step": attention.step}
+        how = {"head_dim": self.config.attention_head_dim, "odd": odd, "place": attention.place}
         found = {name: Blocks.of(layer.partition, config.branches[name], **how) for name in attention.branches}
         return replace(layer, blocks=found, timestep=timestep)
 

@@ -129,11 +129,11 @@ def partition(token_shape: Shape, size: Shape, *, shifted: bool = False, start: 
     return _cut(token_shape, tuple(split_axis(length, side, shifted=shifted, start=first) for length, side, first in zip(token_shape, size, start)))
 
 
-@lru_cache(maxsize=32)  # windows and coarser ones of even and of odd blocks, at four places
+@lru_cache(maxsize=32)  # windows, coarser ones and the whole, of even and of odd blocks, at four places
 @torch.inference_mode(False)
-def partition_evenly(token_shape: Shape, counts: Shape, step: int = 0) -> Partition:
+def partition_evenly(token_shape: Shape, counts: Shape, place: int = 0, shifted: bool = False) -> Partition:
     """Cut the token grid (f, y, x) into `counts` windows along each axis, as `split_evenly` does. Indices are on the CPU."""
-    return _cut(token_shape, tuple(split_evenly(length, count, step) for length, count in zip(token_shape, counts)))
+    return _cut(token_shape, tuple(split_evenly(length, count, place, shifted) for length, count in zip(token_shape, counts)))
 
 
 def _cut(token_shape: Shape, axes: tuple[tuple[int, ...], ...]) -> Partition:
@@ -149,19 +149,19 @@ def _cut(token_shape: Shape, axes: tuple[tuple[int, ...], ...]) -> Partition:
     return Partition(token_shape, axes, tuple(groups), order, inverse_of(order), torch.cat(origins))
 
 
-def split_evenly(length: int, count: int, step: int = 0) -> tuple[int, ...]:
+def split_evenly(length: int, count: int, place: int = 0, shifted: bool = False) -> tuple[int, ...]:
     """Lengths of `count` pieces that cover an axis, the longer ones first; as many as there are tokens, where that is fewer.
 
-    `step`: of the denoising, for windows that travel: at three of four, pieces as long as the longest begin elsewhere (`TRAVEL`), with shorter ones at
-    the edges.
+    `place`: which of `TRAVEL`'s pieces stand at; at all but the first they are as long as the longest, with shorter ones at the edges, and `shifted` ones
+    stand half a side further: those of odd blocks, which may be as long as those of even ones, must cross their borders.
 
-    >>> split_evenly(10, 4), split_evenly(3, 4), split_evenly(16, 2, step=1)
-    ((3, 3, 2, 2), (1, 1, 1), (2, 8, 6))
+    >>> split_evenly(10, 4), split_evenly(3, 4), split_evenly(16, 2, place=1), split_evenly(16, 2, place=1, shifted=True)
+    ((3, 3, 2, 2), (1, 1, 1), (2, 8, 6), (6, 8, 2))
     """
     count = min(count, length)
     side, longer = divmod(length, count)
-    if start := _places(side + (longer > 0))[step % len(TRAVEL)]:
-        return split_axis(length, side + (longer > 0), start=start)
+    if place:
+        return split_axis(length, side + (longer > 0), shifted=shifted, start=_places(side + (longer > 0))[place])
     return (side + 1,) * longer + (side,) * (count - longer)
 
 

@@ -122,6 +122,8 @@ class Refine:
         check_cache(self.cache)
         if len(set(self.experts)) != len(self.experts):
             raise UserError(f"{', '.join(self.experts)}", where="experts", fix="name each once")
+        if isinstance(self.attention, BranchedWindows) and self.attention.place:
+            raise UserError(f"place {self.attention.place}", where="attention.place", fix="leave it out: windows that travel stand elsewhere at every step")
         if not 0 <= self.skip_steps < self.num_inference_steps:
             raise UserError(f"{self.skip_steps} of {self.num_inference_steps} steps", where="skip_steps", fix="skip fewer than all steps")
 

@@ -44,12 +44,11 @@ SINGLE_SHARE_ON = (0.15, 0.15)  # where the base's own go on: they know of one o
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BranchedConfig:
-    """What an ablation may change: the branches (None: the paper's two), which of them are at work (all), what odd blocks do, and if windows travel."""
+    """What an ablation may change: the branches (None: the paper's two, in windows that travel), what odd blocks do, and which of them are at work (all)."""
 
     branches: BranchesConfig | None = None
     odd: str = "more"
     names: tuple[str, ...] | None = None
-    travel: bool = True
 
     def of(self, trainee: Trainee) -> tuple[BranchesConfig, BranchedWindows]:
         """For one base: its branches, and the attention in which they are trained."""
@@ -57,7 +56,7 @@ class BranchedConfig:
         branches = self.branches or hierarchical(trainee.info.width, layers)
         plain = tuple(sorted(set(range(layers)) - set(branches.blocks)))
         names = tuple(branches.branches) if self.names is None else self.names
-        return branches, BranchedWindows(branches.windows, self.odd, names, plain, self.travel)
+        return branches, BranchedWindows(branches.windows, self.odd, names, plain, branches.travel)
 
 
 def train_branched(
@@ -76,7 +75,7 @@ def train_branched(
     trainee, data = Trainee(model, device), (data or VideoData()).settled(HEIGHTS, CLIPS)
     branches, attention = (config or BranchedConfig()).of(trainee)
     whole = [_pool(trainee, height, data.clips, attention) for height in data.heights]
-    origin = trainee.origin(data) | {"frames": str([pool.frames for pool in whole])}
+    origin = trainee.origin(data) | {"frames": str([pool.frames for pool in whole]), "windows": repr(attention)}
     state.require_origin(folder / CHECKPOINTS, origin)
     pools = trainee.encoded([_singles(pool) for pool in whole] + whole, data, folder, report)
     give_adapter(trainee, BRANCHED)
@@ -86,7 +85,7 @@ def train_branched(
     share = SINGLE_SHARE if stands_on == NEW else SINGLE_SHARE_ON
     source = Whole(pools[: len(whole)], pools[len(whole) :], TIMES * math.prod(trainee.info.geometry.latent_shape(trainee.own_grid)[1:]), share)
     objective = InBranchedWindows(trainee, trainee.transformer, trainee.embed, source, flow, device)
-    origin |= {"singles": f"{SINGLES}, {share}", "windows": repr(attention), BRANCHES: stands_on}
+    origin |= {"singles": f"{SINGLES}, {share}", BRANCHES: stands_on}
     adapter = fit_adapter(trainee, BRANCHED, objective, folder, length, resume, origin, report)
     save_part(folder / "parts" / BRANCHES, BRANCHES, asdict(branches), {name: p.detach().half().cpu() for name, p in attached.named_parameters()})
     return adapter
@@ -123,7 +122,7 @@ class InBranchedWindows(FlowMatching):
 def _attached(trainee: Trainee, branches: BranchesConfig, report: Report) -> tuple[torch.nn.ModuleDict, str]:
     """The base's own branches if they are these, else new ones in their place; and what they are, of which a checkpoint holds what is trained alone."""
     blocks = trainee.transformer.blocks
-    if trainee.info.branches == branches:
+    if trainee.info.branches and replace(trainee.info.branches, travel=branches.travel) == branches:
         own = torch.nn.ModuleDict({str(number): blocks[number].branches for number in branches.blocks})
         return own, weights.fingerprint(trainee.info.folder / "parts" / BRANCHES)
     if trainee.info.branches is not None:

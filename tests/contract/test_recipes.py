@@ -182,6 +182,7 @@ def test_branches_that_cannot_be_are_told_in_one_line(setting, told, tiny22, tmp
         'refine.attention.branches=["whole"]',
         "refine.attention.odd=same",
         "refine.attention.odd=shifted",
+        "refine.attention.travel=false",
         "refine.attention.branches=[]",
         'refine.attention={"kind": "CloseRemote", "tokens": 16}',
     ],

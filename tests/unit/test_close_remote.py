@@ -88,7 +88,7 @@ def test_flops_of_close_and_remote_windows_are_those_counted(shape):
 
 
 SHAPES, PROJECTING, RESTORING = ((2, 8, 12), (3, 9, 13)), ("once", "each"), ("separable", "depthwise", "dense")
-CHANGES = ({}, {"odd": "same"}, {"odd": "shifted"}, {"branches": ("coarse",)}, {"plain": (0, 3)}, {"step": 1}, {"odd": "shifted", "step": 3})
+CHANGES = ({}, {"odd": "same"}, {"odd": "shifted"}, {"branches": ("coarse",)}, {"plain": (0, 3)}, {"place": 1}, {"odd": "shifted", "place": 3})
 # Each shape and each projecting with each change and each restoring, and with each other, instead of all 60 combinations
 PAIRS = [
     (change, restoring, SHAPES[(c + r) % 2], PROJECTING[(c // 2 + r + r // 2) % 2]) for c, change in enumerate(CHANGES) for r, restoring in enumerate(RESTORING)

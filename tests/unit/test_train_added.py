@@ -143,14 +143,15 @@ def test_a_base_with_branches_goes_on_from_them(tiny22, tmp_path, small_shards, 
 
 @pytest.mark.parametrize("travel", [True, False])
 def test_branches_are_trained_where_windows_stand_in_sampling(travel, tiny22, tmp_path, small_shards, monkeypatch):
-    data, config = VideoData(heights=(96,), clips=2), BranchedConfig(branches=inspect_base(str(tiny22)).branches, travel=travel)
+    data, config = VideoData(heights=(96,), clips=2), BranchedConfig(branches=replace(inspect_base(str(tiny22)).branches, travel=travel))
     ((objective, _, _),) = spied(monkeypatch, "trainee", train_branched, tmp_path / "run", model=tiny22, data=data, config=config)
     stood = []
     configure = objective.transformer.configure
-    monkeypatch.setattr(objective.transformer, "configure", lambda graft: stood.append(graft.attention.step) or configure(graft))
+    monkeypatch.setattr(objective.transformer, "configure", lambda graft: stood.append(graft.attention.place) or configure(graft))
     for step in range(16):
         objective.loss(step, 0.0)
     assert set(stood) == ({0, 1, 2, 3} if travel else {0})
+    assert objective.transformer.blocks[0].branches["coarse"].q.lora_B.weight.any(), "the base's own are gone on with, however their windows stood"
 
 
 def test_a_small_base_is_trained_on_whole_lengths_and_not_gone_on_with_others(tiny22, tmp_path, small_shards, monkeypatch):

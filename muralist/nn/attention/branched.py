@@ -8,7 +8,7 @@ from typing import Literal
 
 from muralist.errors import UserError
 from muralist.nn.kinds import LARGEST, require_whole
-from muralist.nn.windows import Partition, Shape, WindowAttention, partition, partition_evenly, traveled
+from muralist.nn.windows import TRAVEL, Partition, Shape, WindowAttention, partition, partition_evenly, traveled
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class BranchedWindows:
     `odd`: what blocks with an odd number do to let information cross the borders: one window more along each side (`more`, equation 9), windows
     shifted by half a side (`shifted`), nothing (`same`). `plain`: numbers of blocks with full attention and no branches.
     `travel`: windows, those among pooled tokens too, stand elsewhere at every step (`nn/windows.traveled`); not the paper's, whose stand still, and
-    where objects are cut along their borders. `step`: the denoising step of a forward, which refinement counts.
+    where objects are cut along their borders. `place`: which of four places they stand at in a forward, which is refinement's to say.
     """
 
     windows: int = 4
@@ -26,13 +26,13 @@ class BranchedWindows:
     branches: tuple[str, ...] = ()
     plain: tuple[int, ...] = ()
     travel: bool = True
-    step: int = 0
+    place: int = 0
 
     def __post_init__(self) -> None:
         require_whole("attention.windows", self.windows, 1, LARGEST)
         for number in self.plain:
             require_whole("attention.plain", number, 0, LARGEST)
-        require_whole("attention.step", self.step, 0, LARGEST)
+        require_whole("attention.place", self.place, 0, len(TRAVEL) - 1)
         for name, values in (("branches", self.branches), ("plain", self.plain)):
             if len(set(values)) != len(values):
                 raise UserError(", ".join(map(str, values)), where=f"attention.{name}", fix="name each once")
@@ -45,16 +45,20 @@ class BranchedWindows:
         if self.odd == "shifted":
             windows = self.swin(token_shape)
             return tuple(partition(token_shape, windows.size, shifted=shifted, start=windows.start) for shifted in (False, True))
-        counts = (self.windows, self.windows + (self.odd == "more"))
-        return tuple(partition_evenly(token_shape, (1, count, count), self.step) for count in counts)
+        return tuple(partition_evenly(token_shape, (1, count, count), self.place, shifted) for count, shifted in self.kinds)
+
+    @property
+    def kinds(self) -> tuple[tuple[int, bool], ...]:
+        """How many windows blocks with even and with odd numbers have along a side, and if those that travel stand half a side further."""
+        return (self.windows, False), (self.windows + (self.odd == "more"), self.odd == "more")
 
     def at(self, step: int) -> BranchedWindows:
         """Where windows stand at a denoising step."""
-        return replace(self, step=step) if self.travel else self
+        return replace(self, place=step % len(TRAVEL)) if self.travel else self
 
     def swin(self, token_shape: Shape) -> WindowAttention:
         """Windows that odd blocks shift by half a side."""
-        return traveled(WindowAttention(self.largest(token_shape)), self.step)
+        return traveled(WindowAttention(self.largest(token_shape)), self.place)
 
     def largest(self, token_shape: Shape) -> Shape:
         """Sides of the largest of K x K windows."""
