@@ -13,6 +13,7 @@ Writes results/adherence-SIZE.{json,md} (-RECIPE, -N-frames and -LABEL where the
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -54,6 +55,7 @@ def main() -> None:
     sheet, rows, started = [], [], time.time()
     about = {"size": options.size, "recipe": recipe, "model": options.model, "num_frames": options.num_frames, "seed": options.seed}
     about |= {"weights": pipe.base.info.fingerprint, "dtype": str(pipe.base.dtype)} | ({"settings": options.settings} if options.settings else {})
+    about |= {"configuration": configuration(pipe, width, height, options)}
     for number, scene in list(enumerate(scenes(options.count, options.seed)))[options.first :]:
         kept = options.keep and options.keep / f"{number:03d}"
         if kept and kept.is_dir():
@@ -78,6 +80,13 @@ def main() -> None:
     note = f"{len(rows)} held-out prompts, recipe {recipe}, {options.size} x {options.num_frames}, seed {options.seed}{settings}"
     write(name, means, note, cases=rows)
     Image.fromarray(torch.cat(sheet[:24]).numpy()).save(options.sheet)
+
+
+def configuration(pipe: muralist.Pipeline, width: int, height: int, options: argparse.Namespace) -> str:
+    """A digest of all that a recipe has settled: the same options may stand for something else in another version."""
+    sized = {"width": width, "height": height, "num_frames": options.num_frames, "seed": options.seed}
+    request = pipe.request("a red ball over grass", **sized, settings=tuple(options.settings))
+    return hashlib.sha256(repr(request.config).encode()).hexdigest()[:12]
 
 
 def painted(

@@ -2,8 +2,9 @@
 
     python benchmarks/window_borders.py travel=DIR still=DIR --windows 4 5
 
-The folders hold the same prompts at one size; the middle frame of each is looked at. The borders of tokens two further along are looked at too, as many: what
-is found there is the grid of tokens and no window. True renders of the same frames are rows of their own: what is found in them is no seam.
+The folders hold the same prompts at one size; the middle frame of each is looked at, along the borders at each of the four places of windows that travel (those
+that stand still are at the first). As many borders of tokens where no window that stands still ends are looked at too: what is found there with
+such windows is the grid of tokens. True renders of the same frames are rows of their own: what is found in them is no seam.
 Writes results/window_borders.{json,md}.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from common import write
 from judged import seams, window_borders
 
 from muralist.base_info import inspect_base
-from muralist.types import Grid
+from muralist.nn.windows import TRAVEL
+from muralist.types import Geometry, Grid
 
 TRUE = "true renders"
-BESIDE = 2  # tokens
+PLAIN = "no border"
 
 
 def main() -> None:
@@ -36,8 +39,7 @@ def main() -> None:
     folders = {name: kept.read(Path(folder)) for name, folder in (given.split("=", 1) for given in options.folders)}
     about, grid = of_all(folders)
     geometry = inspect_base(options.model).geometry
-    borders = {f"{count} x {count}": window_borders(geometry, grid, count) for count in options.windows}
-    borders |= {f"{BESIDE} tokens beside {name}": moved(lines, BESIDE * geometry.pixel_multiple) for name, lines in borders.items()}
+    borders = all_borders(geometry, grid, options.windows)
     first = next(iter(folders.values()))
     true = [kept.of_eight_bits(kept.true_middle(clip.scene, grid.num_frames, grid.height, grid.width)) for clip in first]
     pictures = {name: [clip.frame for clip in clips] for name, clips in folders.items()} | {TRUE: true}
@@ -66,8 +68,31 @@ def of_all(folders: Mapping[str, Sequence[kept.Kept]]) -> tuple[dict[str, Any], 
     return about, Grid(num_frames=about["num_frames"], height=height, width=width)
 
 
-def moved(lines: Mapping[str, Sequence[int]], pixels: int) -> dict[str, list[int]]:
-    return {axis: [line + pixels for line in along] for axis, along in lines.items()}
+def all_borders(geometry: Geometry, grid: Grid, counts: Sequence[int]) -> dict[str, dict[str, list[int]]]:
+    """Rows of the table: where windows of each count and place meet in pixels, at places but the first those of either kind of block, and lines
+    where none that stand still meet."""
+    borders: dict[str, dict[str, list[int]]] = {}
+    for count, place in product(counts, range(len(TRAVEL))):
+        odd = (False, True) if place else (False,)
+        kinds = [window_borders(geometry, grid, count, place=place, shifted=shifted) for shifted in odd]
+        borders[f"{count} x {count}, place {place}"] = {axis: sorted({line for kind in kinds for line in kind[axis]}) for axis in kinds[0]}
+    still = [window_borders(geometry, grid, count) for count in counts]
+    return borders | {f"{PLAIN}, near {count} x {count}": plain(near, still, geometry, grid) for count, near in zip(counts, still)}
+
+
+def plain(near: Mapping[str, Sequence[int]], still: Sequence[Mapping[str, Sequence[int]]], geometry: Geometry, grid: Grid) -> dict[str, list[int]]:
+    """For each line the nearest border of tokens that `still` windows do not have; none twice. Ends the run where there are too few."""
+    side, lines = geometry.pixel_multiple, {}
+    for axis, length in (("x", grid.width), ("y", grid.height)):
+        taken = {line for borders in still for line in borders[axis]}
+        free = [line for line in range(side, length, side) if line not in taken]
+        if len(free) < len(near[axis]):
+            raise SystemExit(f"--windows: of {length // side} tokens along {axis} too few are no window's border")
+        lines[axis] = []
+        for line in near[axis]:
+            lines[axis].append(min(free, key=lambda other: abs(other - line)))
+            free.remove(lines[axis][-1])
+    return {axis: sorted(along) for axis, along in lines.items()}
 
 
 def summary(found: Sequence[Any]) -> dict[str, Any]:
