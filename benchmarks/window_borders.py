@@ -1,18 +1,19 @@
-"""Do windows show? What `adherence.py --keep` has painted, looked at along the borders of K x K windows by `diagnose` ("seams at known borders").
+"""Do windows show? What `adherence.py --keep` has painted by `ultragen`, looked at along the borders of its windows by `diagnose` ("seams at known borders").
 
-    python benchmarks/window_borders.py travel=DIR still=DIR --windows 4 5
+    python benchmarks/window_borders.py travel=DIR still=DIR --windows 4
 
-The folders hold the same prompts at one size; the middle frame of each is looked at, along the borders at each of the four places of windows that travel (those
-that stand still are at the first). As many borders of tokens where no window that stands still ends are looked at too: what is found there with
-such windows is the grid of tokens. True renders of the same frames are rows of their own: what is found in them is no seam.
-Writes results/window_borders.{json,md}.
+The folders hold the same prompts at one size; the middle frame of each is looked at. A row for each kind of window that there is: K x K of even blocks, one
+more along each side of odd ones, where they stand still and at each of the other three places of windows that travel. Lines of tokens where no window that
+stands still ends are looked at too: what is found there is the grid of tokens. Each row has as many lines, those nearest to the middle, since more of
+them stand out further. True renders of the same frames are rows of their own: what is found in them is no seam.
+Writes results/window_borders.{json,md}, with what each folder was painted from.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,18 @@ from common import write
 from judged import seams, window_borders
 
 from muralist.base_info import inspect_base
+from muralist.nn.attention import BranchedWindows
 from muralist.nn.windows import TRAVEL
 from muralist.types import Geometry, Grid
 
 TRUE = "true renders"
-PLAIN = "no border"
+PLAIN = "no border of windows that stand still"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="NAME=DIR")
-    parser.add_argument("--windows", type=int, nargs="+", default=[4], help="along each side; even and odd blocks may differ")
+    parser.add_argument("--windows", type=int, default=4, help="along each side, in even blocks")
     parser.add_argument("--model", default="miniature")
     options = parser.parse_args()
     folders = {name: kept.read(Path(folder)) for name, folder in (given.split("=", 1) for given in options.folders)}
@@ -54,45 +56,54 @@ def main() -> None:
             ]
     for row in rows:
         print(row)
-    write("window_borders", rows, f"{len(true)} held-out prompts, {about['recipe']}, {about['size']} x {about['num_frames']}, middle frames", cases)
+    cases += [{"painted": name, "about": clips[0].about} for name, clips in folders.items()]
+    settings = "; ".join(f"{name}: {', '.join(clips[0].about.get('settings', ['as the recipe says']))}" for name, clips in folders.items())
+    note = f"{len(true)} held-out prompts, {about['recipe']}, {about['size']} x {about['num_frames']}, middle frames; {settings}"
+    write("window_borders", rows, note, cases)
 
 
 def of_all(folders: Mapping[str, Sequence[kept.Kept]]) -> tuple[dict[str, Any], Grid]:
-    """What all have in common, and their grid. Ends the run for folders of other prompts or sizes."""
-    seen = {(clip.about["size"], clip.about["num_frames"], clip.about["recipe"]) for clips in folders.values() for clip in clips}
+    """What all have in common, and their grid. Ends the run for folders of other prompts, sizes or seeds, and for one of several ways."""
+    seen = {(clip.about["size"], clip.about["num_frames"], clip.about["recipe"], clip.about["seed"]) for clips in folders.values() for clip in clips}
+    if mixed := [name for name, clips in folders.items() if any(clip.about != clips[0].about for clip in clips)]:
+        raise SystemExit(f"{mixed[0]}: its clips were painted in different ways")
     prompts = {tuple(clip.row["prompt"] for clip in clips) for clips in folders.values()}
     if len(seen) > 1 or len(prompts) > 1:
-        raise SystemExit(f"the folders hold other prompts or sizes: {seen}")
+        raise SystemExit(f"the folders hold other prompts, sizes or seeds: {seen}")
     about = next(iter(folders.values()))[0].about
     width, height = map(int, about["size"].split("x"))
     return about, Grid(num_frames=about["num_frames"], height=height, width=width)
 
 
-def all_borders(geometry: Geometry, grid: Grid, counts: Sequence[int]) -> dict[str, dict[str, list[int]]]:
-    """Rows of the table: where windows of each count and place meet in pixels, at places but the first those of either kind of block, and lines
-    where none that stand still meet."""
-    borders: dict[str, dict[str, list[int]]] = {}
-    for count, place in product(counts, range(len(TRAVEL))):
-        odd = (False, True) if place else (False,)
-        kinds = [window_borders(geometry, grid, count, place=place, shifted=shifted) for shifted in odd]
-        borders[f"{count} x {count}, place {place}"] = {axis: sorted({line for kind in kinds for line in kind[axis]}) for axis in kinds[0]}
-    still = [window_borders(geometry, grid, count) for count in counts]
-    return borders | {f"{PLAIN}, near {count} x {count}": plain(near, still, geometry, grid) for count, near in zip(counts, still)}
+def all_borders(geometry: Geometry, grid: Grid, windows: int) -> dict[str, dict[str, list[int]]]:
+    """Where windows of either kind of block meet at each place, and lines where none that stand still meet; in pixels, of all as many."""
+    kinds = BranchedWindows(windows).kinds
+    still = [window_borders(geometry, grid, count) for count, _ in kinds]
+    borders = {f"{count} x {count}, standing still": lines for (count, _), lines in zip(kinds, still)}
+    for place, (count, shifted) in product(range(1, len(TRAVEL)), kinds):
+        borders[f"{count} x {count}, place {place}"] = window_borders(geometry, grid, count, place=place, shifted=shifted)
+    borders[PLAIN] = plain(still, geometry, grid)
+    most = {axis: min(len(lines[axis]) for lines in borders.values()) for axis in ("x", "y")}
+    return {name: {axis: inner(along, length, most[axis]) for axis, along, length in each_axis(lines, grid)} for name, lines in borders.items()}
 
 
-def plain(near: Mapping[str, Sequence[int]], still: Sequence[Mapping[str, Sequence[int]]], geometry: Geometry, grid: Grid) -> dict[str, list[int]]:
-    """For each line the nearest border of tokens that `still` windows do not have; none twice. Ends the run where there are too few."""
+def each_axis(lines: Mapping[str, list[int]], grid: Grid) -> list[tuple[str, list[int], int]]:
+    return [("x", lines["x"], grid.width), ("y", lines["y"], grid.height)]
+
+
+def inner(lines: Sequence[int], length: int, most: int) -> list[int]:
+    """The `most` lines nearest to the middle of a side."""
+    return sorted(sorted(lines, key=lambda line: abs(line - length / 2))[:most])
+
+
+def plain(still: Sequence[Mapping[str, Sequence[int]]], geometry: Geometry, grid: Grid) -> dict[str, list[int]]:
+    """In the middle of each gap between borders of `still` windows that has a line of tokens in it, that line."""
     side, lines = geometry.pixel_multiple, {}
     for axis, length in (("x", grid.width), ("y", grid.height)):
-        taken = {line for borders in still for line in borders[axis]}
-        free = [line for line in range(side, length, side) if line not in taken]
-        if len(free) < len(near[axis]):
-            raise SystemExit(f"--windows: of {length // side} tokens along {axis} too few are no window's border")
-        lines[axis] = []
-        for line in near[axis]:
-            lines[axis].append(min(free, key=lambda other: abs(other - line)))
-            free.remove(lines[axis][-1])
-    return {axis: sorted(along) for axis, along in lines.items()}
+        taken = sorted({0, length, *(line for borders in still for line in borders[axis])})
+        middles = [(start + stop) // 2 // side * side for start, stop in pairwise(taken)]
+        lines[axis] = [middle for middle in middles if middle not in taken]
+    return lines
 
 
 def summary(found: Sequence[Any]) -> dict[str, Any]:

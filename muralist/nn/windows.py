@@ -152,17 +152,25 @@ def _cut(token_shape: Shape, axes: tuple[tuple[int, ...], ...]) -> Partition:
 def split_evenly(length: int, count: int, place: int = 0, shifted: bool = False) -> tuple[int, ...]:
     """Lengths of `count` pieces that cover an axis, the longer ones first; as many as there are tokens, where that is fewer.
 
-    `place`: which of `TRAVEL`'s pieces stand at; at all but the first they are as long as the longest, with shorter ones at the edges, and `shifted` ones
-    stand half a side further: those of odd blocks, which may be as long as those of even ones, must cross their borders.
+    `place`: which of `TRAVEL`'s pieces stand at; at all but the first they are as long as the longest, however many that makes, with shorter ones at the
+    edges, and `shifted` ones stand half a side further: those of odd blocks, which may be as long as those of even ones, must cross their borders.
+    In sides of four and more no border stands at three of the four places; one may at two, since those of the first are not all a side apart.
 
     >>> split_evenly(10, 4), split_evenly(3, 4), split_evenly(16, 2, place=1), split_evenly(16, 2, place=1, shifted=True)
-    ((3, 3, 2, 2), (1, 1, 1), (2, 8, 6), (6, 8, 2))
+    ((3, 3, 2, 2), (1, 1, 1), (2, 8, 6), (5, 8, 3))
     """
     count = min(count, length)
     side, longer = divmod(length, count)
     if place:
-        return split_axis(length, side + (longer > 0), shifted=shifted, start=_places(side + (longer > 0))[place])
+        longest = side + (longer > 0)
+        start = _places(longest)[place]
+        return split_axis(length, longest, start=_half_further(start, longest) if shifted else start)
     return (side + 1,) * longer + (side,) * (count - longer)
+
+
+def _half_further(start: int, side: int) -> int:
+    """Half a side further, but not at the grid's edge: there they stand at the first place."""
+    return (start + side // 2) % side if side in SHORT else 1 + (start - 1 + (side - 1) // 2) % (side - 1)
 
 
 def _starts(pieces: Sequence[int], side: int) -> torch.Tensor:

@@ -73,7 +73,8 @@ def require_whole_origin(folder: Path, numbers: Mapping[str, Any], origin: Mappi
 
 def _compare(folder: Path, numbers: Mapping[str, Any], agrees: Callable[[str, str], bool]) -> None:
     if other := [name for name, value in numbers.get("origin", {}).items() if not agrees(name, value)]:
-        raise UserError(f"these checkpoints stand on another {other[0]}", where=str(folder), fix="resume with the same one, or name another --output")
+        fix = "resume with the same one and the version that began it, or name another --output"
+        raise UserError(f"these checkpoints stand on another {other[0]}", where=str(folder), fix=fix)
 
 
 def _complete(folder: Path) -> list[int]:

@@ -176,6 +176,12 @@ def test_branches_that_cannot_be_are_told_in_one_line(setting, told, tiny22, tmp
     assert answer.code == 2 and told in answer.error and not list(tmp_path.iterdir())
 
 
+def test_windows_of_ultragen_travel_where_its_branches_learned_so(tiny22):
+    """The part of the embedded base is of before, and says nothing of it."""
+    assert RECIPES["ultragen"](inspect_base(str(tiny22))).refine.attention.travel
+    assert not RECIPES["ultragen"](inspect_base("miniature")).refine.attention.travel
+
+
 @pytest.mark.parametrize(
     "setting",
     [

@@ -110,7 +110,7 @@ def test_flops_are_those_counted(change, restoring, shape, projecting):
 @pytest.mark.parametrize("step", range(4))
 def test_pairs_are_those_of_the_windows_at_each_step(odd, step):
     """Attention is a small part of a small model's FLOPs: counted alone, and exactly."""
-    shape, attention = (2, 13, 22), BranchedWindows(4, odd).at(step)
+    shape, attention = (2, 13, 22), BranchedWindows(4, odd, travel=True).at(step)
     cuts = attention.partitions(shape)
     each = [sum(group.num_windows * group.tokens_per_window**2 for group in cut.groups) for cut in cuts]
     assert cost.pairs(attention, shape, 3) == sum(each[layer % len(each)] for layer in range(3))

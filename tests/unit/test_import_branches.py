@@ -59,6 +59,7 @@ def test_every_tensor_arrives_and_the_recipe_paints(file, tiny21, tmp_path):
     info = inspect_base(str(model))
     config = RECIPES["ultragen"](info)
     assert config.refine.attention.plain == (0,) and config.refine.adapter is None and info.branches.rank == RANK
+    assert not config.refine.attention.travel  # as in the release
     loaded = Base(info, torch.device("cpu"), torch.float32).transformer().blocks[1].branches
     place = "blocks.1.self_attn"
     x = torch.randn(1, DIM, 8, 12)

@@ -143,7 +143,7 @@ def test_an_expert_that_meets_no_step_is_told(skip, idle):
     assert len(told) == idle and all(note.startswith("the expert low works at noise levels from 0.875 to 1, refinement from 0.25 to 0.667") for note in told)
 
 
-BRANCHED = BranchedWindows(2, branches=("coarse", "whole"))
+BRANCHED = BranchedWindows(2, branches=("coarse", "whole"), travel=True)
 
 
 @pytest.mark.parametrize(

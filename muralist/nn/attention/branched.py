@@ -17,15 +17,16 @@ class BranchedWindows:
 
     `odd`: what blocks with an odd number do to let information cross the borders: one window more along each side (`more`, equation 9), windows
     shifted by half a side (`shifted`), nothing (`same`). `plain`: numbers of blocks with full attention and no branches.
-    `travel`: windows, those among pooled tokens too, stand elsewhere at every step (`nn/windows.traveled`); not the paper's, whose stand still, and
-    where objects are cut along their borders. `place`: which of four places they stand at in a forward, which is refinement's to say.
+    `travel`: windows, those among pooled tokens too, stand elsewhere at every step (`nn/windows.split_evenly`); not the paper's, whose stand still, and
+    where objects are cut along their borders. It is for branches that were trained so.
+    `place`: which of four places they stand at in a forward, which is refinement's to say.
     """
 
     windows: int = 4
     odd: Literal["more", "shifted", "same"] = "more"
     branches: tuple[str, ...] = ()
     plain: tuple[int, ...] = ()
-    travel: bool = True
+    travel: bool = False
     place: int = 0
 
     def __post_init__(self) -> None:
