@@ -5,7 +5,7 @@
 Needs one of the base's adapters `detail`, trained at its own resolution, and `detail_uhr` (the paper's optional fine-tuning at 4K), and for videos longer
 than the base's own `proxy`. Where it has `detail_uhr`, windows are painted with that, in those that it was trained in; without: `--set
 refine.adapter=detail`, with tokens and reach of `detail`'s training (`ProxyWindows.trained`; the embedded base: `--set refine.attention.tokens=112 --set
-'refine.attention.reach=[6.5, 4, 4]'`).
+'refine.attention.reach=[6.5, 4, 4]'`, and at 4K, where its windows lie within an object whole, with less noise: `--set refine.skip_steps=8`).
 
 Known of the method: a proxy of low resolution and frame rate with rotary positions scaled by 4 in time; joint denoising in reordered
 space-time windows with aligned guidance of the proxy, asymmetric; LoRA trained at the base's resolution alone; at most 1,208 times fewer
