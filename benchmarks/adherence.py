@@ -83,10 +83,14 @@ def main() -> None:
 
 
 def configuration(pipe: muralist.Pipeline, width: int, height: int, options: argparse.Namespace) -> str:
-    """A digest of all that a recipe has settled: the same options may stand for something else in another version."""
+    """A digest of all that a recipe has settled, and of the code: the same options may stand for something else in another version."""
     sized = {"width": width, "height": height, "num_frames": options.num_frames, "seed": options.seed}
     request = pipe.request("a red ball over grass", **sized, settings=tuple(options.settings))
-    return hashlib.sha256(repr(request.config).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(repr(request.config).encode())
+    package = Path(muralist.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def painted(

@@ -275,7 +275,7 @@ def main() -> None:
 
 
 def verdicts(study: Study, outcomes: Sequence[Outcome]) -> str:
-    """By measure: how many pairs that the paper tells apart come out as there; undecided within two standard errors of differences paired by scene."""
+    """By measure: how many pairs that the paper tells apart come out as there; see `ablation.pairs` for which are decided."""
     found = {m.name: Counter(pair.verdict for pair in pairs(study, outcomes) if pair.measure == m.name) for m in study.measures}
     told = (f"{name} {', '.join(f'{count} {verdict}' for verdict, count in sorted(counts.items()))}" for name, counts in found.items() if counts)
     return f"Of the paper's pairs, differences paired by scene: {'; '.join(told) or 'none'}"

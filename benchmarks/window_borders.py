@@ -2,10 +2,11 @@
 
     python benchmarks/window_borders.py travel=DIR still=DIR --windows 4
 
-The folders hold the same prompts at one size; the middle frame of each is looked at. A row for each kind of window that there is: K x K of even blocks, one
+The folders hold the same prompts at one size; the middle frame of each is looked at. A row for each kind of fine window: K x K of even blocks, one
 more along each side of odd ones, where they stand still and at each of the other three places of windows that travel. Lines of tokens where no window that
-stands still ends are looked at too: what is found there is the grid of tokens. Each row has as many lines, those nearest to the middle, since more of
-them stand out further. True renders of the same frames are rows of their own: what is found in them is no seam.
+stands still ends, nor one of those of pooled tokens, are looked at too: what is found there is the grid of tokens. Each row has as many lines, those
+nearest to the middle, since more of them stand out further. True renders of the same frames are rows of their own: what is found in them is no seam.
+Only what runs along half of a picture and more is found, not an object that is cut: that is to be looked at.
 Writes results/window_borders.{json,md}, with what each folder was painted from.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from judged import seams, window_borders
 
 from muralist.base_info import inspect_base
 from muralist.nn.attention import BranchedWindows
-from muralist.nn.windows import TRAVEL
+from muralist.nn.windows import TRAVEL, split_evenly
 from muralist.types import Geometry, Grid
 
 TRUE = "true renders"
@@ -82,9 +83,18 @@ def all_borders(geometry: Geometry, grid: Grid, windows: int) -> dict[str, dict[
     borders = {f"{count} x {count}, standing still": lines for (count, _), lines in zip(kinds, still)}
     for place, (count, shifted) in product(range(1, len(TRAVEL)), kinds):
         borders[f"{count} x {count}, place {place}"] = window_borders(geometry, grid, count, place=place, shifted=shifted)
-    borders[PLAIN] = plain(still, geometry, grid)
+    borders[PLAIN] = plain(still + [coarse_borders(geometry, grid, count) for count in (windows // 2, windows // 2 + 1)], geometry, grid)
     most = {axis: min(len(lines[axis]) for lines in borders.values()) for axis in ("x", "y")}
+    if not all(most.values()):
+        raise SystemExit(f"--windows {windows}: they have no borders, or there is no line between them, at {grid.width}x{grid.height}")
     return {name: {axis: inner(along, length, most[axis]) for axis, along, length in each_axis(lines, grid)} for name, lines in borders.items()}
+
+
+def coarse_borders(geometry: Geometry, grid: Grid, count: int) -> dict[str, list[int]]:
+    """Where `count` by `count` windows among tokens pooled by two meet, in pixels."""
+    _, rows, columns = geometry.token_shape(geometry.legal(grid))
+    along = {axis: accumulate(split_evenly(-(-tokens // 2), count)[:-1]) for axis, tokens in (("x", columns), ("y", rows))}
+    return {axis: [2 * geometry.pixel_multiple * start for start in starts] for axis, starts in along.items()}
 
 
 def each_axis(lines: Mapping[str, list[int]], grid: Grid) -> list[tuple[str, list[int], int]]:

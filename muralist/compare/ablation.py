@@ -34,6 +34,7 @@ from muralist.store import atomic
 from muralist.train.loop import Length
 
 Verdict = Literal["agrees", "disagrees", "undecided"]
+CHANCE = 0.05  # below which a pair is decided
 Values = Mapping[str, float | Sequence[float]]
 
 
@@ -209,7 +210,8 @@ def _numbers(name: str, value: float | Sequence[float]) -> float | list[float]:
 def pairs(study: Study, outcomes: Sequence[Outcome]) -> list[Pair]:
     """Every two variants that the paper tells apart and we have both measured.
 
-    Where there are values by scene, a difference within two standard errors of the paired differences leaves the pair undecided.
+    Where there are values by scene, a pair is decided if fewer than one in twenty ways to give the paired differences signs takes their mean as far from
+    zero (so never by fewer than six scenes). That is of the scenes alone: each variant is trained once, and many pairs decide some by chance.
     """
     found = []
     for measure in study.measures:
@@ -227,10 +229,16 @@ def pairs(study: Study, outcomes: Sequence[Outcome]) -> list[Pair]:
 
 def _verdict(better: float | Sequence[float], worse: float | Sequence[float], direction: str) -> Verdict:
     each = [(better, worse)] if isinstance(better, int | float) else list(zip(better, worse))
-    leads = [(b - w) * (1 if direction == "higher" else -1) for b, w in each]
-    noise = 2 * statistics.stdev(leads) / math.sqrt(len(leads)) if len(leads) > 1 else 0.0
-    lead = statistics.fmean(leads)
-    return "undecided" if abs(lead) <= noise else "agrees" if lead > 0 else "disagrees"
+    leads = np.array([(b - w) * (1 if direction == "higher" else -1) for b, w in each])
+    if not leads.any() or (len(leads) > 1 and _chance(leads) >= CHANCE):
+        return "undecided"
+    return "agrees" if leads.mean() > 0 else "disagrees"
+
+
+def _chance(leads: np.ndarray) -> float:
+    """Of differences that are as likely to have the other sign, how often their mean lies as far from zero; exact for up to 13."""
+    found = stats.permutation_test((leads,), np.mean, permutation_type="samples", n_resamples=9999, rng=0)
+    return float(found.pvalue)
 
 
 def correlation(study: Study, outcomes: Sequence[Outcome], measure: Measured) -> dict[str, float | int | None]:

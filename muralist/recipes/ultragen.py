@@ -20,7 +20,7 @@ Ablations of Table 4 are other values of this configuration (`--set NAME=VALUE`,
 | hierarchical attention | `refine.attention.branches` = ("whole",) |
 | cross-window attention | `refine.attention.odd` = same |
 | the windows' own scheme: Swin's | `refine.attention.odd` = shifted |
-| travel | `refine.attention.travel` = false |
+| travel (ours) | `refine.attention.travel` = false |
 | domain-aware LoRA | trained without: `BranchesConfig.rank` = 0 |
 
 Where paper and release differ (the release's values are those of an imported part): alpha weighs the global branch (release: the local one),

@@ -136,7 +136,15 @@ def test_a_budget_is_one_of_two():
             Budget(**wrong)
 
 
-PAIRS = [([2.0, 3.0], [1.0, 2.0], "agrees"), ([1.0, 2.0], [2.0, 3.1], "disagrees"), ([1.0, 3.0], [2.0, 1.5], "undecided"), (2.0, 1.0, "agrees")]
+SIX = [2.0, 3.0, 1.0, 5.0, 4.0, 2.5]
+PAIRS = [
+    (SIX, [v - 1 for v in SIX], "agrees"),
+    (SIX, [v + i / 9 for i, v in enumerate(SIX, 1)], "disagrees"),
+    (SIX, [*(v - 1 for v in SIX[:5]), 3.0], "undecided"),
+    ([1.0] * 3 + SIX, [0.0] * 3 + SIX, "undecided"),  # three scenes of nine tell them apart, all in one direction
+    (SIX[:5], [v - 1 for v in SIX[:5]], "undecided"),
+    (2.0, 1.0, "agrees"),
+]
 
 
 @pytest.mark.parametrize(("a", "b", "verdict"), [*PAIRS, (1.0, 1.0, "undecided")])
