@@ -52,8 +52,8 @@ def seams(frames: torch.Tensor, borders: dict[str, list[int]] | None = None) -> 
     return check.results()[-1].finding
 
 
-def window_borders(geometry: Geometry, grid: Grid, windows: int, *, place: int = 0, shifted: bool = False) -> dict[str, list[int]]:
-    """Where `windows` by `windows` of them meet, in pixels; `place`, `shifted`: as `split_evenly` takes them."""
+def window_borders(geometry: Geometry, grid: Grid, windows: int, *, place: int = 0, shifted: bool = False, pooled: int = 1) -> dict[str, list[int]]:
+    """Where `windows` by `windows` of them meet, in pixels; `place`, `shifted`: as `split_evenly` takes them; `pooled`: tokens along a side that are one."""
     _, rows, columns = geometry.token_shape(geometry.legal(grid))
-    starts = {axis: accumulate(split_evenly(tokens, windows, place, shifted)[:-1]) for axis, tokens in (("x", columns), ("y", rows))}
-    return {axis: [geometry.pixel_multiple * start for start in along] for axis, along in starts.items()}
+    starts = {axis: accumulate(split_evenly(-(-tokens // pooled), windows, place, shifted)[:-1]) for axis, tokens in (("x", columns), ("y", rows))}
+    return {axis: [geometry.pixel_multiple * pooled * start for start in along] for axis, along in starts.items()}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise, product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from judged import seams, window_borders
 
 from muralist.base_info import inspect_base
 from muralist.nn.attention import BranchedWindows
-from muralist.nn.windows import TRAVEL, split_evenly
+from muralist.nn.windows import TRAVEL
 from muralist.types import Geometry, Grid
 
 TRUE = "true renders"
@@ -78,27 +78,20 @@ def of_all(folders: Mapping[str, Sequence[kept.Kept]]) -> tuple[dict[str, Any], 
 
 def all_borders(geometry: Geometry, grid: Grid, windows: int) -> dict[str, dict[str, list[int]]]:
     """Where windows of either kind of block meet at each place, and lines where none that stand still meet; in pixels, of all as many."""
+    if windows < 2:
+        raise SystemExit(f"--windows {windows}: from 2, one has no border")
     kinds = BranchedWindows(windows).kinds
     still = [window_borders(geometry, grid, count) for count, _ in kinds]
     borders = {f"{count} x {count}, standing still": lines for (count, _), lines in zip(kinds, still)}
     for place, (count, shifted) in product(range(1, len(TRAVEL)), kinds):
         borders[f"{count} x {count}, place {place}"] = window_borders(geometry, grid, count, place=place, shifted=shifted)
-    borders[PLAIN] = plain(still + [coarse_borders(geometry, grid, count) for count in (windows // 2, windows // 2 + 1)], geometry, grid)
-    most = {axis: min(len(lines[axis]) for lines in borders.values()) for axis in ("x", "y")}
+    coarse = [window_borders(geometry, grid, count, pooled=2) for count in (windows // 2, windows // 2 + 1)]
+    borders[PLAIN] = plain(still + coarse, geometry, grid)
+    lengths = {"x": grid.width, "y": grid.height}
+    most = {axis: min(len(lines[axis]) for lines in borders.values()) for axis in lengths}
     if not all(most.values()):
         raise SystemExit(f"--windows {windows}: they have no borders, or there is no line between them, at {grid.width}x{grid.height}")
-    return {name: {axis: inner(along, length, most[axis]) for axis, along, length in each_axis(lines, grid)} for name, lines in borders.items()}
-
-
-def coarse_borders(geometry: Geometry, grid: Grid, count: int) -> dict[str, list[int]]:
-    """Where `count` by `count` windows among tokens pooled by two meet, in pixels."""
-    _, rows, columns = geometry.token_shape(geometry.legal(grid))
-    along = {axis: accumulate(split_evenly(-(-tokens // 2), count)[:-1]) for axis, tokens in (("x", columns), ("y", rows))}
-    return {axis: [2 * geometry.pixel_multiple * start for start in starts] for axis, starts in along.items()}
-
-
-def each_axis(lines: Mapping[str, list[int]], grid: Grid) -> list[tuple[str, list[int], int]]:
-    return [("x", lines["x"], grid.width), ("y", lines["y"], grid.height)]
+    return {name: {axis: inner(lines[axis], length, most[axis]) for axis, length in lengths.items()} for name, lines in borders.items()}
 
 
 def inner(lines: Sequence[int], length: int, most: int) -> list[int]:

@@ -80,10 +80,18 @@ def test_pieces_of_an_axis_are_even(length, count):
     assert sum(pieces) == length and len(pieces) == min(count, length) and max(pieces) - min(pieces) <= 1
 
 
+@pytest.mark.parametrize("length, count", [(34, 4), (34, 5), (60, 4), (60, 5), (16, 4), (28, 5), (17, 2)])
+def test_borders_of_even_windows_travel(length, count):
+    """From one step to the next none stays; no window is longer than where they stand still."""
+    places = [split_evenly(length, count, place) for place in (0, 1, 2, 3, 0)]
+    assert all(sum(pieces) == length and max(pieces) == -(-length // count) for pieces in places)
+    assert all(last.isdisjoint(now) for last, now in itertools.pairwise(map(borders, places)))
+
+
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
 @pytest.mark.parametrize("shifted", [False, True])
-def test_borders_of_even_windows_travel(count, shifted):
-    """In windows of four tokens and more, none stands at three of four places; no window is longer than where they stand still."""
+def test_no_border_stands_at_three_of_four_places(count, shifted):
+    """In windows of four tokens and more, of even and of odd blocks; no window is longer than where they stand still."""
     for length in range(4 * count - 3, 140):
         places = [split_evenly(length, count, place, shifted) for place in range(4)]
         assert all(sum(pieces) == length and max(pieces) == -(-length // count) for pieces in places)
@@ -109,7 +117,7 @@ def test_windows_of_all_kinds_travel_if_asked_to(odd):
     cuts = [[cut.axes for cut in attention.at(step).partitions((2, 12, 20))] for step in range(5)]
     assert cuts[4] == cuts[0] == [cut.axes for cut in BranchedWindows(2, odd, travel=False).at(1).partitions((2, 12, 20))]
     for kind, axis in itertools.product((0, 1), (1, 2)):
-        assert all(last[kind][axis] != now[kind][axis] for last, now in itertools.pairwise(cuts))
+        assert all(last[kind][axis] != now[kind][axis] for last, now in itertools.pairwise(cuts))  # along each side: of two one may hide the other
 
 
 def test_where_windows_stand_is_not_the_users_to_say():
